@@ -1,0 +1,36 @@
+# Everything starts here: `make quickstart`, `make test`. Both create .venv on their first run and are safe to run again.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: quickstart test lint soak bench evidence clean
+
+quickstart: .venv/installed
+	$(BIN)/headrace quickstart --workdir $(or $(WORKDIR),quickstart)
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+soak: .venv/installed
+	$(BIN)/pytest
+
+bench: .venv/installed
+	$(BIN)/python -m tests.benchmarks.train_speed
+
+evidence: .venv/installed
+	$(BIN)/python -m tests.benchmarks.evidence
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; on Debian or Ubuntu run: sudo apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; install Python 3.11 or newer, or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu run: sudo apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv quickstart

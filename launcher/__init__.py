@@ -1,0 +1,1 @@
+"""Command line, recipes, processes and Slurm: everything between a person and `train/`."""

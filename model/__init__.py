@@ -1,0 +1,1 @@
+"""The transformer, in plain torch: imports neither data nor anything above."""

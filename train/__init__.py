@@ -1,0 +1,1 @@
+"""The run: engine, loop and artefacts; may import model and data."""
