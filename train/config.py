@@ -1,0 +1,311 @@
+"""The one typed config of a run: recipe, then dotted overrides, then nothing else.
+
+`RunConfig` (pretraining) and `FinetuneConfig` are frozen; an unknown key is refused with a
+suggestion. A run resolves its config once and writes it into the run directory; DeepSpeed's own
+JSON is derived from it by one pure function (`train/engine.py`). Imports neither torch nor
+deepspeed, so that commands on a login node answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class ConfigError(ValueError):
+    """A configuration that is refused; the message names the key and what to write instead."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class Table(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """A table of a recipe: immutable, and closed to keys that it does not know."""
+
+
+class OptimConfig(Table):
+    """AdamW. Matrices decay; norms and biases do not."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    min_lr_ratio: NonNegativeFloat = 0.1
+    """Final learning rate as a fraction of `lr`."""
+    beta1: NonNegativeFloat = 0.9
+    """Decay of the first moment."""
+    beta2: NonNegativeFloat = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices, per unit of learning rate."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+
+class ScheduleConfig(Table):
+    """Linear warm-up, then a cosine to `optim.min_lr_ratio`."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of the linear ramp from zero; must be shorter than the run."""
+
+
+class ZeroConfig(Table):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    persistence_threshold: NonNegativeInt = 100_000
+    """Stage 3: parameters with fewer elements stay whole on every rank."""
+
+
+class CheckpointConfig(Table):
+    """When to save, and how many to keep."""
+
+    every: NonNegativeInt = 0
+    """Optimizer steps between checkpoints; 0 saves only at the end and at a planned stop."""
+    keep: PositiveInt = 3
+    """Newest checkpoints kept; older ones are removed after a newer one is committed."""
+
+
+class EvalConfig(Table):
+    """Validation loss during training."""
+
+    every: NonNegativeInt = 0
+    """Optimizer steps between validations; 0 validates only before the first and after the last
+    step.
+    """
+    samples: PositiveInt = 256
+    """Validation samples per validation, taken from the front of the validation split."""
+
+
+class LogConfig(Table):
+    """Where metrics are shown besides RUN/metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: off, files only, or synchronised."""
+    wandb_project: str = "headrace"
+    """Project that wandb runs are filed under."""
+
+
+class JobConfig(Table):
+    """What pretraining and fine-tuning have in common."""
+
+    seed: NonNegativeInt = 0
+    """Seeds the initial weights and the order of samples."""
+    micro_batch: NonNegativeInt = 0
+    """Sequences per rank and forward pass; 0 takes the rank's whole share of the batch at once."""
+    precision: Precision = "bf16"
+    """bf16 and fp16 keep fp32 master weights; gradients are reduced and accumulated in fp32."""
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw DeepSpeed keys, for what has no key here; one that contradicts ours is refused."""
+
+    @model_validator(mode="after")
+    def _precision_fits_stage(self) -> Self:
+        if self.precision == "bf16" and self.zero.stage == 0:
+            raise ValueError(
+                "precision='bf16' with zero.stage=0 is refused: DeepSpeed's bf16 stage 0 takes "
+                "one optimizer step "
+                "too many; write zero.stage=1 (same memory per rank or less) or precision=fp32"
+            )
+        return self
+
+
+class RunConfig(JobConfig):
+    """A pretraining run."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run; the learning-rate schedule spans them."""
+    seq_len: PositiveInt = 1024
+    """Tokens per training sequence."""
+    batch_tokens: PositiveInt = 65_536
+    """Tokens per optimizer step over all ranks; a multiple of seq_len."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+
+    @property
+    def batch_samples(self) -> int:
+        """Sequences per optimizer step over all ranks."""
+        return self.batch_tokens // self.seq_len
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_tokens % self.seq_len:
+            low = max(self.batch_tokens // self.seq_len, 1) * self.seq_len
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is no multiple of seq_len={self.seq_len}; "
+                f"the nearest are {low} and {low + self.seq_len}"
+            )
+        if self.model.max_seq_len and self.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"seq_len={self.seq_len} is longer than "
+                f"model.max_seq_len={self.model.max_seq_len}; "
+                "raise model.max_seq_len, or set it to 0 to follow seq_len"
+            )
+        _check_warmup(self.schedule.warmup_steps, self.steps)
+        return self
+
+
+class ModelSource(Table):
+    """The model that fine-tuning starts from."""
+
+    path: str = ""
+    """A Hugging Face folder: config.json, safetensors, tokenizer."""
+
+
+class FinetuneData(Table):
+    """Examples for fine-tuning, one per line of a .jsonl or row of a .csv file."""
+
+    path: str = ""
+    """Training examples."""
+    val: str = ""
+    """Validation examples; empty holds out 10 % of `path` by hash of the text."""
+    text_column: str = "text"
+    """classify: the column with the text."""
+    label_column: str = "label"
+    """classify: the column with the label."""
+    prompt_column: str = "prompt"
+    """instruct: the column with the prompt."""
+    response_column: str = "response"
+    """instruct: the column with the response."""
+
+
+class FinetuneConfig(JobConfig):
+    """A fine-tuning run on one node."""
+
+    task: Literal["instruct", "classify"]
+    """instruct trains on responses, classify on labels."""
+    epochs: PositiveInt = 3
+    """Passes over the training examples, when `steps` is 0."""
+    steps: NonNegativeInt = 0
+    """Optimizer steps; 0 means that `epochs` decides."""
+    seq_len: PositiveInt = 512
+    """Tokens per example at most; longer ones are cut and counted."""
+    batch_size: PositiveInt = 32
+    """Examples per optimizer step over all ranks."""
+    model: ModelSource = ModelSource()
+    data: FinetuneData = FinetuneData()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps:
+            _check_warmup(self.schedule.warmup_steps, self.steps)
+        return self
+
+
+def _check_warmup(warmup_steps: int, steps: int) -> None:
+    if warmup_steps >= steps:
+        raise ValueError(
+            f"schedule.warmup_steps={warmup_steps} must be shorter than the run (steps={steps}); "
+            f"write schedule.warmup_steps={steps // 10} or more steps"
+        )
+
+
+Config = TypeVar("Config", RunConfig, FinetuneConfig)
+
+
+def load_config(
+    kind: type[Config], recipe: str, overrides: Sequence[str] = (), *, name: str = "recipe"
+) -> Config:
+    """The config of a TOML recipe (its text) with `key=value` overrides, dotted keys, applied in
+    order.
+
+    Raises ConfigError that names the key, and the key that was probably meant.
+    """
+    try:
+        table = tomllib.loads(recipe)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(table, override, kind)
+    return decode(kind, table, name=name)
+
+
+def decode(kind: type[Config], table: Mapping[str, Any], *, name: str = "config") -> Config:
+    """`table` as a `kind`; ConfigError lists every key that is unknown or has a bad value."""
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(_explain(kind, item, name) for item in error.errors())
+        ) from None
+
+
+def flat_keys(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a nested mapping."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a config of this kind may carry."""
+    for key, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from known_keys(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _apply(table: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value, such as optim.lr=3e-4"
+        )
+    if key in ("data", "model") and f"{key}.path" in known_keys(kind):
+        key = f"{key}.path"
+    *tables, leaf = key.strip().split(".")
+    for part in tables:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a table")
+    table[leaf] = _value(text) if key.split(".")[-1] not in ("path", "val") else text
+
+
+def _value(text: str) -> Any:
+    # Whatever TOML can read is TOML; anything else is a bare string, so that data.path=a/b needs no
+    # quotes.
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(kind: type[BaseModel], item: Any, name: str) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        keys = list(known_keys(kind))
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.split(".")[-1], keys, n=1, cutoff=0.5
+        )
+        hint = f"did you mean {near[0]!r}?" if near else "keys are: " + ", ".join(keys)
+        return f"{name}: unknown key {key!r}; {hint}"
+    if item["type"] == "value_error":
+        message = str(item["ctx"]["error"])
+        return f"{name}: {key + ': ' if key else ''}{message}"
+    return f"{name}: {key} = {item['input']!r}: {item['msg']}"

@@ -1,0 +1,273 @@
+"""One optimizer step over a sharded model: DeepSpeed ZeRO 0-3, and the plain torch engine that it
+is tested against.
+
+The gradient of a step is d(sum of token losses)/dw divided by the step's *global* number of valid
+tokens, whatever the world size and accumulation. DeepSpeed divides by ranks and by accumulation
+instead, so that is multiplied back:
+
+    backward(loss_sum / num_valid * ranks * accumulation)  ->  mean over ranks and micro-batches =
+    sum / num_valid
+
+Gradients are reduced and accumulated in fp32. The only module that imports deepspeed, with its
+neighbour zero_state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from train.config import ConfigError, JobConfig, Precision
+from train.optim import adamw
+from train.world import World
+from train.zero_state import Flat, deepspeed_flats, plain_flats, refresh_deepspeed
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+LossSum = Callable[[torch.nn.Module, Batch], torch.Tensor]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step reports."""
+
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping."""
+
+
+class Engine(Protocol):
+    """A model with its optimizer. Parameters keep their own names; sharded state is reached as flat
+    fp32 partitions.
+    """
+
+    module: torch.nn.Module
+    """What `loss_sum` and evaluation call."""
+
+    def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
+        """Collective. Add one micro-batch's gradient; returns this rank's loss sum, detached fp32
+        scalar.
+        """
+
+    def step(self, lr: float) -> StepStats:
+        """Collective. Clip, update, clear the gradients."""
+
+    def flats(self) -> list[Flat]:
+        """This rank's fp32 master partitions and their optimizer state; views, not copies."""
+
+    def refresh(self) -> None:
+        """Collective. Make every other copy of the weights follow the master partitions, after they
+        were written.
+        """
+
+
+class PlainEngine:
+    """Plain torch on one process: the reference that defines what a step means."""
+
+    def __init__(self, module: torch.nn.Module, config: JobConfig, world: World) -> None:
+        if world.size != 1:
+            raise ConfigError(
+                f"PlainEngine runs on one rank, this world has {world.size}; use DeepSpeedEngine"
+            )
+        check_precision(config.precision, world.device)
+        self.module = module.to(world.device, DTYPES[config.precision])
+        self._clip_norm = config.optim.clip_norm
+        self._device = world.device
+        self._masters = _MasterCopy(self.module) if config.precision != "fp32" else None
+        self.optimizer = adamw(self._masters or self.module, config.optim)
+
+    def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
+        loss = loss_sum(self.module, _to_device(batch, self._device))
+        (loss / num_valid).backward()
+        if self._masters is not None:
+            self._masters.take_gradients()
+        return loss.detach()
+
+    def step(self, lr: float) -> StepStats:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = _clip(parameters, self._clip_norm)
+        _set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.refresh()
+        return StepStats(grad_norm=norm)
+
+    def flats(self) -> list[Flat]:
+        return plain_flats(
+            self._masters.masters() if self._masters else _named(self.module), self.optimizer
+        )
+
+    def refresh(self) -> None:
+        if self._masters is not None:
+            self._masters.write_back()
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO stage 0-3 around any module; same step as PlainEngine at any world size."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        config: JobConfig,
+        world: World,
+        *,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        import deepspeed
+        import deepspeed.ops
+
+        check_precision(config.precision, world.device)
+        if world.device.type == "cpu":
+            # Else DeepSpeed compiles a C++ all-reduce for inference at start: 86 s, and a failure
+            # without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        ds_config = deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation)
+        if config.zero.stage == 0:
+            # DeepSpeed forgets the norm when it clips at stage 0; the engine clips by itself there.
+            ds_config["gradient_clipping"] = 0.0
+        self.optimizer = adamw(module, config.optim)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
+        )
+        self.module = self.engine
+        self._stage = config.zero.stage
+        self._clip_norm = config.optim.clip_norm
+        self._scale = world.size * accumulation
+        self._rank = world.rank
+        self._world_size = world.size
+
+    def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
+        loss = loss_sum(self.engine, _to_device(batch, self.engine.device))
+        self.engine.backward(loss * (self._scale / num_valid))
+        # Counts the micro-batch; updates only after the last one of the step.
+        self.engine.step() if not self.engine.is_gradient_accumulation_boundary() else None
+        return loss.detach()
+
+    def step(self, lr: float) -> StepStats:
+        _set_lr(self.optimizer, lr)
+        norm = None
+        if self._stage == 0:
+            norm = _clip(
+                [p for p in self.engine.module.parameters() if p.grad is not None], self._clip_norm
+            )
+        self.engine.step()
+        return StepStats(
+            grad_norm=float(self.engine.get_global_grad_norm()) if norm is None else norm
+        )
+
+    def flats(self) -> list[Flat]:
+        if self._stage == 0:
+            return plain_flats(
+                _named(self.engine.module),
+                self.optimizer,
+                rank=self._rank,
+                num_ranks=self._world_size,
+            )
+        return deepspeed_flats(self.engine.optimizer, _names(self.engine.module), rank=self._rank)
+
+    def refresh(self) -> None:
+        if self._stage > 0:
+            refresh_deepspeed(self.engine.optimizer)
+
+
+def deepspeed_config(config: JobConfig, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for this run, a pure function; ConfigError when the raw [deepspeed] table
+    contradicts a key of ours.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            "stage3_param_persistence_threshold": config.zero.persistence_threshold,
+        },
+        "steps_per_print": 10**9,
+    }
+    return _merge(ours, config.deepspeed, "deepspeed")
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """ConfigError for a precision that cannot be trusted on this device."""
+    if precision == "fp16":
+        where = (
+            "on a CPU, which has no fp16 kernels"
+            if device.type == "cpu"
+            else "until its loss scaler has a resume test"
+        )
+        raise ConfigError(
+            f"precision='fp16' is refused {where}; write precision=bf16, or precision=fp32"
+        )
+
+
+def _merge(ours: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in raw.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merge(ours[key], value, f"{path}.{key}")
+        elif key in ours and ours[key] != value:
+            raise ConfigError(
+                f"{path}.{key}={value!r} contradicts {ours[key]!r}, which follows from the other "
+                "keys; "
+                "remove it from the [deepspeed] table and set our own key"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+class _MasterCopy(torch.nn.Module):
+    """fp32 twins of a low-precision module's parameters, with fp32 gradient accumulation."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self._low = dict(module.named_parameters())
+        # ParameterList, because names with dots are not allowed as attributes.
+        self.twins = torch.nn.ParameterList(p.detach().float().clone() for p in self._low.values())
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self._low, self.twins, strict=True))
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        for low, master in zip(self._low.values(), self.twins, strict=True):
+            if low.grad is not None:
+                master.grad = (
+                    low.grad.float() if master.grad is None else master.grad.add_(low.grad)
+                )
+                low.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        torch._foreach_copy_(list(self._low.values()), list(self.twins))
+
+
+def _clip(parameters: list[torch.Tensor], clip_norm: float) -> float:
+    return float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf")))
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters())
+
+
+def _names(module: torch.nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in module.named_parameters()}

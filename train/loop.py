@@ -1,0 +1,215 @@
+"""The training loop: one paragraph, shared by pretraining and fine-tuning.
+
+A step is a pure function of the weights and the samples [first, last): the loop advances the data
+position only after the optimizer step, so a checkpoint never counts a sample that was fetched but
+not trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from train.config import JobConfig
+from train.engine import Batch, Engine, StepStats
+from train.metrics import Metrics, Row
+from train.schedule import learning_rate
+from train.state import save_checkpoint
+from train.stop import StopRequest
+from train.world import World
+
+log = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What is trained on, and what its loss is. Steps count from 1; samples from 0."""
+
+    def num_valid(self, step: int) -> int:
+        """Targets of this step over all ranks, known without asking them."""
+
+    def samples(self, step: int) -> tuple[int, int]:
+        """Global sample indices [first, last) of this step."""
+
+    def micro_batches(
+        self, first_step: int, last_step: int, *, rank: int, num_ranks: int
+    ) -> Iterator[Batch]:
+        """This rank's micro-batches of the steps first_step .. last_step, each with its
+        `data_hash`.
+        """
+
+    def loss_sum(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Sum of the losses of the valid targets of a micro-batch, fp32 scalar."""
+
+    def validate(self, module: torch.nn.Module, world: World) -> dict[str, float]:
+        """Collective. Metrics on held-out data, at least `val_loss`."""
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        """Position and identity of the data after this step; goes into checkpoints."""
+
+    def check_data_state(self, state: dict[str, Any]) -> None:
+        """DataError when a checkpoint's data is not this data."""
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or the gradient is NaN or infinite; nothing of the step is saved."""
+
+    exit_code = 1
+
+
+@dataclass
+class Job:
+    """Everything that the loop works with, on one rank."""
+
+    task: Task
+    engine: Engine
+    world: World
+    config: JobConfig
+    run: Path
+    metrics: Metrics
+    steps: int
+    accumulation: int
+    attempt: int
+    first_step: int
+    tokens: int
+    """Targets trained on before first_step."""
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    """Measured FLOP/s of all ranks together; 0 leaves MFU out."""
+    stop_at: int | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    resumed_from: int | None = None
+    describe: Callable[[], dict[str, Any]] = dict
+    """Identity that every checkpoint carries: hashes of config and tokenizer."""
+
+
+def train(job: Job) -> tuple[str, int]:
+    """Collective. Train to the end or to a planned stop; returns ("complete" or "stopped", last
+    completed step).
+    """
+    job.engine.module.train()
+    batches = job.task.micro_batches(
+        job.first_step, job.steps, rank=job.world.rank, num_ranks=job.world.size
+    )
+    if job.first_step == 1:
+        validate(job, step=0)
+    for step in range(job.first_step, job.steps + 1):
+        started = time.perf_counter()
+        _seed(job.config.seed, step, job.world.rank)
+        num_valid = job.task.num_valid(step)
+        done = [
+            _micro_step(job, batch, num_valid)
+            for batch in itertools.islice(batches, job.accumulation)
+        ]
+        lr = learning_rate(
+            step,
+            steps=job.steps,
+            warmup_steps=job.config.schedule.warmup_steps,
+            optim=job.config.optim,
+        )
+        stats = job.engine.step(lr)
+        stop = _record(job, step, lr=lr, stats=stats, done=done, started=started)
+        if _due(job.config.eval.every, step) or step == job.steps:
+            validate(job, step=step)
+        if _due(job.config.checkpoint.every, step) or step == job.steps or stop:
+            save(job, step)
+        if stop and step < job.steps:
+            return "stopped", step
+    return "complete", job.steps
+
+
+def validate(job: Job, *, step: int) -> None:
+    """Collective. Write a validation row."""
+    job.engine.module.eval()
+    with torch.no_grad():
+        found = job.task.validate(job.engine.module, job.world)
+    job.engine.module.train()
+    job.metrics.write({"step": step, "attempt": job.attempt, "tokens": job.tokens, **found})
+
+
+def save(job: Job, step: int) -> None:
+    """Collective. Commit a checkpoint of this step."""
+    state = {
+        "step": step,
+        "tokens": job.tokens,
+        "attempt": job.attempt,
+        "data": job.task.data_state(step),
+        **job.describe(),
+    }
+    save_checkpoint(
+        job.engine, job.world, job.run, step=step, state=state, keep=job.config.checkpoint.keep
+    )
+
+
+def _micro_step(job: Job, batch: Batch, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    data_hash = batch.pop("data_hash")
+    return job.engine.forward_backward(
+        batch, num_valid=num_valid, loss_sum=job.task.loss_sum
+    ), data_hash
+
+
+def _record(
+    job: Job,
+    step: int,
+    *,
+    lr: float,
+    stats: StepStats,
+    done: list[tuple[torch.Tensor, torch.Tensor]],
+    started: float,
+) -> bool:
+    """Write the row of a step; returns whether the ranks agreed to stop after it."""
+    asked = job.stop.reason is not None or (job.stop_at is not None and step >= job.stop_at)
+    loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
+    counts = job.world.sum(
+        torch.stack(
+            [torch.stack([data_hash for _, data_hash in done]).sum(), torch.tensor(int(asked))]
+        )
+    )
+    num_valid = job.task.num_valid(step)
+    loss = float(loss_sum) / num_valid
+    if not (math.isfinite(loss) and math.isfinite(stats.grad_norm)):
+        raise NonFiniteLoss(
+            f"step {step}: loss {loss}, gradient norm {stats.grad_norm}; the run's last "
+            "checkpoint is untouched. "
+            "Lower optim.lr, or look at these samples with `headrace data inspect`"
+        )
+    job.tokens += num_valid
+    seconds = time.perf_counter() - started
+    rate = num_valid / seconds
+    row: Row = {
+        "step": step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": stats.grad_norm,
+        "tokens": job.tokens,
+        "samples": list(job.task.samples(step)),
+        "data_hash": f"{int(counts[0]) % 2**64:016x}",
+        "attempt": job.attempt,
+        "tokens_per_second": rate,
+        "step_seconds": seconds,
+        "eta_seconds": (job.steps - step) * seconds,
+    }
+    if job.peak_flops:
+        row["mfu"] = rate * job.flops_per_token / job.peak_flops
+    if job.resumed_from is not None and step == job.first_step:
+        row["resumed_from"] = job.resumed_from
+    job.metrics.write(row)
+    return bool(counts[1] > 0)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    # Dropout draws from (seed, step, rank): a resumed step needs no saved generator.
+    key = hashlib.blake2b(f"dropout/{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(key, "little") >> 1)

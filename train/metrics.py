@@ -1,0 +1,194 @@
+"""metrics.jsonl is the truth; the progress line and wandb are views of it that can never block or
+kill a run.
+
+One writer (rank 0), append-only, one JSON object per line; numbers round-trip exactly. When a
+resumed run repeats steps, the last row of a step wins. The only module that imports wandb.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.config import LogConfig
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class View(Protocol):
+    """Shows rows somewhere."""
+
+    def show(self, row: Row) -> None:
+        """Show one row of metrics.jsonl."""
+
+    def close(self) -> None:
+        """Release what the view holds."""
+
+
+class Metrics:
+    """Appends rows to RUN/metrics.jsonl and passes them on; on ranks other than 0 it does nothing."""
+
+    def __init__(self, run: Path, *, enabled: bool, views: list[View]) -> None:
+        self._file: TextIO | None = (run / "metrics.jsonl").open("a") if enabled else None
+        self._views = views if enabled else []
+
+    def write(self, row: Row) -> None:
+        """Append one row."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for view in list(self._views):
+            try:
+                view.show(row)
+            except Exception as error:
+                log.warning("%s is switched off for this attempt: %s", type(view).__name__, error)
+                self._views.remove(view)
+
+    def close(self) -> None:
+        """Close the file and every view."""
+        if self._file is not None:
+            self._file.close()
+        for view in self._views:
+            view.close()
+
+
+class ProgressLine:
+    """A live line on stderr with a bar, loss, lr, grad norm, tokens/s, MFU and ETA; plain lines
+    when stderr is a file.
+    """
+
+    PLAIN_SECONDS = 10.0
+
+    def __init__(self, *, steps: int, first_step: int) -> None:
+        self._console = Console(stderr=True)
+        self._steps = steps
+        self._last = 0.0
+        self._text = ""
+        self._val = ""
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=steps, completed=first_step - 1, text="")
+            self._progress.start()
+
+    def show(self, row: Row) -> None:
+        """Redraw the line, or print one now and then."""
+        if "val_loss" in row:
+            self._val = f"  val {row['val_loss']:.4f}"
+        if "loss" not in row:
+            return
+        mfu = f"  mfu {row['mfu']:.1%}" if row.get("mfu") else ""
+        text = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  "
+            f"{row['tokens_per_second']:,.0f} tok/s{mfu}{self._val}"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], text=text)
+        elif time.monotonic() - self._last > self.PLAIN_SECONDS or row["step"] == self._steps:
+            self._last = time.monotonic()
+            print(
+                f"step {row['step']}/{self._steps}  {text}  eta {row['eta_seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the last state of the line on the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class WandbView:
+    """The same rows in Weights & Biases."""
+
+    def __init__(self, run: Path, config: LogConfig, settings: Row) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=run.name,
+            dir=run,
+            mode=config.wandb,
+            config=settings,
+            settings=wandb.Settings(
+                init_timeout=30, console="off", x_disable_stats=True, silent=True
+            ),
+        )
+
+    def show(self, row: Row) -> None:
+        """Log the numbers of one row under its step; wandb itself refuses steps that go backwards,
+        so `step` is a field.
+        """
+        self._run.log({key: value for key, value in row.items() if isinstance(value, (int, float))})
+
+    def close(self) -> None:
+        """Finish the wandb run."""
+        self._run.finish(quiet=True)
+
+
+def wandb_views(run: Path, config: LogConfig, settings: Row) -> list[View]:
+    """A wandb view when the config asks for one; a failure to start is a warning, never the end of
+    a run.
+    """
+    if config.wandb == "off":
+        return []
+    try:
+        return [WandbView(run, config, settings)]
+    except Exception as error:
+        log.warning("wandb is switched off for this attempt: %s", error)
+        return []
+
+
+def matmul_flops_per_second(
+    device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2, size: int = 0
+) -> float:
+    """Measured FLOP/s of square matrix products on this device: the ceiling that MFU is a fraction
+    of.
+    """
+    size = size or (8192 if device.type == "cuda" else 768)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    b = a.clone()
+    _synchronized(a, b)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        _synchronized(a, b)
+        count += 1
+    return count * 2.0 * size**3 / (time.perf_counter() - start)
+
+
+def _synchronized(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.mm(a, b)
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """Rows of RUN/metrics.jsonl that count: of several rows of one step and kind the last; a torn
+    last line is ignored.
+    """
+    rows: dict[tuple[int, bool], Row] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[(row["step"], "val_loss" in row)] = row
+    return [rows[key] for key in sorted(rows)]

@@ -1,0 +1,137 @@
+"""Who am I among the ranks, and everything that the ranks say to each other.
+
+The only module that imports torch.distributed and, in train/, reads the environment. `World` is
+passed as an argument; nothing else knows its rank. Small facts travel over a gloo group even on
+GPUs, so that they never wait for a kernel.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a collective may take; applies to every group, DeepSpeed's own included."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` data-parallel ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+    """gloo group for host-side facts."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what only one may write."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Collective. Return when every rank has arrived."""
+        dist.barrier(group=self.control)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Collective. Sum of a small host tensor over all ranks; int64 wraps modulo 2^64."""
+        total = values.detach().to("cpu", copy=True)
+        dist.all_reduce(total, group=self.control)
+        return total
+
+    def average_gradients(self, gradients: list[torch.Tensor]) -> None:
+        """Collective. Replace each tensor by its sum over ranks, in place."""
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+
+    def broadcast(self, value: Any) -> Any:
+        """Collective. Rank 0's value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collective. Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def agree(self, error: Exception | None, what: str) -> None:
+        """Collective. Raise on all ranks when one of them failed, naming it; its own error is
+        raised unchanged.
+        """
+        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(f"{what} failed on rank {rank}: {message}")
+
+
+@contextmanager
+def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
+    """Collective. Enter the process group that the environment describes (torchrun or srun), or be
+    a world of one.
+    """
+    rank, size, local_rank = _place()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _quiet()
+    _give_every_group_a_timeout(timeout)
+    store = dist.HashStore() if size == 1 else None
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        yield World(rank, size, local_rank, device, control)
+        # Leaving while others still connect or reduce makes their collectives fail.
+        dist.barrier(group=control)
+    finally:
+        dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int, int]:
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        # DeepSpeed and torch's env:// rendezvous read the torchrun names.
+        rank, size, local = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
+        env.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
+        return int(rank), int(size), int(local)
+    return 0, 1, 0
+
+
+def _quiet() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch 2.13 renames two collectives that DeepSpeed 0.19 still calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _give_every_group_a_timeout(timeout: datetime.timedelta) -> None:
+    # DeepSpeed makes its groups without one, so they would get torch's default of 30 minutes.
+    if not hasattr(dist.new_group, "__wrapped__"):
+        original = dist.new_group
+
+        @functools.wraps(original)
+        def new_group(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **{"timeout": timeout, **kwargs})
+
+        dist.new_group = new_group
