@@ -1,15 +1,56 @@
-"""What can go wrong with data, as errors meant for people; the command line leaves with their `exit_code`."""
+"""What `headrace prepare` and a training run's [data] table may say, and the two errors of this package.
 
-from typing import ClassVar
+Nothing here imports more than pydantic, so that commands on a login node answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class DataError(ValueError):
-    """Data that is damaged, missing or not what it claims to be."""
+    """Data that cannot be used, said for people: what, where, why and what to do."""
 
     exit_code: ClassVar[int] = 1
 
 
 class DataUsageError(DataError):
-    """A request that cannot be met with this data, refused before anything is written."""
+    """A request that is refused before any work is done."""
 
     exit_code: ClassVar[int] = 2
+
+
+class PrepareConfig(BaseModel):
+    """How text becomes token shards. Every field changes the bytes that are written; the number of workers does not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    vocab_size: Annotated[int, Field(ge=1)] = 8192
+    """Pieces of the tokenizer that is trained here, special ones included; not used with a tokenizer of your own."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the text held out for validation; 0 holds nothing out."""
+    text_field: Annotated[str, Field(min_length=1)] = "text"
+    """Key of a JSON line that holds its text."""
+    max_bad_lines: Annotated[int, Field(ge=0)] = 0
+    """JSON lines that may be skipped (broken, without the text field, or with text that is no Unicode)."""
+    bos: bool = False
+    """Store a begin-of-sequence id in front of every document."""
+    tokenizer_bytes: Annotated[int, Field(ge=1)] = 2**26
+    """Text that the tokenizer is trained on, in bytes; more text than that is sampled by hash."""
+    shard_bytes: Annotated[int, Field(ge=1)] = 2**30
+    """Text per shard in bytes; the shard itself is smaller (English: about half)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Chooses which text is held out."""
+
+
+class DataConfig(BaseModel):
+    """The [data] table of a pretraining recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    path: str = ""
+    """Dataset directory written by `headrace prepare`."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per rank; 0 reads in the training process."""
