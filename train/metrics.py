@@ -36,7 +36,7 @@ class View(Protocol):
 
 
 class Metrics:
-    """Appends rows to RUN/metrics.jsonl and passes them on; on ranks other than 0 it does nothing."""
+    """Appends rows to RUN/metrics.jsonl and passes them on; on ranks but 0 it does nothing."""
 
     def __init__(self, run: Path, *, enabled: bool, views: list[View]) -> None:
         self._file: TextIO | None = (run / "metrics.jsonl").open("a") if enabled else None

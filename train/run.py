@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from data.tokenizer import tokenizer_file
 
-from train.checkpoint import fsync
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig, decode, flat_keys
+from train.slices import fsync
 
 Outcome = Literal["complete", "stopped", "failed"]
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from train import checkpoint
-from train.checkpoint import Checkpoint, CheckpointError, Range, SliceReader, open_checkpoint
+from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from train.engine import Engine
+from train.slices import Range, SliceReader, write_slices
 from train.world import World
 from train.zero_state import Flat
 
@@ -33,9 +34,7 @@ def save_checkpoint(
     flats = engine.flats()
     entry, error = None, None
     try:
-        entry = checkpoint.write_slices(
-            checkpoint.step_folder(run, step), world.rank, *_owned(flats)
-        )
+        entry = write_slices(checkpoint.step_folder(run, step), world.rank, *_owned(flats))
     except (OSError, ValueError) as failure:
         error = failure
     world.agree(error, f"writing the checkpoint of step {step}")
@@ -65,7 +64,7 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
     loaded: list[dict[str, np.ndarray]] = []
     try:
         _check_parameters(saved, flats)
-        reader = SliceReader(saved)
+        reader = SliceReader(saved.folder, saved.manifest["files"])
         loaded = [_read(flat, reader, saved.keys) for flat in flats]
     except (OSError, ValueError) as failure:
         error = failure

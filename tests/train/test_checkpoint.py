@@ -1,0 +1,221 @@
+"""The commit protocol: a checkpoint is complete or it does not exist, and damage is named."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import checkpoint, slices
+from train.checkpoint import CheckpointError, committed, open_checkpoint
+from train.slices import SliceReader, check_tiling, write_slices
+
+SHAPES = {"a": (6, 5), "b": (7,)}
+
+
+def write(run: Path, step: int, *, num_ranks: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+    """A checkpoint of two parameters with one moment, cut evenly over the ranks; returns what was
+    stored.
+    """
+    generator = np.random.default_rng([seed, step])
+    values = {
+        f"{key}/{name}": generator.standard_normal(int(np.prod(shape)), dtype=np.float32)
+        for key in ("param", "exp_avg")
+        for name, shape in SHAPES.items()
+    }
+    folder = checkpoint.begin(run, step)
+    files = []
+    for rank in range(num_ranks):
+        ranges = []
+        for name, shape in SHAPES.items():
+            size = int(np.prod(shape))
+            first, last = size * rank // num_ranks, size * (rank + 1) // num_ranks
+            ranges.append((name, first, last - first))
+        arrays = {
+            key: np.concatenate(
+                [values[f"{key}/{n}"][first : first + count] for n, first, count in ranges]
+            )
+            for key in ("param", "exp_avg")
+        }
+        files.append(write_slices(folder, rank, arrays, {key: ranges for key in arrays}))
+    checkpoint.commit(
+        folder,
+        step=step,
+        parameters=SHAPES,
+        scalars={"step": float(step)},
+        state={"step": step},
+        files=files,
+    )
+    return values
+
+
+def test_any_range_reads_back_whatever_the_number_of_writers(tmp_path: Path) -> None:
+    for num_ranks in (1, 2, 3, 8):
+        values = write(tmp_path, num_ranks, num_ranks=num_ranks)
+        saved = open_checkpoint(tmp_path, num_ranks)
+        reader = SliceReader(saved.folder, saved.manifest["files"])
+        for key in ("param", "exp_avg"):
+            for name, shape in SHAPES.items():
+                stored = values[f"{key}/{name}"]
+                assert np.array_equal(saved.read(name, key), stored.reshape(shape))
+                assert np.array_equal(reader.read(name, key, 2, 4), stored[2:6])
+        assert (saved.step, saved.scalars, saved.state) == (
+            num_ranks,
+            {"step": num_ranks},
+            {"step": num_ranks},
+        )
+
+
+def test_only_the_chunks_of_a_range_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 64)
+    write(tmp_path, 1, num_ranks=1)
+    saved = open_checkpoint(tmp_path)
+    reader = SliceReader(saved.folder, saved.manifest["files"])
+    reader.read("b", "exp_avg", 0, 3)
+    assert reader.bytes_read <= 128
+
+
+def test_every_flipped_bit_of_a_file_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 64)
+    write(tmp_path, 1)
+    path = tmp_path / "checkpoints/step-000000001/rank-00001.safetensors"
+    good = path.read_bytes()
+    for position in range(0, len(good), 7):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        with pytest.raises(
+            CheckpointError, match=rf"rank-00001.safetensors: chunk {position // 64} "
+        ):
+            open_checkpoint(tmp_path).verify()
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    folder = tmp_path / "checkpoints/step-000000001"
+    path = folder / "rank-00000.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(
+        CheckpointError, match=f"has {len(good) - 1} bytes, {len(good)} were written"
+    ):
+        open_checkpoint(tmp_path).verify()
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors is missing"):
+        open_checkpoint(tmp_path).verify()
+
+
+def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    path = tmp_path / "checkpoints/step-000000001/manifest.json"
+    path.write_text(path.read_text().replace('"step":1.0', '"step":2.0'))
+    with pytest.raises(CheckpointError, match="sha256 does not match"):
+        open_checkpoint(tmp_path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    (tmp_path / "checkpoints/step-000000020").mkdir()
+    assert committed(tmp_path) == [10]
+    with pytest.raises(
+        CheckpointError, match="no committed checkpoint of step 20; committed steps: 10"
+    ):
+        open_checkpoint(tmp_path, 20)
+    with pytest.raises(CheckpointError, match="holds no committed checkpoint; train it with"):
+        open_checkpoint(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [("a", 0, 29)],
+        [("a", 0, 20), ("a", 19, 11)],
+        [("a", 0, 10), ("a", 11, 19)],
+        [("a", 0, 31)],
+        [],
+    ],
+)
+def test_ranges_must_tile(pieces: list[tuple[str, int, int]]) -> None:
+    files = [{"tensors": {"param": {"offset": 0, "table": 0}}, "tables": [pieces]}]
+    with pytest.raises(CheckpointError, match="do not tile its 30 elements"):
+        check_tiling({"a": (6, 5)}, files)
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints/step-000000000").mkdir()
+    checkpoint.prune(tmp_path, 2)
+    assert committed(tmp_path) == [4, 3]
+    assert not (tmp_path / "checkpoints/step-000000000").exists()
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    folder = checkpoint.begin(tmp_path, 1)
+    entry = write_slices(folder, 0, {"param": np.zeros(1)}, {"param": [("a", 0, 1)]})
+    checkpoint.commit(
+        folder,
+        step=1,
+        parameters={"a": (1,)},
+        scalars={},
+        state={},
+        files=[{**entry, "name": "../x"}],
+    )
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_checkpoint(tmp_path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.train.test_checkpoint import write
+from train.checkpoint import prune
+step = int(sys.argv[2])
+while True:
+    step += 1
+    write(Path(sys.argv[1]), step)
+    prune(Path(sys.argv[1]), 2)
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
+    reached = 0
+    moments = random.Random(0)
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(reached)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            announced = int(process.stdout.readline())
+            time.sleep(moments.uniform(0.0, 0.05))
+            process.send_signal(signal.SIGKILL)
+            rest = process.stdout.read().split()
+        process.wait()
+        announced = int(rest[-1]) if rest else announced
+        reached = committed(tmp_path)[0]
+        assert reached >= announced
+        saved = open_checkpoint(tmp_path)
+        saved.verify()
+        assert np.array_equal(saved.read("b"), _expected(reached))
+        manifest = json.loads((saved.folder / "manifest.json").read_text())
+        assert manifest["manifest"]["state"] == {"step": reached}
+
+
+def _expected(step: int) -> np.ndarray:
+    generator = np.random.default_rng([0, step])
+    generator.standard_normal(30, dtype=np.float32)
+    return generator.standard_normal(7, dtype=np.float32)

@@ -1,0 +1,52 @@
+"""Recipes, overrides, and errors that teach."""
+
+import pytest
+
+from train.config import ConfigError, FinetuneConfig, RunConfig, load_config
+
+
+def test_overrides_win_and_are_typed() -> None:
+    recipe = "steps = 10\nseq_len = 32\nbatch_tokens = 64\n[optim]\nlr = 1e-3\n"
+    config = load_config(RunConfig, recipe, ["optim.lr=3e-4", "data=some/where", "zero.stage=2"])
+    assert (config.steps, config.optim.lr, config.zero.stage) == (10, 3e-4, 2)
+    assert config.data.path == "some/where"
+    assert config.batch_samples == 2
+
+
+def test_unknown_key_suggests_the_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'optim\.l_r'; did you mean 'optim\.lr'\?"):
+        load_config(RunConfig, "", ["optim.l_r=1.0"])
+
+
+def test_every_bad_key_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, "stepz = 3", ["optim.lr=fast"], name="my.toml")
+    text = str(caught.value)
+    assert "my.toml: unknown key 'stepz'; did you mean 'steps'?" in text
+    assert "my.toml: optim.lr = 'fast':" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["seq_len=100", "batch_tokens=250"],
+            "batch_tokens=250 is no multiple of seq_len=100; the nearest are 200 and 300",
+        ),
+        (["precision=bf16", "zero.stage=0"], "precision='bf16' with zero.stage=0 is refused"),
+        (
+            ["schedule.warmup_steps=10", "steps=10"],
+            "schedule.warmup_steps=10 must be shorter than the run",
+        ),
+        (["steps"], "is not of the form key=value"),
+    ],
+)
+def test_refusals_say_what_to_write(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, "", overrides)
+    assert message in str(caught.value)
+
+
+def test_finetune_shortcuts_name_folders() -> None:
+    config = load_config(FinetuneConfig, 'task = "classify"', ["model=out", "data=rows.csv"])
+    assert (config.model.path, config.data.path) == ("out", "rows.csv")
