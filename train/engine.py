@@ -14,6 +14,8 @@ neighbour zero_state.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from train.config import ConfigError, JobConfig, Precision
+from train.config import ConfigError, JobConfig, OptimConfig, Precision
 from train.optim import adamw
 from train.world import World
 from train.zero_state import Flat, deepspeed_flats, plain_flats, refresh_deepspeed
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 LossSum = Callable[[torch.nn.Module, Batch], torch.Tensor]
+MakeOptimizer = Callable[[torch.nn.Module, OptimConfig], torch.optim.Optimizer]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,17 +73,25 @@ class Engine(Protocol):
 class PlainEngine:
     """Plain torch on one process: the reference that defines what a step means."""
 
-    def __init__(self, module: torch.nn.Module, config: JobConfig, world: World) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        config: JobConfig,
+        world: World,
+        *,
+        make_optimizer: MakeOptimizer = adamw,
+    ) -> None:
         if world.size != 1:
             raise ConfigError(
                 f"PlainEngine runs on one rank, this world has {world.size}; use DeepSpeedEngine"
             )
         check_precision(config.precision, world.device)
-        self.module = module.to(world.device, DTYPES[config.precision])
+        low = config.precision != "fp32"
+        self.module = module.to(world.device, DTYPES[config.precision] if low else None)
         self._clip_norm = config.optim.clip_norm
         self._device = world.device
-        self._masters = _MasterCopy(self.module) if config.precision != "fp32" else None
-        self.optimizer = adamw(self._masters or self.module, config.optim)
+        self._masters = _MasterCopy(self.module) if low else None
+        self.optimizer = make_optimizer(self._masters or self.module, config.optim)
 
     def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
         loss = loss_sum(self.module, _to_device(batch, self._device))
@@ -133,9 +144,11 @@ class DeepSpeedEngine:
             # DeepSpeed forgets the norm when it clips at stage 0; the engine clips by itself there.
             ds_config["gradient_clipping"] = 0.0
         self.optimizer = adamw(module, config.optim)
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
-        )
+        # Some of its optimizers print memory figures; stdout is for results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
+            )
         self.module = self.engine
         self._stage = config.zero.stage
         self._clip_norm = config.optim.clip_norm
@@ -147,7 +160,8 @@ class DeepSpeedEngine:
         loss = loss_sum(self.engine, _to_device(batch, self.engine.device))
         self.engine.backward(loss * (self._scale / num_valid))
         # Counts the micro-batch; updates only after the last one of the step.
-        self.engine.step() if not self.engine.is_gradient_accumulation_boundary() else None
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
         return loss.detach()
 
     def step(self, lr: float) -> StepStats:

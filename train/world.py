@@ -93,6 +93,8 @@ def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed refuses to start without it, even in a world of one.
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     _quiet()
     _give_every_group_a_timeout(timeout)
     store = dist.HashStore() if size == 1 else None
