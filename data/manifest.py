@@ -1,0 +1,284 @@
+"""The manifest of a dataset: what it holds, proven by hashes; the commit point of a preparation.
+
+manifest.json is written last. It and every shard index are canonical JSON ending in their own
+sha256, so that a flipped bit anywhere in them is found before one value is believed. shards.npy
+repeats the list of shards as a table that processes map instead of parsing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data.config import DataError, DataUsageError
+
+MANIFEST = "manifest.json"
+TABLE = "shards.npy"
+FORMAT = "headrace-dataset"
+VERSION = 1
+BLOCK_TOKENS = 2**19
+"""Tokens per block of the sample order; a seq_len is at most this long."""
+
+_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
+
+Dtype = Literal["<u2", "<u4"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# split/source/file: no part may be empty or start with a dot, so no path can leave the dataset.
+ShardPath = Annotated[str, Field(pattern=r"^(train|val)/[^/.\x00][^/\x00]*/[^/.\x00][^/\x00]*$")]
+
+
+class ShardEntry(BaseModel):
+    """One shard as the manifest lists it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: ShardPath
+    """SPLIT/SOURCE/FILE, relative to the dataset."""
+    bytes: int
+    sha256: Sha256
+    idx_sha256: Sha256
+    """Of the whole index file beside the shard."""
+    tokens: int
+    documents: int
+
+    @property
+    def split(self) -> str:
+        """train or val."""
+        return self.path.split("/")[0]
+
+    @property
+    def source(self) -> str:
+        """Name of the source, part of every key of the sample order."""
+        return self.path.split("/")[1]
+
+
+class Manifest(BaseModel):
+    """What a dataset holds. Shards are sorted by path: that is the order of a source's tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    version: int
+    tokenizer_file: str
+    tokenizer_sha256: Sha256
+    vocab_size: int
+    special_ids: dict[str, int]
+    dtype: Dtype
+    block_tokens: int
+    preparation: dict[str, Any]
+    split_rule: str
+    counts: dict[str, int]
+    shards: tuple[ShardEntry, ...]
+    table_sha256: Sha256
+    fingerprint: Sha256
+    """sha256 over everything that decides the samples; no path of a machine, no time."""
+
+    def source_names(self, split: str) -> list[str]:
+        """Sources of a split, sorted."""
+        return sorted({entry.source for entry in self.shards if entry.split == split})
+
+    def source_shards(self, split: str, source: str) -> tuple[ShardEntry, ...]:
+        """Shards of one source in the order of their tokens."""
+        return tuple(s for s in self.shards if (s.split, s.source) == (split, source))
+
+    def num_tokens(self, split: str) -> int:
+        """Tokens of a split over all its sources."""
+        return sum(entry.tokens for entry in self.shards if entry.split == split)
+
+    def source_fingerprint(self, split: str, source: str) -> str:
+        """sha256 over what decides the samples of one source."""
+        return _fingerprint(self, self.source_shards(split, source))
+
+
+def dtype_for(vocab_size: int) -> Dtype:
+    """The type of stored token ids: two bytes where every id fits."""
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+def write_manifest(
+    dataset: Path,
+    shards: Iterable[ShardEntry],
+    *,
+    tokenizer: Path,
+    vocab_size: int,
+    special_ids: Mapping[str, int],
+    preparation: Mapping[str, Any],
+    split_rule: str,
+    counts: Mapping[str, int] | None = None,
+    block_tokens: int = BLOCK_TOKENS,
+) -> Manifest:
+    """Commit a dataset whose shards and tokenizer are on disk. Equal arguments write equal bytes.
+
+    `tokenizer` is the file in the dataset; `preparation` and `counts` are only recorded.
+    """
+    entries = tuple(sorted(shards, key=lambda entry: entry.path))
+    assert entries, "a dataset has at least one shard"
+    assert len({entry.path for entry in entries}) == len(entries), "a shard is listed twice"
+    table = _table_bytes(entries)
+    write_durably(dataset / TABLE, table)
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        tokenizer_file=tokenizer.name,
+        tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        vocab_size=vocab_size,
+        special_ids=dict(special_ids),
+        dtype=dtype_for(vocab_size),
+        block_tokens=block_tokens,
+        preparation=dict(preparation),
+        split_rule=split_rule,
+        counts=dict(counts or {}),
+        shards=entries,
+        table_sha256=hashlib.sha256(table).hexdigest(),
+        fingerprint="0" * 64,
+    )
+    manifest = manifest.model_copy(update={"fingerprint": _fingerprint(manifest, entries)})
+    write_sealed(dataset / MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_manifest(dataset: Path) -> Manifest:
+    """The manifest of a dataset directory, its own sha256 and that of the shard table checked.
+
+    DataUsageError when the directory is no dataset, DataError when the dataset is damaged.
+    """
+    path = dataset / MANIFEST
+    if not path.is_file():
+        raise DataUsageError(_no_dataset(dataset))
+    raw = path.read_bytes()
+    found = read_sealed(path) if _SEAL.search(raw) or FORMAT.encode() in raw else {}
+    if found.get("format") != FORMAT:
+        raise DataUsageError(
+            f"{dataset} is not a dataset: its {MANIFEST} was not written by `headrace prepare`; "
+            "name the directory given to `headrace prepare --output`"
+        )
+    if found.get("version") != VERSION:
+        raise DataUsageError(
+            f"{path} has format version {found.get('version')}, this headrace reads {VERSION}; "
+            "use the headrace that wrote it, or prepare the text again"
+        )
+    try:
+        manifest = Manifest.model_validate(found)
+    except ValidationError as error:
+        raise DataError(f"{path} holds what no headrace writes: {error}") from error
+    table = dataset / TABLE
+    if not table.is_file() or hashlib.sha256(table.read_bytes()).hexdigest() != (
+        manifest.table_sha256
+    ):
+        raise DataError(
+            f"{table} is missing or damaged (its sha256 is not the one in {MANIFEST}); "
+            "restore it from a copy, or run the same `headrace prepare` into a new directory"
+        )
+    return manifest
+
+
+def read_table(dataset: Path) -> NDArray[np.void]:
+    """The shards as a mapped table in manifest order; `read_manifest` has checked its hash."""
+    table: NDArray[np.void] = np.load(dataset / TABLE, mmap_mode="r", allow_pickle=False)
+    return table
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> str:
+    """Write canonical JSON that ends in its own sha256; returns the sha256 of the whole file."""
+    body = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    seal = hashlib.sha256(body).hexdigest()
+    sealed = body[:-1] + f',"sha256":"{seal}"}}\n'.encode()
+    write_durably(path, sealed)
+    return hashlib.sha256(sealed).hexdigest()
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. DataError when a single bit of the file has changed."""
+    raw = path.read_bytes()
+    seal = _SEAL.search(raw)
+    if seal is None or hashlib.sha256(raw[: seal.start()] + b"}").hexdigest() != seal[1].decode():
+        raise DataError(
+            f"{path} is damaged or was edited: its content does not match the sha256 at its end; "
+            "restore it from a copy, or run the same `headrace prepare` into a new directory"
+        )
+    content: dict[str, Any] = json.loads(raw)
+    del content["sha256"]
+    return content
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: after a crash it holds the old content or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a synced file to its final name and sync the folder."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _no_dataset(dataset: Path) -> str:
+    if not dataset.is_dir():
+        return (
+            f"{dataset} is not a dataset: no such directory; "
+            f"write it with `headrace prepare --input PATH --output {dataset}`"
+        )
+    if (dataset / "headrace.lock.json").is_file():
+        return (
+            f"{dataset} is not a dataset yet: its preparation has not finished (no {MANIFEST}); "
+            "run the same `headrace prepare` again, it continues where it stopped"
+        )
+    return (
+        f"{dataset} is not a dataset: it holds no {MANIFEST}; name the directory given to "
+        "`headrace prepare --output`"
+    )
+
+
+def _fingerprint(manifest: Manifest, shards: Iterable[ShardEntry]) -> str:
+    identity = {
+        "version": VERSION,
+        "tokenizer": manifest.tokenizer_sha256,
+        "vocab_size": manifest.vocab_size,
+        "special_ids": manifest.special_ids,
+        "dtype": manifest.dtype,
+        "block_tokens": manifest.block_tokens,
+        # The source's name is part of the keys of the order, so it is content here.
+        "shards": [[entry.split, entry.source, entry.sha256] for entry in shards],
+    }
+    body = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _table_bytes(shards: tuple[ShardEntry, ...]) -> bytes:
+    paths = [entry.path.encode() for entry in shards]
+    table = np.zeros(
+        len(shards),
+        dtype=[
+            ("path", f"S{max(map(len, paths))}"),
+            ("bytes", "<u8"),
+            ("tokens", "<u8"),
+            ("documents", "<u8"),
+            ("idx_sha256", "u1", (32,)),
+        ],
+    )
+    table["path"] = paths
+    for name in ("bytes", "tokens", "documents"):
+        table[name] = [getattr(entry, name) for entry in shards]
+    table["idx_sha256"] = [list(bytes.fromhex(entry.idx_sha256)) for entry in shards]
+    file = io.BytesIO()
+    np.save(file, table, allow_pickle=False)
+    return file.getvalue()

@@ -1,0 +1,295 @@
+"""Token shards v1: a tar that WebDataset and `tar` read, and an index that makes it addressable.
+
+    shard-000000.tar        000000-00000.lens.npy (<u4 document lengths), 000000-00000.tokens.npy
+    shard-000000.idx.json   per chunk: where its arrays lie, counts, xxh3; sha256 of the tar
+
+A chunk holds whole documents, at least 1 Mi tokens but for the last one. Equal documents make equal
+bytes (mtime 0, no owner). A shard appears under its name only when it is whole; its
+index follows and makes it finished. Memory: one chunk plus one document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data.config import DataError
+from data.manifest import BLOCK_TOKENS as BLOCK_TOKENS
+from data.manifest import Dtype as Dtype
+from data.manifest import Manifest as Manifest
+from data.manifest import ShardEntry as ShardEntry
+from data.manifest import dtype_for as dtype_for
+from data.manifest import publish, read_sealed, write_sealed
+from data.manifest import read_manifest as read_manifest
+from data.manifest import write_manifest as write_manifest
+
+CHUNK_TOKENS = 2**20
+INDEX_FORMAT = "headrace-shard-index"
+INDEX_VERSION = 1
+_READ_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of a shard. Offsets are of the first array element, in bytes of the tar."""
+
+    key: str
+    documents: int
+    tokens: int
+    lens_offset: int
+    tokens_offset: int
+    lens_xxh3: str
+    tokens_xxh3: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The content of an index file."""
+
+    dtype: Dtype
+    bytes: int
+    tar_sha256: str
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the shard."""
+        return sum(chunk.tokens for chunk in self.chunks)
+
+    @property
+    def documents(self) -> int:
+        """Documents of the shard."""
+        return sum(chunk.documents for chunk in self.chunks)
+
+
+class ShardWriter:
+    """Writes documents to shard-000000.tar, shard-000001.tar, ... of a folder DATASET/SPLIT/SOURCE.
+
+    A shard is closed by the document that takes its tokens to `shard_bytes` bytes or more.
+    """
+
+    def __init__(self, folder: Path, *, dtype: Dtype, shard_bytes: int) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._shard_bytes = shard_bytes
+        self._open: _OpenShard | None = None
+        self._entries: list[ShardEntry] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, ids: NDArray[Any]) -> None:
+        """Append one document: integer ids, end-of-text id included."""
+        if self._open is None:
+            path = self._folder / f"shard-{len(self._entries):06d}.tar"
+            self._open = _OpenShard(path, self._dtype)
+        self._open.add(ids)
+        if self._open.token_bytes >= self._shard_bytes:
+            self._entries.append(self._open.close())
+            self._open = None
+
+    def close(self) -> list[ShardEntry]:
+        """Finish the last shard; returns all of them, none when no document was added."""
+        if self._open is not None:
+            self._entries.append(self._open.close())
+            self._open = None
+        return self._entries
+
+
+def write_shard(path: Path, documents: Iterable[NDArray[Any]], dtype: Dtype) -> ShardEntry:
+    """Write one shard DATASET/SPLIT/SOURCE/shard-NNNNNN.tar and then its index.
+
+    A kill leaves no shard, or a shard without index, which the next call replaces. DataError when
+    an id does not fit `dtype` or there is no document.
+    """
+    shard = _OpenShard(path, dtype)
+    for ids in documents:
+        shard.add(ids)
+    return shard.close()
+
+
+def finished_shard(path: Path) -> ShardEntry | None:
+    """The entry of a shard that was written before, after reading all of it; None when it must be
+    written (again).
+    """
+    try:
+        index = read_index(index_path(path))
+        if path.stat().st_size != index.bytes or file_sha256(path) != index.tar_sha256:
+            return None
+    except (DataError, OSError):
+        return None
+    return _entry(path, index, file_sha256(index_path(path)))
+
+
+def index_path(shard: Path) -> Path:
+    """shard-000000.tar -> shard-000000.idx.json"""
+    return shard.with_suffix(".idx.json")
+
+
+def read_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
+    """The index of a shard. DataError when it is missing, damaged, or has another sha256."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; restore it from a copy of the dataset")
+    if sha256 is not None and file_sha256(path) != sha256:
+        read_sealed(path)
+        raise DataError(
+            f"{path} is an intact index, but not the one that the manifest lists; "
+            "restore it from a copy of this dataset"
+        )
+    found = read_sealed(path)
+    if (found.get("format"), found.get("version")) != (INDEX_FORMAT, INDEX_VERSION):
+        raise DataError(
+            f"{path} is no shard index that this headrace reads: "
+            f"format {found.get('format')!r}, version {found.get('version')!r}"
+        )
+    return ShardIndex(
+        dtype=found["dtype"],
+        bytes=found["bytes"],
+        tar_sha256=found["tar_sha256"],
+        chunks=tuple(Chunk(**chunk) for chunk in found["chunks"]),
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hex, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _OpenShard:
+    """A shard while it is written, under a temporary name."""
+
+    def __init__(self, path: Path, dtype: Dtype) -> None:
+        # Imported here: webdataset imports torch, which neither readers nor a login node need.
+        from webdataset.writer import TarWriter
+
+        # An index of an earlier attempt must not vouch for the new tar.
+        index_path(path).unlink(missing_ok=True)
+        self._path = path
+        self._dtype = dtype
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file = _HashingFile(self._temporary)
+        self._tar = TarWriter(
+            cast(BinaryIO, self._file), encoder=False, mtime=0, user="", group="", mode=0o444
+        )
+        self._documents: list[NDArray[Any]] = []
+        self._buffered = 0
+        self._chunks: list[Chunk] = []
+        self.token_bytes = 0
+
+    def add(self, ids: NDArray[Any]) -> None:
+        assert ids.ndim == 1 and len(ids) > 0, "a document holds at least its end-of-text id"
+        limit = np.iinfo(self._dtype).max
+        if int(ids.min()) < 0 or int(ids.max()) > limit:
+            raise DataError(
+                f"{self._path}: a document holds token id {int(ids.max())}, but ids of type "
+                f"{self._dtype} reach from 0 to {limit}; is this the dataset's tokenizer?"
+            )
+        self._documents.append(ids.astype(self._dtype))
+        self._buffered += len(ids)
+        self.token_bytes += len(ids) * np.dtype(self._dtype).itemsize
+        if self._buffered >= CHUNK_TOKENS:
+            self._write_chunk()
+
+    def close(self) -> ShardEntry:
+        if self._documents:
+            self._write_chunk()
+        self._tar.close()
+        self._file.close()
+        if not self._chunks:
+            self._temporary.unlink()
+            raise DataError(f"{self._path}: a shard needs at least one document, there was none")
+        index = ShardIndex(
+            dtype=self._dtype,
+            bytes=self._temporary.stat().st_size,
+            tar_sha256=self._file.sha256.hexdigest(),
+            chunks=self._chunks_with_offsets(),
+        )
+        publish(self._temporary, self._path)
+        content = {
+            "format": INDEX_FORMAT,
+            "version": INDEX_VERSION,
+            "dtype": index.dtype,
+            "bytes": index.bytes,
+            "tar_sha256": index.tar_sha256,
+            "chunks": [vars(chunk) for chunk in index.chunks],
+        }
+        return _entry(self._path, index, write_sealed(index_path(self._path), content))
+
+    def _write_chunk(self) -> None:
+        lens = np.array([len(ids) for ids in self._documents], dtype="<u4")
+        tokens = np.concatenate(self._documents)
+        key = f"{self._path.stem.rpartition('-')[2]}-{len(self._chunks):05d}"
+        self._tar.write({"__key__": key, "lens.npy": _npy(lens), "tokens.npy": _npy(tokens)})
+        self._chunks.append(
+            Chunk(
+                key=key,
+                documents=len(lens),
+                tokens=len(tokens),
+                lens_offset=-1,
+                tokens_offset=-1,
+                lens_xxh3=xxhash.xxh3_64_hexdigest(lens.tobytes()),
+                tokens_xxh3=xxhash.xxh3_64_hexdigest(tokens.tobytes()),
+            )
+        )
+        self._documents = []
+        self._buffered = 0
+
+    def _chunks_with_offsets(self) -> tuple[Chunk, ...]:
+        """The offsets as a reader of tar files finds them, so that no layout is assumed here."""
+        with tarfile.open(self._temporary, "r:") as tar:
+            end = {member.name: member.offset_data + member.size for member in tar}
+        width = np.dtype(self._dtype).itemsize
+        return tuple(
+            Chunk(
+                **{
+                    **vars(chunk),
+                    "lens_offset": end[f"{chunk.key}.lens.npy"] - 4 * chunk.documents,
+                    "tokens_offset": end[f"{chunk.key}.tokens.npy"] - width * chunk.tokens,
+                }
+            )
+            for chunk in self._chunks
+        )
+
+
+class _HashingFile:
+    """A file that is only written, with the sha256 of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb")
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _entry(path: Path, index: ShardIndex, idx_sha256: str) -> ShardEntry:
+    return ShardEntry(
+        path="/".join(path.parts[-3:]),
+        bytes=index.bytes,
+        sha256=index.tar_sha256,
+        idx_sha256=idx_sha256,
+        tokens=index.tokens,
+        documents=index.documents,
+    )
