@@ -22,12 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar
+from typing import Any
 
 from launcher import slurm
 
@@ -35,6 +34,7 @@ log = logging.getLogger(__name__)
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": 3}
 LAUNCH_FOLDER = "HEADRACE_LAUNCH"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
 
@@ -50,11 +50,9 @@ class Role(StrEnum):
 class LaunchError(ValueError):
     """A run that could not be started or failed on a rank; the message is meant for a person."""
 
-    exit_code: ClassVar[int] = 1
-
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]
+        self.exit_code = exit_code
 
 
 def recognise(environ: Mapping[str, str]) -> Role:
@@ -74,49 +72,58 @@ def rank_of(environ: Mapping[str, str]) -> int:
     return int(environ["RANK" if role is Role.TORCHRUN_RANK else "SLURM_PROCID"])
 
 
-def run_job(train: Callable[[], str], *, run: Path, num_processes: int) -> int:
+def run_job(
+    train: Callable[[], str], *, run: Path, num_processes: int, program: str = "launcher"
+) -> int:
     """Run `train` here, or this command line under torchrun.
 
     Returns the exit code: 0 done, 1 failed, 3 stopped. `train` returns the outcome of the run:
     "complete", "stopped" or "failed".
     """
     role = recognise(os.environ)
+    if role is Role.SRUN_RANK and num_processes > 1:
+        raise LaunchError(
+            f"--nproc {num_processes} inside an srun step of several tasks: each task is one rank "
+            "already; leave --nproc out, or give srun one task per node and start torchrun there",
+            exit_code=2,
+        )
     if role is not Role.LAUNCHER:
         return _run_rank(train, role)
     if num_processes > 1:
-        return launch(sys.argv[1:], run=run, num_processes=num_processes)
-    log.info("launcher: one process, training in it")
-    with _environment(thread_settings(1, os.environ)):
-        return EXIT_CODES[train()]
+        return launch(sys.argv[1:], run=run, num_processes=num_processes, program=program)
+    log.info("launcher: one process, no torchrun")
+    return EXIT_CODES[train()]
 
 
-def launch(argv: Sequence[str], *, run: Path, num_processes: int) -> int:
-    """Start `headrace ARGV` on `num_processes` ranks of this machine; returns the exit code of all.
+def launch(argv: Sequence[str], *, run: Path, num_processes: int, program: str = "launcher") -> int:
+    """Start `python -m PROGRAM ARGV` on `num_processes` ranks of this machine and wait for them.
 
-    SIGINT, SIGTERM and SIGUSR1 ask the ranks to save and stop. LaunchError carries the message of
-    a rank that refused.
+    Returns the exit code of the whole. SIGINT, SIGTERM and SIGUSR1 ask the ranks to save and stop.
+    LaunchError carries the message and the code of a rank that refused, or says that one failed.
     """
-    log.info("launcher: starting %d processes with torchrun", num_processes)
     rows_before = _num_rows(run)
-    with tempfile.TemporaryDirectory(prefix="headrace-") as name, _Stop() as stop:
+    with tempfile.TemporaryDirectory(prefix="headrace-") as name, _StopRequests() as stop:
+        log.info("launcher: starting %d processes with torchrun", num_processes)
         folder = Path(name)
-        process = _start_torchrun(argv, num_processes, folder)
-        while process.poll() is None:
+        torchrun = _start_torchrun([program, *argv], num_processes, folder)
+        while torchrun.poll() is None:
             if (number := stop.take()) is not None:
-                _signal_ranks(folder, num_processes, process, number)
+                _pass_on(number, folder, num_processes, torchrun)
             time.sleep(POLL_SECONDS)
         refusal = _first_refusal(folder)
     if refusal is not None:
         raise refusal
-    code = _exit_code(
-        run, process.returncode, new_rows=_num_rows(run) > rows_before, asked=stop.asked
+    code = torchrun.returncode
+    outcome = last_outcome(run)
+    if code == 0 and outcome is not None:
+        return EXIT_CODES[outcome]
+    if stop.asked and (outcome == "stopped" or _num_rows(run) == rows_before):
+        # Ended on request, after the last save or before the first step.
+        return EXIT_CODES["stopped"]
+    raise LaunchError(
+        f"training failed: torchrun left with {code}; the first traceback above is the cause. "
+        f"The same command continues from the newest checkpoint in {run}"
     )
-    if code == 1:
-        raise LaunchError(
-            f"training failed: torchrun left with {process.returncode}; the first traceback above "
-            f"is the cause. The same command resumes from the newest checkpoint in {run}"
-        )
-    return code
 
 
 def thread_settings(num_processes: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -134,13 +141,13 @@ def num_cores() -> int:
 
 
 def last_outcome(run: Path) -> str | None:
-    """The `outcome` of the last row of RUN/attempts.jsonl; None when no attempt has ended."""
+    """The `outcome` of the last row of RUN/attempts.jsonl; None when that attempt has not ended."""
     path = run / "attempts.jsonl"
     rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     try:
         outcome = json.loads(rows[-1]).get("outcome") if rows else None
     except json.JSONDecodeError:
-        # A rank was killed while it wrote the row.
+        # Killed while the row was written.
         return None
     return outcome if outcome in EXIT_CODES else None
 
@@ -150,27 +157,27 @@ def _run_rank(train: Callable[[], str], role: Role) -> int:
     if role is Role.SRUN_RANK:
         os.environ.update(slurm.rendezvous(os.environ))
     if rank == 0:
-        log.info(
-            "%s 0 of %s", role, os.environ.get("WORLD_SIZE") or os.environ["SLURM_STEP_NUM_TASKS"]
-        )
-    folder = _register(rank, os.environ)
+        size = "WORLD_SIZE" if role is Role.TORCHRUN_RANK else "SLURM_STEP_NUM_TASKS"
+        log.info("%s 0 of %s", role, os.environ[size])
+    folder = _register(rank)
     try:
         return 1 if train() == "failed" else 0
     except ValueError as error:
         if folder is None or not hasattr(error, "exit_code"):
             raise
-        refusal = json.dumps({"message": str(error), "exit_code": error.exit_code})
-        _write(folder / f"refusal-{rank:05d}.json", refusal)
+        refusal = {"message": str(error), "exit_code": error.exit_code}
+        _write(folder / f"refusal-{rank:05d}.json", json.dumps(refusal))
         # The launcher prints it and leaves with its code; 0 here keeps torchrun from shouting.
         return 0
 
 
-def _register(rank: int, environ: MutableMapping[str, str]) -> Path | None:
-    name = environ.get(LAUNCH_FOLDER)
+def _register(rank: int) -> Path | None:
+    """Let the launcher know this rank; None when torchrun was started by somebody else."""
+    name = os.environ.get(LAUNCH_FOLDER, "")
     if not name or not Path(name).is_dir():
         return None
     # Until the loop listens, a stop request ends the rank: nothing is trained, so nothing is lost.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     # torchrun gives every rank a session of its own: nothing else ends it when torchrun is killed.
     _follow_parent(signal.SIGKILL)
@@ -179,10 +186,10 @@ def _register(rank: int, environ: MutableMapping[str, str]) -> Path | None:
 
 
 def _start_torchrun(
-    argv: Sequence[str], num_processes: int, folder: Path
+    program: Sequence[str], num_processes: int, folder: Path
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={num_processes}", "--max-restarts=0", "-m", "launcher", *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
+    command += [f"--nproc-per-node={num_processes}", "-m", *program]
     settings = thread_settings(num_processes, os.environ) | {LAUNCH_FOLDER: str(folder)}
 
     def in_child() -> None:
@@ -197,8 +204,8 @@ def _start_torchrun(
     )
 
 
-def _signal_ranks(
-    folder: Path, num_processes: int, torchrun: subprocess.Popen[bytes], number: int
+def _pass_on(
+    number: int, folder: Path, num_processes: int, torchrun: subprocess.Popen[bytes]
 ) -> None:
     """Ask every rank to stop; torchrun is ended instead while some rank has not even started."""
     pids = [int(path.read_text()) for path in sorted(folder.glob("rank-*.pid"))]
@@ -221,37 +228,27 @@ def _first_refusal(folder: Path) -> LaunchError | None:
     return None
 
 
-def _exit_code(run: Path, torchrun_code: int, *, new_rows: bool, asked: bool) -> int:
-    outcome = last_outcome(run)
-    if torchrun_code == 0:
-        return EXIT_CODES[outcome or "failed"]
-    if asked and (not new_rows or outcome == "stopped"):
-        # Ended on request, before the first step or after the last save.
-        return EXIT_CODES["stopped"]
-    return EXIT_CODES["failed"]
-
-
 def _num_rows(run: Path) -> int:
     path = run / "attempts.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-class _Stop:
+class _StopRequests:
     """Collects stop signals while it is entered, and says once how to insist."""
 
     def __init__(self) -> None:
         self.asked = False
         self._pending: list[int] = []
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    def __enter__(self) -> _StopRequests:
+        for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def take(self) -> int | None:
         """The oldest signal that nobody has acted on."""
@@ -259,22 +256,13 @@ class _Stop:
             return None
         number = self._pending.pop(0)
         if not self.asked:
-            log.info(
-                "%s: saving and stopping; the same signal again stops at once",
-                signal.Signals(number).name,
-            )
+            name = signal.Signals(number).name
+            log.info("%s: saving and stopping; the same signal again stops at once", name)
         self.asked = True
         return number
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._pending.append(number)
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    # torch reads OMP_NUM_THREADS when it is first imported, which is later than this.
-    os.environ.update(settings)
-    yield
 
 
 def _follow_parent(number: signal.Signals) -> None:

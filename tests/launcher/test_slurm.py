@@ -1,0 +1,256 @@
+"""The batch script: its text, and what it does when stand-ins play Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.slurm import TEMPLATE, Job, SlurmError, render, rendezvous, submit
+
+
+def job(run: Path, **changes: object) -> Job:
+    """A job of 4 nodes with 8 GPUs."""
+    values = {
+        "recipe": "llama-7b",
+        "overrides": ("data=/data/books and more", "optim.lr=1e-4"),
+        "run": run,
+        "num_nodes": 4,
+        "gpus_per_node": 8,
+        "time": "1-12:00:00",
+    }
+    return Job(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_the_script_is_the_template_with_the_settings_filled_in(tmp_path: Path) -> None:
+    script = render(job(tmp_path / "run", options=("--partition=batch",)))
+    settings = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert settings == [
+        "#SBATCH --job-name=headrace-run",
+        "#SBATCH --nodes=4",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
+        "#SBATCH --time=1-12:00:00",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --signal=B:USR1@300",
+        f"#SBATCH --chdir={Path.cwd()}",
+        "#SBATCH --partition=batch",
+        f"#SBATCH --output={tmp_path}/run/logs/slurm-%j.out",
+    ]
+    assert "set -- llama-7b 'data=/data/books and more' optim.lr=1e-4\n" in script
+    template = TEMPLATE.read_text().split("# to here\n")[1]
+    assert script.endswith(template)
+
+
+def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
+    assert "--gpus-per-node" not in [
+        line.split("=")[0].removeprefix("#SBATCH ")
+        for line in render(job(tmp_path, gpus_per_node=0)).splitlines()
+        if line.startswith("#SBATCH")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"time": "a day"}, r"--time 'a day' is no Slurm time; write MINUTES, HH:MM:SS or"),
+        ({"num_nodes": 0}, r"--nodes 0 --gpus-per-node 8: a job needs at least one node"),
+        ({"options": ("partition=x",)}, r"--sbatch 'partition=x' is no sbatch option"),
+    ],
+)
+def test_a_job_that_slurm_would_refuse_is_refused_here(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SlurmError, match=message):
+        render(job(tmp_path, **changes))
+
+
+def test_submit_says_what_to_do_where_slurm_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        SlurmError, match="sbatch not found: Slurm is not installed here; run this on"
+    ):
+        submit(job(tmp_path / "run"))
+
+
+def test_submit_hands_the_script_to_sbatch(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", cluster.path)
+    cluster.command("sbatch", 'echo "$@" >"$STATE/sbatch"; echo "71;cluster"')
+    assert submit(job(cluster.run)) == "71"
+    script = cluster.run / "logs" / "pretrain.sbatch"
+    assert (cluster.state / "sbatch").read_text() == f"--parsable {script}\n"
+    assert script.read_text() == render(job(cluster.run))
+
+
+def test_the_rendezvous_of_a_step_follows_from_the_job(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", cluster.path)
+    environ = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[1-2]"}
+    assert rendezvous(environ) == {"MASTER_ADDR": "n1", "MASTER_PORT": "23456"}
+    assert rendezvous(environ | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}) == {}
+
+
+class Cluster:
+    """Stand-ins for Slurm's commands in a PATH, and a run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run, self.state = folder / "run", folder / "state"
+        self._bin = folder / "bin"
+        for path in (self.run, self.state, self._bin):
+            path.mkdir()
+        self.path = f"{self._bin}:/usr/bin:/bin"
+        self.command(
+            "scontrol", 'echo "$*" >>"$STATE/scontrol"; [ "$1" = requeue ] || echo "n1\nn2"'
+        )
+        self.command("sleep", "exit 0")
+        os.environ["STATE"] = str(self.state)
+
+    def command(self, name: str, body: str) -> None:
+        """Put a shell script called `name` first in PATH."""
+        path = self._bin / name
+        path.write_text(f"#!/bin/bash\n{body}\n".replace("\\n", "\n"))
+        path.chmod(0o755)
+
+    def ends(self, code: int, *, outcome: str = "", checkpoint: str = "") -> None:
+        """Let srun leave with `code` after writing what a run leaves behind."""
+        body = 'printf "%s\\0" "$@" >"$STATE/srun"; env >"$STATE/environment"'
+        if outcome:
+            row = f'{{"attempt": 1, "outcome": "{outcome}", "step": 3}}'
+            body += f"; echo '{row}' >>{self.run}/attempts.jsonl"
+        if checkpoint:
+            folder = self.run / "checkpoints" / checkpoint
+            body += f"; mkdir -p {folder}; touch {folder}/manifest.json"
+        self.command("srun", f"{body}; exit {code}")
+
+    def submitted(self, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run the script as slurmd would."""
+        script = self.run.parent / "script"
+        script.write_text(render(job(self.run)))
+        settings = {
+            "PATH": self.path, "STATE": str(self.state), "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_ON_NODE": "64",
+        }  # fmt: skip
+        return subprocess.run(
+            ["bash", str(script)],
+            env=settings | environ,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+    @property
+    def requeued(self) -> bool:
+        """Whether the job was put back into the queue."""
+        path = self.state / "scontrol"
+        return path.exists() and "requeue 123456" in path.read_text()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """A cluster of stand-ins."""
+    monkeypatch.setenv("STATE", "")
+    return Cluster(tmp_path)
+
+
+def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
+    cluster.ends(0, outcome="complete")
+    done = cluster.submitted()
+    assert done.returncode == 0, done.stdout + done.stderr
+    argv = (cluster.state / "srun").read_text().split("\0")[:-1]
+    assert argv[:4] == [
+        "--kill-on-bad-exit=1", "--wait=60", "--cpu-bind=none",
+        f"--output={cluster.run}/logs/attempt-0-node-%n.log",
+    ]  # fmt: skip
+    assert argv[4:6] == ["bash", "-c"]
+    assert argv[6].startswith('trap "" USR1; exec "$PYTHON" -m torch.distributed.run')
+    assert argv[7:] == [
+        "_", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
+        "--master-port=23456", "-m", "launcher", "pretrain", "llama-7b",
+        "data=/data/books and more", "optim.lr=1e-4", "--run", str(cluster.run),
+    ]  # fmt: skip
+    environ = (cluster.state / "environment").read_text()
+    assert "OMP_NUM_THREADS=8\n" in environ
+    assert f"PYTHON={sys.executable}\n" in environ
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "left", "requeued"),
+    [
+        ("complete", 0, 0, False),
+        ("stopped", 0, 0, False),  # --stop-at
+        ("failed", 1, 0, True),
+        ("", 137, 0, True),  # a node died: no row at all
+    ],
+)
+def test_the_job_goes_back_into_the_queue_after_a_failure_alone(
+    outcome: str, code: int, left: int, requeued: bool, cluster: Cluster
+) -> None:
+    cluster.ends(code, outcome=outcome)
+    done = cluster.submitted()
+    assert (done.returncode, cluster.requeued) == (left, requeued), done.stdout + done.stderr
+
+
+def test_an_older_outcome_does_not_hide_a_failure(cluster: Cluster) -> None:
+    (cluster.run / "attempts.jsonl").write_text('{"outcome": "complete"}\n')
+    cluster.ends(1)
+    cluster.submitted()
+    assert cluster.requeued
+
+
+def test_failures_without_progress_end_the_job(cluster: Cluster) -> None:
+    cluster.ends(1, outcome="failed")
+    codes = [cluster.submitted(SLURM_RESTART_COUNT=str(count)).returncode for count in range(3)]
+    assert codes == [0, 0, 1]
+
+
+def test_a_new_checkpoint_forgives_earlier_failures(cluster: Cluster) -> None:
+    for count in range(4):
+        cluster.ends(1, outcome="failed", checkpoint=f"step-{count:09d}")
+        assert cluster.submitted(SLURM_RESTART_COUNT=str(count)).returncode == 0
+
+
+def test_a_stop_file_keeps_the_job_from_starting(cluster: Cluster) -> None:
+    (cluster.run / "STOP").touch()
+    done = cluster.submitted()
+    assert done.returncode == 0
+    assert "STOP exists: not starting" in done.stdout
+
+
+def test_no_host_name_is_an_error_and_never_localhost(cluster: Cluster) -> None:
+    cluster.command("scontrol", "exit 1")
+    done = cluster.submitted()
+    assert done.returncode == 1
+    assert "no host name for n[1-2]" in done.stdout
+
+
+def test_usr1_reaches_the_step_and_the_job_is_queued_again(cluster: Cluster) -> None:
+    """Slurm signals the batch shell; the stand-in for srun saves when the signal arrives."""
+    row = '{"attempt": 1, "outcome": "stopped", "step": 3}'
+    (cluster.state / "row").write_text(row + "\n")
+    cluster.command(
+        "srun",
+        f"trap 'cat $STATE/row >>{cluster.run}/attempts.jsonl; exit 0' USR1\n"
+        'kill -USR1 "$PPID"\nfor _ in {1..200}; do /bin/sleep 0.05; done; exit 1',
+    )
+    done = cluster.submitted()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "outcome 'stopped', stop 'USR1'" in done.stdout
+    assert cluster.requeued
+
+
+def test_the_template_can_be_submitted_by_hand() -> None:
+    done = subprocess.run(["bash", str(TEMPLATE)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "usage: sbatch slurm/pretrain.sbatch RUN RECIPE [key=value ...]" in done.stderr

@@ -1,0 +1,162 @@
+"""One command, several processes, one exit code: with a toy job under the real torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.spawn import LaunchError, Role, last_outcome, rank_of, recognise, run_job
+from launcher.spawn import thread_settings as threads
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "role", "rank"),
+    [
+        ({}, Role.LAUNCHER, 0),
+        ({"RANK": "3"}, Role.LAUNCHER, 0),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Role.TORCHRUN_RANK, 3),
+        # A batch script has the job's variables but is no step.
+        (ALLOCATION, Role.LAUNCHER, 0),
+        # One task per node starts a launcher of its own, as does salloc's shell.
+        (ALLOCATION | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Role.LAUNCHER, 0),
+        (
+            ALLOCATION | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"},
+            Role.SRUN_RANK,
+            2,
+        ),
+        # torchrun under srun: the nearer parent decides.
+        (
+            {"RANK": "9", "WORLD_SIZE": "16", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            Role.TORCHRUN_RANK,
+            9,
+        ),
+    ],
+)
+def test_who_am_i(environ: dict[str, str], role: Role, rank: int) -> None:
+    assert recognise(environ) is role
+    assert rank_of(environ) == rank
+
+
+def test_threads_are_shared_out_unless_somebody_decided() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert threads(1, {}) == {"OMP_NUM_THREADS": str(cores)}
+    assert threads(10 * cores, {}) == {"OMP_NUM_THREADS": "1"}
+    assert threads(2, {"OMP_NUM_THREADS": "7"}) == {}
+
+
+def test_the_outcome_is_that_of_the_last_attempt(tmp_path: Path) -> None:
+    assert last_outcome(tmp_path) is None
+    file = tmp_path / "attempts.jsonl"
+    rows = [{"event": "start"}, {"event": "end", "outcome": "stopped"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert last_outcome(tmp_path) == "stopped"
+    file.write_text(file.read_text() + json.dumps({"event": "start"}) + "\n")
+    assert last_outcome(tmp_path) is None
+    file.write_text(file.read_text() + '{"event": "end", "outc')
+    assert last_outcome(tmp_path) is None
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("complete", 0), ("failed", 1), ("stopped", 3)])
+def test_one_process_trains_in_place(outcome: str, code: int, tmp_path: Path) -> None:
+    pids = []
+
+    def train() -> str:
+        pids.append(os.getpid())
+        return outcome
+
+    assert run_job(train, run=tmp_path, num_processes=1) == code
+    assert pids == [os.getpid()]
+
+
+def test_an_srun_rank_starts_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(
+        LaunchError, match="each task is one rank already; leave --nproc out"
+    ) as raised:
+        run_job(lambda: "complete", run=tmp_path, num_processes=2)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("complete", 0, "torchrun rank 0 of 2"),
+        ("refuse", 2, "error: steps=60 in the run, 61 now"),
+        ("crash", 1, "RuntimeError: out of luck"),
+    ],
+)
+def test_the_end_of_the_ranks_becomes_one_exit_code(
+    what: str, code: int, said: str, tmp_path: Path
+) -> None:
+    with start(what, tmp_path) as job:
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == code, stderr
+    assert stderr.count(said) == 1
+    if what == "refuse":
+        assert "Traceback" not in stderr
+        assert stderr.rstrip().endswith(said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_and_the_code_is_3(number: int, tmp_path: Path) -> None:
+    with start("wait", tmp_path) as job:
+        until(lambda: all((tmp_path / f"listening-{rank}").exists() for rank in (0, 1)))
+        job.send_signal(number)
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 3, stderr
+    assert last_outcome(tmp_path) == "stopped"
+    assert "Traceback" not in stderr
+
+
+def test_a_signal_before_training_stops_at_once_with_3(tmp_path: Path) -> None:
+    with start("wait", tmp_path) as job:
+        assert job.stderr is not None
+        assert "launcher: starting 2 processes" in job.stderr.readline()
+        job.send_signal(signal.SIGINT)
+        job.communicate(timeout=60)
+    assert job.returncode == 3
+    assert not (tmp_path / "attempts.jsonl").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks follow their parent on Linux only")
+@pytest.mark.parametrize("victim", ["launcher", "torchrun"])
+def test_no_rank_outlives_a_killed_parent(victim: str, tmp_path: Path) -> None:
+    with start("wait", tmp_path) as job:
+        until(lambda: all((tmp_path / f"listening-{rank}").exists() for rank in (0, 1)))
+        ranks = [(tmp_path / f"rank-{rank}").read_text().split() for rank in (0, 1)]
+        os.kill(job.pid if victim == "launcher" else int(ranks[0][1]), signal.SIGKILL)
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pair in ranks for pid in pair))
+        job.communicate(timeout=60)
+    assert job.returncode == (-signal.SIGKILL if victim == "launcher" else 1)
+
+
+def start(what: str, run: Path) -> subprocess.Popen[str]:
+    """The toy job in a process of its own, as from a shell."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.launcher.toy_job", what, str(run)],
+        cwd=ROOT,
+        env=environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for `condition`, which something else makes true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,66 @@
+"""A job without torch, started like a real one: `python -m tests.launcher.toy_job WHAT RUN`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from launcher import spawn
+from train.stop import StopRequest
+
+
+class ToyRefusal(ValueError):
+    """What a rank says to a person."""
+
+    exit_code = 2
+
+
+def main() -> None:
+    """Be the launcher or one of two ranks, and leave as `headrace` does."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
+    what, run = sys.argv[1], Path(sys.argv[2])
+    try:
+        sys.exit(
+            spawn.run_job(
+                lambda: train(what, run), run=run, num_processes=2, program="tests.launcher.toy_job"
+            )
+        )
+    except spawn.LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def train(what: str, run: Path) -> str:
+    """Do WHAT: refuse, crash, complete, or wait to be stopped."""
+    rank = int(os.environ["RANK"])
+    (run / f"rank-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
+    if what == "refuse":
+        raise ToyRefusal("steps=60 in the run, 61 now")
+    if what == "crash" and rank == 1:
+        raise RuntimeError("out of luck")
+    if what == "complete":
+        return end(run, rank, "complete")
+    stop = StopRequest()
+    stop.listen()
+    (run / f"listening-{rank}").touch()
+    for _ in range(600):
+        if stop.reason is not None:
+            return end(run, rank, "stopped")
+        time.sleep(0.1)
+    return "failed"
+
+
+def end(run: Path, rank: int, outcome: str) -> str:
+    """Record the outcome as a real run does."""
+    if rank == 0:
+        with (run / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps({"attempt": 1, "event": "end", "outcome": outcome}) + "\n")
+    return outcome
+
+
+if __name__ == "__main__":
+    main()
