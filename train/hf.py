@@ -1,0 +1,289 @@
+"""Hugging Face folders in and out: the only module that imports transformers.
+
+Nothing that is read here can run code: remote code is off, weights come from safetensors only, and
+the hub is never asked. A folder that lacks weights of its model is refused, because transformers
+would start them at random without failing. Importing this module costs seconds; import it where
+it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+# transformers reads it once, when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+log = logging.getLogger(__name__)
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+)
+"""Files of a folder that together are its tokenizer; fine-tuning hands them on unchanged."""
+
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+_SAFE = {"local_files_only": True, "trust_remote_code": False}
+
+
+class ModelFolderError(ValueError):
+    """A Hugging Face folder that cannot be used as asked."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class FolderTokenizer:
+    """The tokenizer of a Hugging Face folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
+        except _LOAD_ERRORS as error:
+            raise ModelFolderError(
+                f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}; "
+                "the folder needs a tokenizer.json beside config.json"
+            ) from None
+        self.eos_id: int | None = self._tokenizer.eos_token_id
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.pad_id: int | None = self._tokenizer.pad_token_id
+        self.vocab_size = len(self._tokenizer)
+        self.has_chat_template = bool(self._tokenizer.chat_template)
+        self.prefix_ids = self._prefix_ids()
+        """Ids that the tokenizer itself puts in front of every text, such as BOS; often none."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the texts alone, nothing added."""
+        return self._encode(texts, add_special_tokens=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, nothing added."""
+        return self.encode_batch([text])[0]
+
+    def encode_inputs(
+        self, texts: Sequence[str], *, max_tokens: int
+    ) -> tuple[list[list[int]], int]:
+        """Model inputs as the tokenizer itself makes them (with BOS, CLS ... where it adds any).
+
+        Longer ones are cut at the end to `max_tokens`; also returns how many were.
+        """
+        inputs = self._encode(texts, add_special_tokens=True)
+        long = [index for index, ids in enumerate(inputs) if len(ids) > max_tokens]
+        if long:
+            # Cut by the tokenizer, so that what it puts at the end stays there.
+            cut = self._encode(
+                [texts[index] for index in long], truncation=True, max_length=max_tokens
+            )
+            for index, ids in zip(long, cut, strict=True):
+                inputs[index] = ids
+        return inputs, len(long)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def chat(self, prompt: str, response: str) -> tuple[str, str]:
+        """(what the model reads, what it answers) in the folder's chat template."""
+        user = {"role": "user", "content": prompt}
+        assistant = {"role": "assistant", "content": response}
+        apply = self._tokenizer.apply_chat_template
+        start: str = apply([user], tokenize=False, add_generation_prompt=True)
+        whole: str = apply([user, assistant], tokenize=False)
+        return start, whole.removeprefix(start) if whole.startswith(start) else response
+
+    def context_ids(self) -> list[int]:
+        """What stands before the first token of a text when its likelihood is measured.
+
+        What the tokenizer itself puts there, else EOS (documents of a training stream follow one),
+        else BOS.
+        """
+        if self.prefix_ids:
+            return self.prefix_ids
+        found = [id for id in (self.eos_id, self.bos_id) if id is not None]
+        return found[:1]
+
+    def _encode(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        found: list[list[int]] = self._tokenizer(list(texts), verbose=False, **options)["input_ids"]
+        return found
+
+    def _prefix_ids(self) -> list[int]:
+        plain, whole = self.encode("a"), self._encode(["a"], add_special_tokens=True)[0]
+        for start in range(len(whole)):
+            if plain and whole[start : start + len(plain)] == plain:
+                return whole[:start]
+        return []
+
+
+def load_tokenizer(folder: str | Path) -> FolderTokenizer:
+    """The folder's tokenizer; ModelFolderError when it has none that can be loaded."""
+    return FolderTokenizer(_existing(Path(folder)))
+
+
+def load_causal(folder: str | Path, *, dtype: torch.dtype | None = torch.float32) -> Any:
+    """The folder's language model on the CPU, in evaluation mode; dtype None: as it is stored."""
+    folder = Path(folder)
+    if labels_of(folder) is not None:
+        raise ModelFolderError(
+            f"{folder} is a classifier and predicts no text; use it with "
+            f"`headrace evaluate {folder} --data FILE.csv`, or name a language model's folder"
+        )
+    model, report = _load(transformers.AutoModelForCausalLM, folder, dtype=dtype)
+    _refuse_missing(folder, report["missing_keys"])
+    return model
+
+
+def load_classifier(
+    folder: str | Path,
+    labels: Sequence[str] | None = None,
+    *,
+    pad_id: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = torch.float32,
+) -> Any:
+    """The folder's classifier, or a new head with these labels on a language model's folder.
+
+    The head of a new classifier is random, drawn from `seed`. `pad_id` says which id only fills up.
+    """
+    folder = Path(folder)
+    own = labels_of(folder)
+    options: dict[str, Any] = {} if pad_id is None else {"pad_token_id": pad_id}
+    if own is not None and labels is not None and list(labels) != own:
+        raise ModelFolderError(
+            f"{folder} is a classifier for {own}, not for {list(labels)}; "
+            "start from the language model that it was made from"
+        )
+    if own is None:
+        if labels is None:
+            raise ModelFolderError(
+                f"{folder} is a language model without labels; train a classifier from it with "
+                f"`headrace finetune classify model={folder} data=FILE.csv`"
+            )
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        auto = transformers.AutoModelForSequenceClassification
+        model, report = _load(auto, folder, dtype=dtype, **options)
+    # A language model's folder has no head, and often no pooler in front of it.
+    inner = f"{model.base_model_prefix}."
+    new = {name for name in report["missing_keys"] if own is None and "pooler" in name}
+    new |= {name for name in report["missing_keys"] if own is None and not name.startswith(inner)}
+    _refuse_missing(folder, report["missing_keys"] - new)
+    if new:
+        log.info("new at random in the classifier: %s", ", ".join(sorted(new)))
+    return model
+
+
+def labels_of(folder: str | Path) -> list[str] | None:
+    """Label names of a sequence classifier in the order of its logits; None for any other model."""
+    config = _config(_existing(Path(folder)))
+    if not any("SequenceClassification" in name for name in config.architectures or ()):
+        return None
+    return [str(config.id2label[index]) for index in range(len(config.id2label))]
+
+
+def context_length(folder: str | Path) -> int | None:
+    """Most tokens that the model can read at once; None when its config sets no limit."""
+    config = _config(_existing(Path(folder))).get_text_config()
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
+def save_folder(
+    model: Any, out: Path, *, tokenizer_from: Path, tokenizer_config: dict[str, Any] | None = None
+) -> None:
+    """Write a Hugging Face folder: config, safetensors in the model's dtype, and a tokenizer.
+
+    The tokenizer files are those of `tokenizer_from` to the byte, except that `tokenizer_config`
+    is laid over tokenizer_config.json.
+    """
+    model.save_pretrained(out, max_shard_size="5GB")
+    for pattern in TOKENIZER_FILES:
+        for file in sorted(tokenizer_from.glob(pattern)):
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copyfile(file, out / file.name)
+    if tokenizer_config:
+        path = out / "tokenizer_config.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**old, **tokenizer_config}, indent=2) + "\n")
+
+
+def _load(auto: Any, folder: Path, *, dtype: torch.dtype | None, **options: Any) -> tuple[Any, Any]:
+    _refuse_pickles(_existing(folder))
+    try:
+        return auto.from_pretrained(  # type: ignore[no-any-return]
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_SAFE,
+            **options,
+        )
+    except _LOAD_ERRORS as error:
+        raise ModelFolderError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, **_SAFE)
+    except _LOAD_ERRORS as error:
+        raise ModelFolderError(
+            f"{folder / 'config.json'} names no model that transformers "
+            f"{transformers.__version__} has itself (code inside a folder is never run): "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _existing(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is no directory"
+        raise ModelFolderError(
+            f"{folder} is no Hugging Face folder: it {what}; "
+            "make one from a run with `headrace export RUN OUT`"
+        )
+    return folder
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    others = sorted(
+        file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}")
+    )
+    raise ModelFolderError(
+        f"{folder} holds no *.safetensors"
+        + (f", only {', '.join(others)}, which can run code when loaded" if others else "")
+        + "; load it where you trust it and write it again with save_pretrained"
+    )
+
+
+def _refuse_missing(folder: Path, missing: set[str]) -> None:
+    if missing:
+        raise ModelFolderError(
+            f"{folder} lacks {len(missing)} weights of its model, such as {min(missing)}; "
+            "transformers would start them at random: copy or export the folder again"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
