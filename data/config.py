@@ -1,4 +1,4 @@
-"""What `headrace prepare` and a training run's [data] table may say, and the two errors of this package.
+"""What a preparation and a run's [data] table may say, and the two errors of this package.
 
 Nothing here imports more than pydantic, so that commands on a login node answer at once.
 """
@@ -11,37 +11,37 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class DataError(ValueError):
-    """Data that cannot be used, said for people: what, where, why and what to do."""
+    """Data that is damaged, missing or not what it claims to be."""
 
     exit_code: ClassVar[int] = 1
 
 
 class DataUsageError(DataError):
-    """A request that is refused before any work is done."""
+    """A request that cannot be met with this data, refused before anything is written."""
 
     exit_code: ClassVar[int] = 2
 
 
 class PrepareConfig(BaseModel):
-    """How text becomes token shards. Every field changes the bytes that are written; the number of workers does not."""
+    """How text becomes token shards. Every field changes what is written; workers never do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     vocab_size: Annotated[int, Field(ge=1)] = 8192
-    """Pieces of the tokenizer that is trained here, special ones included; not used with a tokenizer of your own."""
+    """Pieces of the tokenizer that is trained here; unused with a tokenizer of your own."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the text held out for validation; 0 holds nothing out."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
     """Key of a JSON line that holds its text."""
     max_bad_lines: Annotated[int, Field(ge=0)] = 0
-    """JSON lines that may be skipped (broken, without the text field, or with text that is no Unicode)."""
+    """JSON lines that may be skipped: broken, without the text field, or not Unicode text."""
     bos: bool = False
     """Store a begin-of-sequence id in front of every document."""
-    tokenizer_bytes: Annotated[int, Field(ge=1)] = 2**26
-    """Text that the tokenizer is trained on, in bytes; more text than that is sampled by hash."""
+    tokenizer_bytes: Annotated[int, Field(ge=1)] = 2**25
+    """Text to train the tokenizer on, in bytes; more text than that is sampled by hash."""
     shard_bytes: Annotated[int, Field(ge=1)] = 2**30
     """Text per shard in bytes; the shard itself is smaller (English: about half)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Chooses which text is held out."""
 
 

@@ -1,0 +1,133 @@
+"""Which text is validation: long documents are cut into pieces, and the hash of a piece decides.
+
+The rule sees content and seed alone, never order or path: text that is added later does not move
+what is there, and equal pieces stay on one side. Pieces serve the split only; neighbours on the
+same side are joined again, so a document is stored in as few runs as its sides allow.
+Cost: one blake2b of the text, about 1 s per GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from data.readers import Document, InputFile
+
+Side = Literal["train", "val"]
+SIDES: tuple[Side, Side] = ("train", "val")
+PIECE_BYTES = 2**16
+HASH_RANGE = 2**64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes [start, stop) of a document; `hash` is uniform in [0, HASH_RANGE)."""
+
+    start: int
+    stop: int
+    hash: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """The bytes [start, stop) of a document that are stored together, on one side."""
+
+    start: int
+    stop: int
+    side: Side
+
+
+@dataclass(frozen=True)
+class Override:
+    """The one piece that goes to `side` whatever its hash: a side must not stay empty."""
+
+    file: InputFile
+    offset: int
+    """Byte of the file where the piece's document (or its line) starts, plus the piece's start."""
+    side: Side
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """A piece is validation when its hash is below `val_fraction` of the hash's range."""
+
+    val_fraction: float
+    seed: int
+    piece_bytes: int = PIECE_BYTES
+    override: Override | None = None
+
+    @property
+    def first_train_hash(self) -> int:
+        return int(self.val_fraction * HASH_RANGE)
+
+    def pieces(self, document: Document) -> Iterator[Piece]:
+        """The document cut into pieces of at most `piece_bytes` bytes; they tile its text."""
+        start = 0
+        while start < len(document.text):
+            stop = _cut(document.text, start, start + self.piece_bytes)
+            yield Piece(start, stop, piece_hash(document.text[start:stop], self.seed))
+            start = stop
+
+    def side(self, file: InputFile, document: Document, piece: Piece) -> Side:
+        override = self.override
+        if (
+            override is not None
+            and override.offset == document.offset + piece.start
+            and override.file == file
+        ):
+            return override.side
+        return "val" if piece.hash < self.first_train_hash else "train"
+
+    def runs(self, file: InputFile, document: Document) -> list[Run]:
+        """The document as it is stored: maximal runs of pieces on one side, in order."""
+        runs: list[Run] = []
+        for piece in self.pieces(document):
+            side = self.side(file, document, piece)
+            start = runs.pop().start if runs and runs[-1].side == side else piece.start
+            runs.append(Run(start, piece.stop, side))
+        return runs
+
+    def describe(self) -> str:
+        """The rule in words, for the manifest."""
+        words = (
+            f"documents over {self.piece_bytes} bytes of UTF-8 are cut before every "
+            f"{self.piece_bytes} bytes after the last blank line, else newline, else space, else "
+            "character; a piece is validation when blake2b (digest_size 8, person "
+            f"'headrace split', salt seed {self.seed} as <u8) of its bytes, read as <u8, is below "
+            f"{self.val_fraction!r} * 2^64; neighbours on one side are joined again"
+        )
+        if self.override is None:
+            return words
+        which = "smallest" if self.override.side == "val" else "largest"
+        return f"{words}; {self.override.side} would be empty and got the {which} hash"
+
+
+def piece_hash(piece: bytes, seed: int) -> int:
+    """A number in [0, HASH_RANGE) that depends on the bytes and the seed alone."""
+    salt = seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(piece, digest_size=8, person=b"headrace split", salt=salt).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _cut(text: bytes, start: int, limit: int) -> int:
+    """Where the piece that begins at `start` ends: by `limit`, but for one long character."""
+    if len(text) <= limit:
+        return len(text)
+    for marks in ((b"\n\n", b"\n\r\n"), (b"\n",)):
+        found = [(text.rfind(mark, start, limit), len(mark)) for mark in marks]
+        if max(found)[0] >= 0:
+            return sum(max(found))
+    stop = text.rfind(b" ", start + 1, limit)
+    if stop > start:
+        return stop
+    stop = limit
+    while stop > start and text[stop] & 0xC0 == 0x80:
+        stop -= 1
+    if stop > start:
+        return stop
+    stop = limit
+    while stop < len(text) and text[stop] & 0xC0 == 0x80:
+        stop += 1
+    return stop
