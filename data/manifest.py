@@ -170,7 +170,11 @@ def read_manifest(dataset: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(found)
     except ValidationError as error:
-        raise DataError(f"{path} holds what no headrace writes: {error}") from error
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path} holds what no headrace writes: {key}: {first['msg']}; restore it from a copy"
+        ) from error
     table = dataset / TABLE
     if not table.is_file() or hashlib.sha256(table.read_bytes()).hexdigest() != (
         manifest.table_sha256

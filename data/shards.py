@@ -111,9 +111,13 @@ def write_shard(path: Path, documents: Iterable[NDArray[Any]], dtype: Dtype) -> 
     an id does not fit `dtype` or there is no document.
     """
     shard = _OpenShard(path, dtype)
-    for ids in documents:
-        shard.add(ids)
-    return shard.close()
+    try:
+        for ids in documents:
+            shard.add(ids)
+        return shard.close()
+    except BaseException:
+        shard.abandon()
+        raise
 
 
 def finished_shard(path: Path) -> ShardEntry | None:
@@ -205,7 +209,6 @@ class _OpenShard:
         self._tar.close()
         self._file.close()
         if not self._chunks:
-            self._temporary.unlink()
             raise DataError(f"{self._path}: a shard needs at least one document, there was none")
         index = ShardIndex(
             dtype=self._dtype,
@@ -223,6 +226,10 @@ class _OpenShard:
             "chunks": [vars(chunk) for chunk in index.chunks],
         }
         return _entry(self._path, index, write_sealed(index_path(self._path), content))
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
     def _write_chunk(self) -> None:
         lens = np.array([len(ids) for ids in self._documents], dtype="<u4")
@@ -273,6 +280,8 @@ class _HashingFile:
         return self._file.write(data)
 
     def close(self) -> None:
+        if self._file.closed:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -1,0 +1,127 @@
+"""Show what a training step was made of: its samples, their text, and the hash that proves it.
+
+The answer needs the dataset and the run's seed, seq_len and batch size, nothing else; its
+`data_hash` equals the one in the step's row of metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.config import DataUsageError
+from data.stream import Placement, SampleStream, sample_hash
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One document's part of a sample."""
+
+    shard: str
+    number: int
+    """Position of the document in its shard."""
+    first_token: int
+    """Where the part begins in the document; 0 when the sample holds its beginning."""
+    num_tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class InspectedSample:
+    """A sample with its text."""
+
+    sample: int
+    source: str
+    epoch: int
+    shard: str
+    chunk: str
+    token_offset: int
+    """Of the first token, counted from the start of the shard."""
+    hash: str
+    """As in `data_hash`, 16 hex digits."""
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A step with its samples [first, last)."""
+
+    dataset: str
+    step: int
+    first: int
+    last: int
+    seed: int
+    seq_len: int
+    data_hash: str
+    samples: tuple[InspectedSample, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        return asdict(self)
+
+
+def inspect(
+    dataset: Path,
+    *,
+    step: int,
+    seed: int,
+    seq_len: int,
+    batch_samples: int,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> Inspection:
+    """The samples of a training step; steps count from 1, step N covers [(N-1)*G, N*G).
+
+    `decode` turns ids into text; the dataset's own tokenizer does when it is not given. DataError
+    when the data is damaged, DataUsageError for a step that cannot be.
+    """
+    if step < 1:
+        raise DataUsageError(f"step {step} does not exist; steps count from 1")
+    stream = SampleStream(dataset, seq_len=seq_len, seed=seed)
+    decode = decode or _decoder(dataset)
+    first, last = (step - 1) * batch_samples, step * batch_samples
+    total = 0
+    samples = []
+    for sample in range(first, last):
+        tokens = stream.tokens(sample)
+        hashed = sample_hash(sample, tokens)
+        total += hashed
+        samples.append(_inspected(stream.placement(sample), hashed, tokens.tolist(), decode))
+    return Inspection(
+        dataset=str(dataset),
+        step=step,
+        first=first,
+        last=last,
+        seed=seed,
+        seq_len=seq_len,
+        data_hash=f"{total % 2**64:016x}",
+        samples=tuple(samples),
+    )
+
+
+def _inspected(
+    placement: Placement, hashed: int, ids: list[int], decode: Callable[[Sequence[int]], str]
+) -> InspectedSample:
+    pieces = []
+    begin = 0
+    for part in placement.documents:
+        text = decode(ids[begin : begin + part.num_tokens])
+        pieces.append(Piece(**vars(part), text=text))
+        begin += part.num_tokens
+    return InspectedSample(
+        sample=placement.sample,
+        source=placement.source,
+        epoch=placement.epoch,
+        shard=placement.shard,
+        chunk=placement.chunk,
+        token_offset=placement.token_offset,
+        hash=f"{hashed:016x}",
+        pieces=tuple(pieces),
+    )
+
+
+def _decoder(dataset: Path) -> Callable[[Sequence[int]], str]:
+    from data.tokenizer import load_tokenizer
+
+    return load_tokenizer(dataset).decode

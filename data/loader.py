@@ -1,0 +1,143 @@
+"""Micro-batches of a sample stream for one data-parallel rank, the same whatever the layout.
+
+Step s of a run covers samples [C, C + G). Micro-batch m of rank r of R, with b samples each, covers
+C + (m*R + r)*b + [0, b); places beyond the batch are dummies. Laid side by side over ranks and then
+micro-batches, that is the order of the samples for every R, b and number of loader processes.
+A batch is a pure function of its number, so loader processes hold no state and nothing is lost when
+a run stops with batches in flight.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.config import DataError
+from data.stream import SampleStream as SampleStream
+from data.stream import sample_hash as sample_hash
+
+# B samples of a micro-batch, T tokens of a sample
+IGNORED = -100
+PREFETCHED = 4
+"""Micro-batches that a loader process keeps ready."""
+
+Batch = dict[str, torch.Tensor]
+
+
+def accumulation(batch_samples: int, num_ranks: int, micro_batch: int) -> int:
+    """Micro-batches per rank and step: as many as the batch needs, the last ones part dummies."""
+    return -(-batch_samples // (num_ranks * micro_batch))
+
+
+def micro_batches(
+    stream: SampleStream,
+    *,
+    first_sample: int,
+    batch_samples: int,
+    num_steps: int,
+    rank: int,
+    num_ranks: int,
+    micro_batch: int,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """The micro-batches of one rank in training order, accumulation * num_steps of them.
+
+    Each holds int64 tensors: input_ids, labels and position_ids [B,T], labels already shifted
+    (labels[t] is the target of input t; -100 where there is none), and data_hash, a scalar: the sum
+    of the hashes of the real samples, modulo 2^64, as a signed number.
+    DataError when the data is damaged, also when a loader process found it.
+    """
+    assert 0 <= rank < num_ranks, "a rank of the data-parallel group"
+    plan = _Plan(
+        stream=stream,
+        first_sample=first_sample,
+        batch_samples=batch_samples,
+        rank=rank,
+        num_ranks=num_ranks,
+        micro_batch=micro_batch,
+        num_micro=accumulation(batch_samples, num_ranks, micro_batch),
+        num_steps=num_steps,
+    )
+    if num_workers == 0:
+        return (plan.batch(number) for number in range(len(plan)))
+    return _from_workers(plan, num_workers)
+
+
+@dataclass(frozen=True)
+class _Plan(Dataset[Any]):
+    """Micro-batches by number, counted over the steps: a map-style torch dataset."""
+
+    stream: SampleStream
+    first_sample: int
+    batch_samples: int
+    rank: int
+    num_ranks: int
+    micro_batch: int
+    num_micro: int
+    num_steps: int
+
+    def __len__(self) -> int:
+        return self.num_micro * self.num_steps
+
+    def __getitem__(self, number: int) -> Batch | DataError:
+        # Handed over as a value: torch would wrap an exception in the worker's whole traceback.
+        try:
+            return self.batch(number)
+        except DataError as error:
+            return error
+
+    def batch(self, number: int) -> Batch:
+        step, micro = divmod(number, self.num_micro)
+        first = (micro * self.num_ranks + self.rank) * self.micro_batch
+        places = np.arange(first, first + self.micro_batch, dtype=np.int64)
+        real = places[places < self.batch_samples]
+        samples = real + (self.first_sample + step * self.batch_samples)
+        tokens = self.stream.batch(samples)
+        seq_len = self.stream.seq_len
+        input_ids_BT = np.zeros((self.micro_batch, seq_len), dtype=np.int64)
+        labels_BT = np.full((self.micro_batch, seq_len), IGNORED, dtype=np.int64)
+        input_ids_BT[: len(real)] = tokens[:, :-1]
+        labels_BT[: len(real)] = tokens[:, 1:]
+        positions_BT = np.tile(np.arange(seq_len, dtype=np.int64), (self.micro_batch, 1))
+        total = sum(map(sample_hash, samples.tolist(), tokens)) % 2**64
+        return {
+            "input_ids": torch.from_numpy(input_ids_BT),
+            "labels": torch.from_numpy(labels_BT),
+            "position_ids": torch.from_numpy(positions_BT),
+            "data_hash": torch.tensor(total - 2**64 if total >= 2**63 else total),
+        }
+
+
+def _from_workers(plan: _Plan, num_workers: int) -> Iterator[Batch]:
+    # A fork server is a fresh process: workers inherit neither threads nor a GPU from the trainer.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    loader: DataLoader[Any] = DataLoader(
+        plan,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCHED,
+        multiprocessing_context=context,
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            found = next(batches, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a loader process died ({error}); when memory ran out, lower data.num_workers "
+                "(0 reads in the training process)"
+            ) from error
+        if found is None:
+            return
+        if isinstance(found, DataError):
+            raise found
+        yield found

@@ -1,0 +1,146 @@
+"""Which source every sample comes from: a table of 65,536 slots per phase, repeated for ever.
+
+Weights become slots by largest remainder (at least one slot for a positive weight). The slots of a
+source are spread so that after any number of samples it has had its share to within one sample
+(Tijdeman's quota method). A phase starts at a sample; changing weights appends a phase, and every
+source goes on at the sample where it stood, so nothing is lost or repeated.
+Cost: 0.1 s and 400 KB per phase with several sources, a single source costs nothing to build.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import DataUsageError
+
+NUM_SLOTS = 65_536
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From sample `start` on, sources are mixed by these weights (any positive scale)."""
+
+    start: int
+    weights: Mapping[str, float]
+
+
+class Mixture:
+    """The phases of a run as a function from sample to (source, sample of the source)."""
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        if not phases or phases[0].start != 0:
+            raise DataUsageError("the first phase of a mixture starts at sample 0")
+        starts = [phase.start for phase in phases]
+        if any(a >= b for a, b in itertools.pairwise(starts)):
+            raise DataUsageError(f"phases start one after another, these start at samples {starts}")
+        self.names = sorted({name for phase in phases for name in phase.weights})
+        self._starts = np.array(starts, dtype=np.int64)
+        self._slots = [quotas(phase.weights) for phase in phases]
+        self._tables = [
+            _Table([slots.get(name, 0) for name in self.names]) for slots in self._slots
+        ]
+        base = np.zeros(len(self.names), dtype=np.int64)
+        self._bases = [base]
+        for table, length in zip(self._tables, np.diff(self._starts).tolist(), strict=False):
+            base = base + table.counts_before(length)
+            self._bases.append(base)
+
+    def locate(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Index into `names`, and index within that source, of each sample."""
+        sources, indices = np.empty_like(samples), np.empty_like(samples)
+        phases = np.searchsorted(self._starts, samples, side="right") - 1
+        for phase in np.unique(phases).tolist():
+            chosen = phases == phase
+            source, index = self._tables[phase].locate(samples[chosen] - self._starts[phase])
+            sources[chosen] = source
+            indices[chosen] = self._bases[phase][source] + index
+        return sources, indices
+
+    def state(self) -> list[dict[str, object]]:
+        """The phases in whole numbers, for a checkpoint."""
+        return [
+            {"start": start, "slots": slots}
+            for start, slots in zip(self._starts.tolist(), self._slots, strict=True)
+        ]
+
+
+def quotas(weights: Mapping[str, float]) -> dict[str, int]:
+    """Slots of each source out of NUM_SLOTS, by largest remainder, ties by name."""
+    for name, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise DataUsageError(
+                f"source {name!r} has weight {weight}; a weight is a positive number, "
+                "and a source that is not wanted is left out"
+            )
+    if not 0 < len(weights) <= NUM_SLOTS:
+        raise DataUsageError(
+            f"a mixture needs 1 to {NUM_SLOTS} sources, this one has {len(weights)}"
+        )
+    names = sorted(weights)
+    total = sum(weights[name] for name in names)
+    ideal = {name: weights[name] / total * NUM_SLOTS for name in names}
+    slots = {name: max(int(ideal[name]), 1) for name in names}
+    while sum(slots.values()) < NUM_SLOTS:
+        slots[max(names, key=lambda name: ideal[name] - slots[name])] += 1
+    while sum(slots.values()) > NUM_SLOTS:
+        # Minimum slots of tiny sources are paid by the source that is furthest above its share.
+        payers = [name for name in names if slots[name] > 1]
+        slots[max(payers, key=lambda name: slots[name] - ideal[name])] -= 1
+    return slots
+
+
+class _Table:
+    """One period of a phase: the source of each slot, and how many slots it had before."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self._counts = np.array(slots, dtype=np.int64)
+        self._only = int(self._counts.argmax()) if self._counts.max() == NUM_SLOTS else None
+        if self._only is None:
+            self._sources = np.array(_spread(slots), dtype=np.int32)
+            self._ranks = np.empty(NUM_SLOTS, dtype=np.int32)
+            for source, count in enumerate(slots):
+                self._ranks[self._sources == source] = np.arange(count)
+
+    def locate(self, places: Ints) -> tuple[Ints, Ints]:
+        if self._only is not None:
+            return np.full_like(places, self._only), places
+        periods, slots = np.divmod(places, np.int64(NUM_SLOTS))
+        sources = self._sources[slots].astype(np.int64)
+        return sources, periods * self._counts[sources] + self._ranks[slots]
+
+    def counts_before(self, place: int) -> Ints:
+        """Samples of each source among the first `place` of this phase."""
+        periods, slots = divmod(place, NUM_SLOTS)
+        counts = self._counts * periods
+        if self._only is not None:
+            counts[self._only] += slots
+            return counts
+        return counts + np.bincount(self._sources[:slots], minlength=len(counts))
+
+
+def _spread(slots: Sequence[int]) -> list[int]:
+    """The source of every slot, such that each prefix of t slots holds t * slots/NUM_SLOTS +- 1.
+
+    Item i of a source with q slots may lie in slots floor(i*Q/q) ... ceil((i+1)*Q/q) - 1; earliest
+    deadline first meets all of these (Tijdeman 1980, The chairman assignment problem).
+    """
+    release: list[list[tuple[int, int]]] = [[] for _ in range(NUM_SLOTS)]
+    for source, count in enumerate(slots):
+        for i in range(count):
+            deadline = -(-(i + 1) * NUM_SLOTS // count)
+            release[i * NUM_SLOTS // count].append((deadline, source))
+    due: list[tuple[int, int]] = []
+    table = []
+    for ready in release:
+        for item in ready:
+            heapq.heappush(due, item)
+        table.append(heapq.heappop(due)[1])
+    return table

@@ -1,0 +1,156 @@
+"""The order of samples: a pure function of (seed, source, geometry, sample index), O(1) in memory.
+
+A source is one stream of T tokens, tiled by blocks of B. Full block g holds B//L samples; the tail
+holds ((T-1) % B)//L more. Sample t of block g covers tokens g*B + t*L ... g*B + t*L + L, both ends
+included: L+1 tokens, the last shared with the next sample, so that cutting drops no target.
+
+Sample j of a source is place x of epoch e. The places of an epoch are rotated by whole windows; a
+window is 2^27/B blocks drawn by a Feistel permutation of all full blocks (the last one also takes
+the tail), and a second permutation mixes the samples inside it. So a reader touches 2^27 tokens at
+a time, and data smaller than that is permuted as a whole. Golden vectors fix every constant here.
+Cost: about 0.5 ms per call plus 1 us per sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_TOKENS = 2**27
+NUM_ROUNDS = 6
+
+Ints = NDArray[np.int64]
+_GOLDEN = 0x9E3779B97F4A7C15
+_U64 = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the samples of a source lie: T tokens, blocks of B, samples of L targets."""
+
+    num_tokens: int
+    block_tokens: int
+    seq_len: int
+
+    @property
+    def samples_per_block(self) -> int:
+        """Samples of a full block."""
+        return self.block_tokens // self.seq_len
+
+    @property
+    def num_blocks(self) -> int:
+        """Full blocks; each is followed by at least one token, the last target."""
+        return max(self.num_tokens - 1, 0) // self.block_tokens
+
+    @property
+    def num_tail_samples(self) -> int:
+        """Samples of the tokens after the last full block."""
+        return max(self.num_tokens - 1, 0) % self.block_tokens // self.seq_len
+
+    @property
+    def num_samples(self) -> int:
+        """Samples per epoch."""
+        return self.num_blocks * self.samples_per_block + self.num_tail_samples
+
+    @property
+    def window_blocks(self) -> int:
+        """Blocks of a window; the last window of an epoch may hold fewer."""
+        return max(WINDOW_TOKENS // self.block_tokens, 1)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of an epoch, one at least."""
+        return max(-(-self.num_blocks // self.window_blocks), 1)
+
+
+def locate(
+    samples: Ints, geometry: Geometry, *, seed: int, source: str, shuffle: bool = True
+) -> tuple[Ints, Ints]:
+    """Epoch and token offset of samples of one source; without `shuffle` in text order."""
+    epochs, places = np.divmod(samples, np.int64(geometry.num_samples))
+    if not shuffle:
+        return epochs, _offsets(places, geometry)
+    offsets = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        offsets[chosen] = _shuffled_offsets(places[chosen], geometry, seed, source, epoch)
+    return epochs, offsets
+
+
+def key(seed: int, purpose: str, source: str, epoch: int) -> int:
+    """The 64-bit key of one permutation. Everything that it depends on is spelled out here."""
+    name = json.dumps(["headrace order 1", seed, purpose, source, epoch], separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def permute(index: Ints, size: int, permutation_key: int) -> Ints:
+    """Where a keyed permutation of range(size) takes each index.
+
+    A Feistel network over the next power of two; what lands outside is sent through again (cycle
+    walking), at most twice as many passes on average as indices.
+    """
+    num_bits = (size - 1).bit_length()
+    keys = [_mix_int(permutation_key + (r + 1) * _GOLDEN) for r in range(NUM_ROUNDS)]
+    result = index.astype(np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        result[outside] = _feistel(result[outside], num_bits, keys)
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
+
+
+def _shuffled_offsets(places: Ints, geometry: Geometry, seed: int, source: str, epoch: int) -> Ints:
+    window_samples = geometry.window_blocks * geometry.samples_per_block
+    first = key(seed, "rotation", source, epoch) % geometry.num_windows
+    turned = (places + first * window_samples) % geometry.num_samples
+    windows = np.minimum(turned // window_samples, geometry.num_windows - 1)
+    slots = np.empty_like(turned)
+    for window in np.unique(windows).tolist():
+        chosen = windows == window
+        start = window * window_samples
+        last = window == geometry.num_windows - 1
+        size = geometry.num_samples - start if last else window_samples
+        inside = permute(turned[chosen] - start, size, key(seed, f"window {window}", source, epoch))
+        slots[chosen] = start + inside
+    # `slots` counts samples of permuted blocks, with the tail at its end; the tail stays in place.
+    blocks, within = np.divmod(slots, np.int64(geometry.samples_per_block))
+    full = blocks < geometry.num_blocks
+    blocks[full] = permute(blocks[full], geometry.num_blocks, key(seed, "blocks", source, epoch))
+    return _offsets(blocks * geometry.samples_per_block + within, geometry)
+
+
+def _offsets(slots: Ints, geometry: Geometry) -> Ints:
+    """Token offset of samples counted in the order of the text."""
+    blocks, within = np.divmod(slots, np.int64(geometry.samples_per_block))
+    offsets: Ints = blocks * geometry.block_tokens + within * geometry.seq_len
+    return offsets
+
+
+def _feistel(x: NDArray[np.uint64], num_bits: int, keys: list[int]) -> NDArray[np.uint64]:
+    """One bijection of range(2^num_bits); the halves may differ by one bit."""
+    low_bits = num_bits - num_bits // 2
+    low_mask, high_mask = np.uint64(2**low_bits - 1), np.uint64(2 ** (num_bits - low_bits) - 1)
+    high, low = x >> np.uint64(low_bits), x & low_mask
+    for r, round_key in enumerate(keys):
+        if r % 2 == 0:
+            high = high ^ (_mix(low, round_key) & high_mask)
+        else:
+            low = low ^ (_mix(high, round_key) & low_mask)
+    return (high << np.uint64(low_bits)) | low
+
+
+def _mix(x: NDArray[np.uint64], round_key: int) -> NDArray[np.uint64]:
+    # The finaliser of splitmix64 (Steele, Lea, Flood 2014). A multiply-add alone never mixes its
+    # low bits, because x*c + k mod 2^b depends on the low b bits of x only.
+    x = x + np.uint64(round_key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix_int(x: int) -> int:
+    return int(_mix(np.array([x & _U64], dtype=np.uint64), 0)[0])

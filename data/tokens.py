@@ -1,0 +1,282 @@
+"""One source of a dataset as one long array of tokens, read by `os.pread` in exact ranges.
+
+A chunk is read whole the first time it is touched: its xxh3 and its largest id are checked, and it
+stays in a bounded cache. Later reads take their range from the cache or straight from the file. A
+read may cross chunks and shards. Not for use by several threads at once; a copy sent to another
+process opens its own files.
+Memory: 64 MiB of chunks, 1,024 parsed indexes and 8 bytes per shard; 128 open files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data.config import DataError
+from data.manifest import Manifest, read_table
+from data.shards import Chunk, ShardIndex, index_path, read_index
+
+CACHE_BYTES = 2**26
+LARGEST_CACHED_CHUNK = 2**24
+MAX_INDEXES = 1024
+MAX_FILES = 128
+_PIECE_BYTES = 2**22
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document, or the part of it that lies in a range of tokens."""
+
+    shard: str
+    """SPLIT/SOURCE/FILE, relative to the dataset."""
+    number: int
+    """Position of the document in its shard."""
+    first_token: int
+    """Where the part begins, counted from the start of the document."""
+    num_tokens: int
+
+
+class TokenSource:
+    """The tokens of one source of one split, shard after shard in manifest order."""
+
+    def __init__(self, dataset: Path, manifest: Manifest, split: str, source: str) -> None:
+        self.name = source
+        self._dataset = dataset
+        self._vocab_size = manifest.vocab_size
+        self._dtype = np.dtype(manifest.dtype)
+        shards = manifest.source_shards(split, source)
+        self._row = manifest.shards.index(shards[0])
+        self._ends = np.cumsum([entry.tokens for entry in shards], dtype=np.int64)
+        self._reset()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the source."""
+        return int(self._ends[-1])
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint32]:
+        """Tokens [start, stop), uint32. DataError naming shard and chunk when they are damaged."""
+        assert 0 <= start < stop <= self.num_tokens, "a range inside the source"
+        parts = [
+            self._read_chunk(shard, chunk, first, last)
+            for shard, chunk, first, last in self._pieces(start, stop)
+        ]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.astype(np.uint32)
+
+    def place(self, token: int) -> tuple[str, str, int]:
+        """Shard path, chunk key and token offset inside the shard of a token."""
+        shard, chunk, first, _ = next(self._pieces(token, token + 1))
+        index = self._index(shard)
+        return self._path(shard), index.chunks[chunk].key, int(index.starts[chunk]) + first
+
+    def documents(self, start: int, stop: int) -> Iterator[Document]:
+        """The documents, whole or in part, that make up tokens [start, stop), in order."""
+        for shard, number, first, last in self._pieces(start, stop):
+            index = self._index(shard)
+            chunk = index.chunks[number]
+            before = sum(c.documents for c in index.chunks[:number])
+            lens = check_lens(self._file(shard), self._dataset / self._path(shard), chunk)
+            begin = 0
+            for i, length in enumerate(lens.tolist()):
+                low, high = max(begin, first), min(begin + length, last)
+                if low < high:
+                    yield Document(self._path(shard), before + i, low - begin, high - low)
+                begin += length
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_cache", "_files", "_indexes", "_checked", "_table")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._table = read_table(self._dataset)
+        self._cache: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
+        self._cached_bytes = 0
+        self._files: _Recent[int] = _Recent(MAX_FILES, drop=os.close)
+        self._indexes: _Recent[_Index] = _Recent(MAX_INDEXES)
+        self._checked: dict[int, bytearray] = {}
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(shard, chunk, first, last) of each piece, the tokens counted inside the chunk."""
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            shard_start = int(self._ends[shard - 1]) if shard else 0
+            index = self._index(shard)
+            chunk = int(np.searchsorted(index.ends, start - shard_start, side="right"))
+            while start < stop and chunk < len(index.chunks):
+                chunk_start = shard_start + int(index.starts[chunk])
+                end = min(stop, shard_start + int(index.ends[chunk]))
+                yield shard, chunk, start - chunk_start, end - chunk_start
+                start, chunk = end, chunk + 1
+            shard += 1
+
+    def _read_chunk(self, shard: int, number: int, first: int, last: int) -> NDArray[Any]:
+        whole = self._cache.get((shard, number))
+        if whole is not None:
+            self._cache.move_to_end((shard, number))
+            return whole[first:last]
+        chunk = self._index(shard).chunks[number]
+        path, file = self._dataset / self._path(shard), self._file(shard)
+        checked = self._checked.setdefault(shard, bytearray(len(self._index(shard).chunks)))
+        if not checked[number]:
+            whole = check_tokens(file, path, chunk, self._dtype, self._vocab_size)
+            checked[number] = 1
+            if whole is not None:
+                self._remember((shard, number), whole)
+                return whole[first:last]
+        width = self._dtype.itemsize
+        offset = chunk.tokens_offset + first * width
+        raw = _read_exactly(file, path, chunk, offset, (last - first) * width)
+        return np.frombuffer(raw, dtype=self._dtype)
+
+    def _remember(self, place: tuple[int, int], tokens: NDArray[Any]) -> None:
+        self._cache[place] = tokens
+        self._cached_bytes += tokens.nbytes
+        while self._cached_bytes > CACHE_BYTES:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.nbytes
+
+    def _path(self, shard: int) -> str:
+        return bytes(self._table[self._row + shard]["path"]).decode()
+
+    def _index(self, shard: int) -> _Index:
+        return self._indexes.get(shard, self._open_index)
+
+    def _file(self, shard: int) -> int:
+        return self._files.get(shard, self._open_file)
+
+    def _open_index(self, shard: int) -> _Index:
+        row = self._table[self._row + shard]
+        path = index_path(self._dataset / self._path(shard))
+        return _Index(read_index(path, sha256=row["idx_sha256"].tobytes().hex()))
+
+    def _open_file(self, shard: int) -> int:
+        path = self._dataset / self._path(shard)
+        return open_shard(path, int(self._table[self._row + shard]["bytes"]))
+
+
+class _Index:
+    """The chunks of a shard with their places in its tokens."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.chunks = index.chunks
+        self.ends = np.cumsum([chunk.tokens for chunk in index.chunks], dtype=np.int64)
+        self.starts = self.ends - [chunk.tokens for chunk in index.chunks]
+
+
+class _Recent(Generic[Value]):
+    """The values used last, made on demand and let go when there are too many."""
+
+    def __init__(self, limit: int, *, drop: Callable[[Value], None] | None = None) -> None:
+        self._limit = limit
+        self._drop = drop
+        self._values: OrderedDict[int, Value] = OrderedDict()
+
+    def get(self, key: int, make: Callable[[int], Value]) -> Value:
+        if key not in self._values:
+            self._values[key] = make(key)
+            if len(self._values) > self._limit:
+                self._forget()
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def __del__(self) -> None:
+        while self._values:
+            self._forget()
+
+    def _forget(self) -> None:
+        _, value = self._values.popitem(last=False)
+        if self._drop is not None:
+            self._drop(value)
+
+
+def open_shard(path: Path, num_bytes: int) -> int:
+    """A file descriptor of a shard. DataError when it is missing or not `num_bytes` long."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; restore it from a copy of the dataset"
+        ) from error
+    found = os.fstat(descriptor).st_size
+    if found != num_bytes:
+        os.close(descriptor)
+        raise DataError(
+            f"{path} is damaged: {found} bytes, the manifest says {num_bytes}; restore it from a "
+            "copy of the dataset, and run `headrace data verify --full` to see what else is"
+        )
+    return descriptor
+
+
+def check_tokens(
+    file: int, path: Path, chunk: Chunk, dtype: np.dtype[Any], vocab_size: int
+) -> NDArray[Any] | None:
+    """Read the tokens of a chunk once and check hash and ids; None when too many to keep in memory.
+
+    DataError naming the shard and the chunk.
+    """
+    num_bytes = chunk.tokens * dtype.itemsize
+    keep = num_bytes <= LARGEST_CACHED_CHUNK
+    piece_bytes = num_bytes if keep else _PIECE_BYTES
+    digest = xxhash.xxh3_64()
+    tokens: NDArray[Any] = np.empty(0, dtype=dtype)
+    largest = 0
+    for at in range(0, num_bytes, piece_bytes):
+        size = min(piece_bytes, num_bytes - at)
+        raw = _read_exactly(file, path, chunk, chunk.tokens_offset + at, size)
+        digest.update(raw)
+        tokens = np.frombuffer(raw, dtype=dtype)
+        largest = max(largest, int(tokens.max()))
+    if digest.hexdigest() != chunk.tokens_xxh3:
+        raise DataError(_damaged(path, chunk, "tokens"))
+    if largest >= vocab_size:
+        raise DataError(
+            f"{path}, chunk {chunk.key}: token id {largest} is outside the vocabulary of "
+            f"{vocab_size} ids; the shard was written with another tokenizer, prepare the "
+            "dataset again"
+        )
+    return tokens if keep else None
+
+
+def check_lens(file: int, path: Path, chunk: Chunk) -> NDArray[Any]:
+    """The document lengths of a chunk, checked. DataError naming the shard and the chunk."""
+    raw = _read_exactly(file, path, chunk, chunk.lens_offset, 4 * chunk.documents)
+    lens = np.frombuffer(raw, dtype="<u4")
+    if xxhash.xxh3_64_hexdigest(raw) != chunk.lens_xxh3 or int(lens.sum()) != chunk.tokens:
+        raise DataError(_damaged(path, chunk, "document lengths"))
+    return lens
+
+
+def _read_exactly(file: int, path: Path, chunk: Chunk, offset: int, size: int) -> bytes:
+    raw = os.pread(file, size, offset)
+    while len(raw) < size:
+        more = os.pread(file, size - len(raw), offset + len(raw))
+        if not more:
+            raise DataError(
+                f"{path}, chunk {chunk.key}: the file ends {size - len(raw)} bytes too early, it "
+                "was cut while it was in use; restore the shard from a copy"
+            )
+        raw += more
+    return raw
+
+
+def _damaged(path: Path, chunk: Chunk, array: str) -> str:
+    return (
+        f"{path}, chunk {chunk.key}: its {array} are damaged (xxh3 differs from the index); "
+        "restore the shard from a copy, and run `headrace data verify --full` on the dataset to "
+        "see what else is"
+    )

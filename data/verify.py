@@ -1,0 +1,132 @@
+"""Check a dataset on disk against its manifest and name whatever is damaged.
+
+Fast: manifest, tokenizer, indexes, file sizes, and the xxh3 of every chunk; token ids inside the
+vocabulary. Full adds the sha256 of every shard, which also covers the tar headers between the
+arrays. Both read all tokens once; full reads them twice. Memory: one piece of a chunk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataError
+from data.manifest import Manifest, ShardEntry, read_manifest
+from data.shards import file_sha256, index_path, read_index
+from data.tokens import check_lens, check_tokens, open_shard
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    file: str
+    """Relative to the dataset."""
+    chunk: str | None
+    """Key of the damaged chunk, None when the whole file is meant."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification read and found."""
+
+    dataset: str
+    full: bool
+    num_shards: int
+    num_chunks: int
+    tokens: int
+    documents: int
+    fingerprint: str
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(
+    dataset: Path, *, full: bool = False, progress: Callable[[ShardEntry], None] | None = None
+) -> Verification:
+    """Check every shard; `progress` is told of each when it is done.
+
+    Damage of shards is reported, all of it; DataError is raised when there is no manifest to check
+    against.
+    """
+    manifest = read_manifest(dataset)
+    problems = list(_stray_files(dataset, manifest))
+    tokenizer = dataset / manifest.tokenizer_file
+    if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer_sha256:
+        message = f"{tokenizer} is missing or not the tokenizer that the manifest names"
+        problems.append(Problem(manifest.tokenizer_file, None, message))
+    num_chunks = 0
+    for entry in manifest.shards:
+        found, chunks = _check_shard(dataset, manifest, entry, full=full)
+        problems += found
+        num_chunks += chunks
+        if progress is not None:
+            progress(entry)
+    return Verification(
+        dataset=str(dataset),
+        full=full,
+        num_shards=len(manifest.shards),
+        num_chunks=num_chunks,
+        tokens=sum(entry.tokens for entry in manifest.shards),
+        documents=sum(entry.documents for entry in manifest.shards),
+        fingerprint=manifest.fingerprint,
+        problems=tuple(problems),
+    )
+
+
+def _check_shard(
+    dataset: Path, manifest: Manifest, entry: ShardEntry, *, full: bool
+) -> tuple[list[Problem], int]:
+    """What is wrong with a shard, and how many of its chunks were read."""
+    path = dataset / entry.path
+    try:
+        file = open_shard(path, entry.bytes)
+    except DataError as error:
+        return [Problem(entry.path, None, str(error))], 0
+    problems = []
+    num_chunks = 0
+    try:
+        index = read_index(index_path(path), sha256=entry.idx_sha256)
+        for chunk in index.chunks:
+            num_chunks += 1
+            try:
+                check_lens(file, path, chunk)
+                check_tokens(file, path, chunk, np.dtype(manifest.dtype), manifest.vocab_size)
+            except DataError as error:
+                problems.append(Problem(entry.path, chunk.key, str(error)))
+    except DataError as error:
+        name = str(index_path(path).relative_to(dataset))
+        problems.append(Problem(name, None, str(error)))
+    finally:
+        os.close(file)
+    if full and not problems and file_sha256(path) != entry.sha256:
+        message = (
+            f"{path} is damaged outside its arrays (a tar header or padding): the tokens are "
+            "right, but its sha256 differs from the manifest; restore it from a copy"
+        )
+        problems.append(Problem(entry.path, None, message))
+    return problems, num_chunks
+
+
+def _stray_files(dataset: Path, manifest: Manifest) -> Iterator[Problem]:
+    listed = {entry.path for entry in manifest.shards}
+    for split in ("train", "val"):
+        for path in sorted((dataset / split).glob("*/*.tar")):
+            name = path.relative_to(dataset).as_posix()
+            if name not in listed:
+                message = f"{path} is not in the manifest; no reader looks at it, remove it"
+                yield Problem(name, None, message)

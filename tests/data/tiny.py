@@ -1,0 +1,58 @@
+"""Datasets of a few thousand tokens, written through the real writer with a stand-in tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.shards import Manifest, ShardEntry, ShardWriter, dtype_for, write_manifest
+
+VOCAB_SIZE = 300
+EOS = 2
+
+
+def documents(count: int, *, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[NDArray[Any]]:
+    """Documents of 1 to 200 random ids, each ending in EOS."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(0, 200, size=count)
+    return [np.append(random.integers(4, vocab_size, size=n), EOS) for n in lengths]
+
+
+def write_dataset(
+    folder: Path,
+    sources: Mapping[str, Sequence[NDArray[Any]]],
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    shard_bytes: int = 4000,
+    block_tokens: int = 512,
+) -> Manifest:
+    """A dataset of the given sources, named "SPLIT/SOURCE"."""
+    entries: list[ShardEntry] = []
+    for name, texts in sources.items():
+        writer = ShardWriter(folder / name, dtype=dtype_for(vocab_size), shard_bytes=shard_bytes)
+        for ids in texts:
+            writer.add(ids)
+        entries += writer.close()
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(b"stands for a tokenizer")
+    return write_manifest(
+        folder,
+        entries,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        special_ids={"unk": 0, "bos": 1, "eos": EOS, "pad": 3},
+        preparation={"vocab_size": vocab_size},
+        split_rule="written by a test",
+        block_tokens=block_tokens,
+    )
+
+
+def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
+    """Damage one bit of a file in place."""
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1 << bit
+    path.write_bytes(raw)
