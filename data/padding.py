@@ -7,46 +7,16 @@ that attends to nothing gives NaN, whose gradient would reach every weight.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from data.loader import IGNORED, Batch, accumulation, sample_hash
+from data.loader import Batch, accumulation, sample_hash
+from data.targets import NO_TARGET, Tokenized
 
 # B examples of a micro-batch, T tokens of the longest one
 MULTIPLE = 8
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """One example as numbers."""
-
-    input_ids: NDArray[np.int64]
-    """[T]"""
-    labels: NDArray[np.int64]
-    """[T], the target of every input (-100 for none); or [], the one label of the whole example."""
-
-    @property
-    def num_targets(self) -> int:
-        """Targets that count in the loss."""
-        return int(np.count_nonzero(self.labels != IGNORED))
-
-    def identity(self) -> NDArray[np.uint32]:
-        """Inputs, then labels, modulo 2^32: what the hash of a sample covers."""
-        return np.concatenate([self.input_ids, self.labels.reshape(-1)]).astype(np.uint32)
-
-
-def fingerprint(examples: Sequence[Tokenized]) -> str:
-    """sha256 over every number of every example, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for part in (example.input_ids, example.labels.reshape(-1)):
-            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def padded_batches(
@@ -103,7 +73,7 @@ def pad(
     input_ids_BT = np.full((num_rows, width), pad_id, dtype=np.int64)
     attention_mask_BT = np.zeros((num_rows, width), dtype=np.int64)
     attention_mask_BT[:, 0] = 1
-    labels = np.full(num_rows if one_label else (num_rows, width), IGNORED, dtype=np.int64)
+    labels = np.full(num_rows if one_label else (num_rows, width), NO_TARGET, dtype=np.int64)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids_BT[row, :length] = example.input_ids

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 # transformers reads it once, when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 from safetensors import SafetensorError
+
+from train.folder_tokenizer import FolderTokenizer as FolderTokenizer
+from train.folder_tokenizer import ModelFolderError as ModelFolderError
 
 log = logging.getLogger(__name__)
 
@@ -44,99 +47,18 @@ _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Safetens
 _SAFE = {"local_files_only": True, "trust_remote_code": False}
 
 
-class ModelFolderError(ValueError):
-    """A Hugging Face folder that cannot be used as asked."""
-
-    exit_code: ClassVar[int] = 1
-
-
-class FolderTokenizer:
-    """The tokenizer of a Hugging Face folder."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
-        except _LOAD_ERRORS as error:
-            raise ModelFolderError(
-                f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}; "
-                "the folder needs a tokenizer.json beside config.json"
-            ) from None
-        self.eos_id: int | None = self._tokenizer.eos_token_id
-        self.bos_id: int | None = self._tokenizer.bos_token_id
-        self.pad_id: int | None = self._tokenizer.pad_token_id
-        self.vocab_size = len(self._tokenizer)
-        self.has_chat_template = bool(self._tokenizer.chat_template)
-        self.prefix_ids = self._prefix_ids()
-        """Ids that the tokenizer itself puts in front of every text, such as BOS; often none."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of the texts alone, nothing added."""
-        return self._encode(texts, add_special_tokens=False)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, nothing added."""
-        return self.encode_batch([text])[0]
-
-    def encode_inputs(
-        self, texts: Sequence[str], *, max_tokens: int
-    ) -> tuple[list[list[int]], int]:
-        """Model inputs as the tokenizer itself makes them (with BOS, CLS ... where it adds any).
-
-        Longer ones are cut at the end to `max_tokens`; also returns how many were.
-        """
-        inputs = self._encode(texts, add_special_tokens=True)
-        long = [index for index, ids in enumerate(inputs) if len(ids) > max_tokens]
-        if long:
-            # Cut by the tokenizer, so that what it puts at the end stays there.
-            cut = self._encode(
-                [texts[index] for index in long], truncation=True, max_length=max_tokens
-            )
-            for index, ids in zip(long, cut, strict=True):
-                inputs[index] = ids
-        return inputs, len(long)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
-
-    def chat(self, prompt: str, response: str) -> tuple[str, str]:
-        """(what the model reads, what it answers) in the folder's chat template."""
-        user = {"role": "user", "content": prompt}
-        assistant = {"role": "assistant", "content": response}
-        apply = self._tokenizer.apply_chat_template
-        start: str = apply([user], tokenize=False, add_generation_prompt=True)
-        whole: str = apply([user, assistant], tokenize=False)
-        return start, whole.removeprefix(start) if whole.startswith(start) else response
-
-    def context_ids(self) -> list[int]:
-        """What stands before the first token of a text when its likelihood is measured.
-
-        What the tokenizer itself puts there, else EOS (documents of a training stream follow one),
-        else BOS.
-        """
-        if self.prefix_ids:
-            return self.prefix_ids
-        found = [id for id in (self.eos_id, self.bos_id) if id is not None]
-        return found[:1]
-
-    def _encode(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        if not texts:
-            return []
-        found: list[list[int]] = self._tokenizer(list(texts), verbose=False, **options)["input_ids"]
-        return found
-
-    def _prefix_ids(self) -> list[int]:
-        plain, whole = self.encode("a"), self._encode(["a"], add_special_tokens=True)[0]
-        for start in range(len(whole)):
-            if plain and whole[start : start + len(plain)] == plain:
-                return whole[:start]
-        return []
-
-
 def load_tokenizer(folder: str | Path) -> FolderTokenizer:
     """The folder's tokenizer; ModelFolderError when it has none that can be loaded."""
-    return FolderTokenizer(_existing(Path(folder)))
+    folder = _existing(Path(folder))
+    num_embeddings: int = _config(folder).get_text_config().vocab_size
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
+    except _LOAD_ERRORS as error:
+        raise ModelFolderError(
+            f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}; "
+            "the folder needs a tokenizer.json beside config.json"
+        ) from None
+    return FolderTokenizer(tokenizer, folder, num_embeddings=num_embeddings)
 
 
 def load_causal(folder: str | Path, *, dtype: torch.dtype | None = torch.float32) -> Any:
@@ -156,17 +78,17 @@ def load_classifier(
     folder: str | Path,
     labels: Sequence[str] | None = None,
     *,
-    pad_id: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = torch.float32,
 ) -> Any:
     """The folder's classifier, or a new head with these labels on a language model's folder.
 
-    The head of a new classifier is random, drawn from `seed`. `pad_id` says which id only fills up.
+    The head of a new classifier is random, drawn from `seed`.
     """
     folder = Path(folder)
     own = labels_of(folder)
-    options: dict[str, Any] = {} if pad_id is None else {"pad_token_id": pad_id}
+    # transformers finds the last token of a text by looking for this id.
+    options: dict[str, Any] = {"pad_token_id": load_tokenizer(folder).fill_id}
     if own is not None and labels is not None and list(labels) != own:
         raise ModelFolderError(
             f"{folder} is a classifier for {own}, not for {list(labels)}; "

@@ -1,0 +1,170 @@
+"""Fine-tuning: any Hugging Face folder, examples from a file, and the shared loop.
+
+`instruct` trains a language model on responses to prompts, `classify` a classifier on texts with
+labels. transformers' own module runs inside the same engine; the result is a Hugging Face folder
+again, RUN/hf. Its weights come from the last checkpoint: they are the fp32 ones at every ZeRO
+stage, and a run that was killed while it wrote them writes them when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.loader import accumulation
+from train import hf
+from train.attempt import Work, run_attempt
+from train.checkpoint import CheckpointError, open_checkpoint
+from train.config import ConfigError, FinetuneConfig, decode
+from train.examples import Examples, read_files, tokenize
+from train.examples_task import ExamplesTask
+from train.run import Outcome
+from train.slices import fsync
+from train.world import World, join_world
+
+log = logging.getLogger(__name__)
+
+RESULT = "hf"
+"""Folder of a run that holds the trained model."""
+
+
+def finetune(config: FinetuneConfig, run: Path, *, stop_at: int | None = None) -> Outcome:
+    """Collective. Train `run`, or continue it; when it is complete its model is in RUN/hf.
+
+    ConfigError, DataError or ModelFolderError when config, examples or model cannot be used.
+    """
+    with join_world() as world:
+        config, examples = prepare_examples(config)
+        work = finetuning(config, examples, num_ranks=world.size)
+        outcome = run_attempt(world, run, work, stop_at=stop_at)
+        if outcome == "complete":
+            _write_result(world, run, config, examples)
+        return outcome
+
+
+def prepare_examples(config: FinetuneConfig) -> tuple[FinetuneConfig, Examples]:
+    """The resolved config and its tokenized examples."""
+    if not config.model.path:
+        raise ConfigError("no model is named; write model=DIR, a Hugging Face folder")
+    context = hf.context_length(config.model.path)
+    train, val = read_files(config)
+    config = resolve(config, num_examples=len(train), context=context)
+    return config, tokenize(config, train, val)
+
+
+def resolve(config: FinetuneConfig, *, num_examples: int, context: int | None) -> FinetuneConfig:
+    """The config with `steps` from `epochs` where it is 0, and `seq_len` within the context.
+
+    Every step has a whole batch; the last one may reach into one more epoch.
+    """
+    seq_len = config.seq_len
+    if context is not None and context < seq_len:
+        log.info("seq_len is %d, not %d: the model reads no more", context, seq_len)
+        seq_len = context
+    if seq_len < 2:
+        raise ConfigError(
+            f"seq_len={seq_len} leaves no room for an example; write seq_len=2 or more"
+        )
+    steps = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
+    table = {**config.model_dump(mode="json"), "steps": steps, "seq_len": seq_len}
+    return decode(FinetuneConfig, table, name="config")
+
+
+def finetuning(config: FinetuneConfig, examples: Examples, *, num_ranks: int) -> Work:
+    """The work of a fine-tuning run on `num_ranks` ranks."""
+    micro_batch = config.micro_batch or math.ceil(config.batch_size / num_ranks)
+
+    def module() -> torch.nn.Module:
+        model = _load(config, examples, dtype=torch.float32)
+        # A cache of keys and values only costs memory in training.
+        model.config.use_cache = False
+        return model  # type: ignore[no-any-return]
+
+    return Work(
+        config=config,
+        task=ExamplesTask(
+            config,
+            examples.train,
+            examples.val,
+            labels=examples.labels,
+            micro_batch=micro_batch,
+            pad_id=examples.pad_id,
+        ),
+        module=module,
+        steps=config.steps,
+        micro_batch=micro_batch,
+        accumulation=accumulation(config.batch_size, num_ranks, micro_batch),
+        tokenizer=Path(config.model.path),
+    )
+
+
+def _load(config: FinetuneConfig, examples: Examples, *, dtype: torch.dtype | None) -> Any:
+    if config.task == "instruct":
+        return hf.load_causal(config.model.path, dtype=dtype)
+    return hf.load_classifier(config.model.path, examples.labels, seed=config.seed, dtype=dtype)
+
+
+def _write_result(world: World, run: Path, config: FinetuneConfig, examples: Examples) -> None:
+    """Collective. Publish RUN/hf, unless it is there."""
+    error: Exception | None = None
+    try:
+        if world.is_main and not (run / RESULT).exists():
+            _publish(run, config, examples)
+    except (OSError, ValueError) as failure:
+        error = failure
+    world.agree(error, f"writing {run / RESULT}")
+    log.info("the model is in %s", run / RESULT)
+
+
+def _publish(run: Path, config: FinetuneConfig, examples: Examples) -> None:
+    saved = open_checkpoint(run)
+    model = _load(config, examples, dtype=None)
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != saved.parameters.keys():
+        differing = sorted(parameters.keys() ^ saved.parameters.keys())
+        raise CheckpointError(
+            f"{saved.folder} does not hold the parameters of {config.model.path}: "
+            f"{', '.join(differing[:3])}; is that folder still the model the run started from?"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(saved.read(name)))
+    temporary = run / f"{RESULT}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    source = Path(config.model.path)
+    hf.save_folder(model, temporary, tokenizer_from=source, tokenizer_config=_overlay(config))
+    _write_provenance(temporary / "headrace.json", saved.step, config, examples)
+    for file in temporary.iterdir():
+        fsync(file)
+    fsync(temporary)
+    temporary.rename(run / RESULT)
+    fsync(run)
+
+
+def _overlay(config: FinetuneConfig) -> dict[str, Any]:
+    if config.task == "instruct":
+        return {}
+    # Whoever classifies with the folder cuts and pads texts as training did.
+    fill = hf.load_tokenizer(config.model.path).fill_token
+    return {"model_max_length": config.seq_len, "pad_token": fill}
+
+
+def _write_provenance(path: Path, step: int, config: FinetuneConfig, examples: Examples) -> None:
+    content = {
+        "format": 1,
+        "kind": "finetune",
+        "step": step,
+        "config": config.model_dump(mode="json"),
+        "num_train_examples": len(examples.train),
+        "num_val_examples": len(examples.val),
+        "prompt_template": examples.template,
+        "labels": examples.labels,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
