@@ -22,6 +22,7 @@ UNREADABLE_SUFFIXES = frozenset(
     {".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz", ".parquet", ".arrow"}
     | {".pdf", ".docx", ".npy", ".npz", ".bin", ".safetensors", ".png", ".jpg", ".jpeg"}
 )
+MISSING_FIELD = "missing field"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -222,7 +223,8 @@ def _parse_line(line: bytes, file: InputFile, offset: int, field: str) -> Docume
     if not isinstance(value, dict):
         return Dropped(file, offset, "not a JSON object", f"got {type(value).__name__}")
     if field not in value:
-        return Dropped(file, offset, "missing field", ", ".join(map(repr, list(value)[:20])))
+        keys = ", ".join(map(repr, list(value)[:20])) or "none"
+        return Dropped(file, offset, MISSING_FIELD, f"its keys are {keys}")
     text = value[field]
     if not isinstance(text, str):
         return Dropped(file, offset, "field is not text", f"got {type(text).__name__}")

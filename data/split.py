@@ -9,7 +9,7 @@ Cost: one blake2b of the text, about 1 s per GB.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,14 +80,13 @@ class SplitRule:
             return override.side
         return "val" if piece.hash < self.first_train_hash else "train"
 
+    def sides(self, file: InputFile, document: Document) -> list[tuple[Piece, Side]]:
+        """Every piece of the document with its side."""
+        return [(piece, self.side(file, document, piece)) for piece in self.pieces(document)]
+
     def runs(self, file: InputFile, document: Document) -> list[Run]:
-        """The document as it is stored: maximal runs of pieces on one side, in order."""
-        runs: list[Run] = []
-        for piece in self.pieces(document):
-            side = self.side(file, document, piece)
-            start = runs.pop().start if runs and runs[-1].side == side else piece.start
-            runs.append(Run(start, piece.stop, side))
-        return runs
+        """The document as it is stored."""
+        return join(self.sides(file, document))
 
     def describe(self) -> str:
         """The rule in words, for the manifest."""
@@ -102,6 +101,15 @@ class SplitRule:
             return words
         which = "smallest" if self.override.side == "val" else "largest"
         return f"{words}; {self.override.side} would be empty and got the {which} hash"
+
+
+def join(sides: Iterable[tuple[Piece, Side]]) -> list[Run]:
+    """Maximal runs of pieces on one side, in order."""
+    runs: list[Run] = []
+    for piece, side in sides:
+        start = runs.pop().start if runs and runs[-1].side == side else piece.start
+        runs.append(Run(start, piece.stop, side))
+    return runs
 
 
 def piece_hash(piece: bytes, seed: int) -> int:

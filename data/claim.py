@@ -1,0 +1,77 @@
+"""An output directory belongs to the command that began it: headrace.lock.json says which.
+
+The same command continues there, another one is refused with the difference, and a directory that
+headrace did not begin is never written into. Two processes cannot hold one directory at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data.config import DataUsageError
+from data.manifest import read_sealed, write_sealed
+
+LOCK = "headrace.lock.json"
+FORMAT = 1
+
+
+def read_claim(folder: Path, kind: str) -> dict[str, Any] | None:
+    """What the directory's lock says; None when it is missing or empty and so free to take.
+
+    Raises DataUsageError for a directory that is in use for anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataUsageError(f"{folder} exists and is no directory; name another output")
+    if not folder.exists():
+        return None
+    if not (folder / LOCK).is_file():
+        # A kill between making the directory and renaming the lock leaves only its draft.
+        strangers = sorted(p.name for p in folder.iterdir() if p.name != f"{LOCK}.tmp")
+        if strangers:
+            raise DataUsageError(
+                f"{folder} is not empty and was not begun by this command (it holds "
+                f"{', '.join(strangers[:3])}); name an empty or new directory"
+            )
+        return None
+    claim = read_sealed(folder / LOCK)
+    if (claim.get("kind"), claim.get("format")) != (kind, FORMAT):
+        raise DataUsageError(
+            f"{folder} holds a {claim.get('kind')} of format {claim.get('format')}, not a {kind} "
+            f"of format {FORMAT}; name another directory"
+        )
+    return claim
+
+
+def write_claim(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Begin a directory that is free to take."""
+    write_sealed(folder / LOCK, {**content, "kind": kind, "format": FORMAT})
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a directory, made if missing, against other processes; a kill lets go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataUsageError(
+            f"another process is writing {folder}; wait until it has finished"
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ, as "key: old then, new now"."""
+    return [
+        f"{key}: {then.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]

@@ -1,0 +1,222 @@
+"""The stored documents of the input as ids, in shards.
+
+A shard holds consecutive parts, so its bytes depend on the input alone; parts are encoded by any
+number of workers, which cut and split the text again as the survey did, so that a job carries none.
+Cost: reading plus the tokenizer, 4-5 MB/s on one core. Memory per worker: the ids of a part, and
+about 15 times its longest document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import DataError, PrepareConfig
+from data.manifest import ShardEntry, dtype_for
+from data.pool import Pool, Progress
+from data.readers import Document, Part, read_extent
+from data.shards import finished_shard, write_shard
+from data.split import SIDES, Run, Side, SplitRule
+from data.survey import Survey, Surveyed
+from data.tokenizer import Tokenizer, load_tokenizer
+
+SOURCE = "main"
+PART_BYTES = 2**21
+"""Input per job, about: part of the format, because shards hold whole parts."""
+_BATCH_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """The stored documents of a part on one side."""
+
+    part: Part
+    side: Side
+    runs: tuple[Run, ...]
+    """Places in the part's one text file, where the survey listed them; else all of the part."""
+    text_field: str
+    rule: SplitRule
+    tokenizer: Path
+    tokenizer_sha256: str
+    bos: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents, one after the other."""
+
+    ids: NDArray[np.uint32]
+    lengths: NDArray[np.uint32]
+    """Ids of each document, BOS and EOS included."""
+    text_bytes: int
+
+    def documents(self) -> Iterator[NDArray[np.uint32]]:
+        """Every document as a view."""
+        end = 0
+        for length in self.lengths.tolist():
+            yield self.ids[end : end + length]
+            end += length
+
+
+@dataclass
+class ShardPlan:
+    """A shard to write: the jobs whose documents it holds, in order, and how many those are."""
+
+    path: Path
+    jobs: list[EncodeJob] = field(default_factory=list)
+    num_documents: int = 0
+    text_bytes: int = 0
+
+
+def write_shards(
+    dataset: Path,
+    surveyed: Surveyed,
+    config: PrepareConfig,
+    tokenizer: Path,
+    pool: Pool,
+    progress: Progress,
+) -> list[ShardEntry]:
+    """Write every shard that is not finished; returns all, training side first."""
+    plans = _plan(dataset, surveyed, config, tokenizer)
+    dtype = dtype_for(load_tokenizer(tokenizer).vocab_size)
+    num_bytes = done = surveyed.total.text_bytes.total()
+    entries = {plan.path: _left_over(plan) for plan in plans}
+    todo = [plan for plan in plans if entries[plan.path] is None]
+    done -= sum(plan.text_bytes for plan in todo)
+    # One stream over all shards: workers encode the next shard while this one is finished.
+    stream = pool.map(encode_part, chain.from_iterable(plan.jobs for plan in todo))
+
+    def documents(plan: ShardPlan) -> Iterator[NDArray[np.uint32]]:
+        nonlocal done
+        for encoded in islice(stream, len(plan.jobs)):
+            yield from encoded.documents()
+            done += encoded.text_bytes
+            progress("encode", done, num_bytes)
+
+    for plan in todo:
+        entry = write_shard(plan.path, documents(plan), dtype)
+        if entry.documents != plan.num_documents:
+            raise DataError(
+                f"{plan.path} got {entry.documents} documents where the survey counted "
+                f"{plan.num_documents}: the input changed in between; remove {dataset} and run "
+                "the command again"
+            )
+        entries[plan.path] = entry
+    return [entry for entry in entries.values() if entry is not None]
+
+
+def _left_over(plan: ShardPlan) -> ShardEntry | None:
+    """The shard as an interrupted call has left it, if that is all of it."""
+    entry = finished_shard(plan.path) if plan.path.exists() else None
+    return entry if entry is not None and entry.documents == plan.num_documents else None
+
+
+def _plan(
+    dataset: Path, surveyed: Surveyed, config: PrepareConfig, tokenizer: Path
+) -> list[ShardPlan]:
+    """Consecutive jobs of a side make a shard until it holds `shard_bytes` of text."""
+    make = partial(
+        EncodeJob,
+        text_field=config.text_field,
+        rule=surveyed.rule,
+        tokenizer=tokenizer,
+        tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        bos=config.bos,
+    )
+    plans: list[ShardPlan] = []
+    for side in SIDES:
+        shards: list[ShardPlan] = []
+        for part, found in surveyed.parts:
+            for runs, num_documents, text_bytes in _groups(found, side):
+                if not shards or shards[-1].text_bytes >= config.shard_bytes:
+                    shards.append(
+                        ShardPlan(dataset / side / SOURCE / f"shard-{len(shards):06d}.tar")
+                    )
+                shards[-1].jobs.append(make(part=part, side=side, runs=runs))
+                shards[-1].num_documents += num_documents
+                shards[-1].text_bytes += text_bytes
+        plans += shards
+    return plans
+
+
+def _groups(found: Survey, side: Side) -> Iterator[tuple[tuple[Run, ...], int, int]]:
+    """(runs, documents, bytes) of each job of a part on one side; a long text makes several."""
+    if not found.runs:
+        if found.documents[side]:
+            yield (), found.documents[side], found.text_bytes[side]
+        return
+    group: list[Run] = []
+    size = 0
+    for run in found.runs:
+        if run.side != side:
+            continue
+        group.append(run)
+        size += run.stop - run.start
+        if size >= PART_BYTES:
+            yield tuple(group), len(group), size
+            group, size = [], 0
+    if group:
+        yield tuple(group), len(group), size
+
+
+def encode_part(job: EncodeJob) -> Encoded:
+    """Encode the documents of a job in order. Raises DataError for an id that cannot be."""
+    tokenizer = _tokenizer(job.tokenizer, job.tokenizer_sha256)
+    assert not job.bos or tokenizer.bos_id is not None
+    before = [tokenizer.bos_id] if job.bos else []
+    arrays = [np.zeros(0, np.uint32)]
+    lengths: list[int] = []
+    text_bytes = 0
+    for texts in _batches(_texts(job)):
+        text_bytes += sum(len(text.encode()) for text in texts)
+        for ids in tokenizer.encode_batch(texts):
+            array = np.array([*before, *ids, tokenizer.eos_id], np.uint32)
+            if array.max() >= tokenizer.vocab_size:
+                raise DataError(
+                    f"{job.tokenizer} gave id {array.max()}, outside its vocabulary of "
+                    f"{tokenizer.vocab_size}; the file is damaged: fetch it again"
+                )
+            arrays.append(array)
+            lengths.append(len(array))
+    return Encoded(np.concatenate(arrays), np.array(lengths, np.uint32), text_bytes)
+
+
+def _texts(job: EncodeJob) -> Iterator[str]:
+    if job.runs:
+        with open(job.part[0].file.path, "rb") as stream:
+            for run in job.runs:
+                stream.seek(run.start)
+                yield stream.read(run.stop - run.start).decode()
+        return
+    for extent in job.part:
+        for document in read_extent(extent, job.text_field):
+            if isinstance(document, Document):
+                for run in job.rule.runs(extent.file, document):
+                    if run.side == job.side:
+                        yield document.text[run.start : run.stop].decode()
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# By content too: a path may hold another tokenizer later in the life of this process.
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path, sha256: str) -> Tokenizer:
+    return load_tokenizer(path)

@@ -1,0 +1,213 @@
+"""One pass over the input before anything is written: what it holds, drops and holds out.
+
+Parts are surveyed in any process and any number; the sum does not depend on either. All that would
+stop a preparation later (bad lines, no text, nothing to hold out) is found here. Cost: reading,
+parsing and one hash, about 1 s per 200 MB and process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from data.config import DataError, DataUsageError, PrepareConfig
+from data.piece_model import SPACE
+from data.pool import Pool, Progress
+from data.readers import (
+    MISSING_FIELD,
+    Document,
+    Dropped,
+    InputFile,
+    Part,
+    line_number,
+    read_extent,
+)
+from data.split import HASH_RANGE, SIDES, Override, Run, Side, SplitRule, join
+
+_EXAMPLES = 5
+_SPACE_BYTES = SPACE.encode()
+
+
+@dataclass(frozen=True)
+class SurveyJob:
+    """A part and how to look at it."""
+
+    part: Part
+    text_field: str
+    rule: SplitRule
+    sample_share: float
+    """Share of the training text that goes into the sample, by hash."""
+
+    @property
+    def is_one_text(self) -> bool:
+        """A part that is one text file may be long: its runs are listed, to be encoded apart."""
+        return len(self.part) == 1 and not self.part[0].file.is_lines
+
+
+@dataclass
+class Survey:
+    """What one or many parts hold. Text is counted in bytes of UTF-8."""
+
+    documents: Counter[Side] = field(default_factory=Counter)
+    """Stored runs by side."""
+    text_bytes: Counter[Side] = field(default_factory=Counter)
+    num_documents: int = 0
+    num_pieces: int = 0
+    num_spaces: int = 0
+    """Characters U+2581, which sentencepiece gives back as spaces."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Files, lines and documents without any text, by reason."""
+    bad_lines: Counter[str] = field(default_factory=Counter)
+    """Lines whose text could not be had, by reason."""
+    examples: list[Dropped] = field(default_factory=list)
+    """The first bad lines."""
+    smallest: tuple[int, InputFile, int] | None = None
+    """Hash and place of the piece with the smallest hash; the first one of equals."""
+    largest: tuple[int, InputFile, int] | None = None
+    sample: list[tuple[int, bytes]] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    """The stored runs of a part that is one text file, by their bytes in the file."""
+
+    def add(self, other: Survey) -> None:
+        """Take in the survey of a later part."""
+        self.documents += other.documents
+        self.text_bytes += other.text_bytes
+        self.num_documents += other.num_documents
+        self.num_pieces += other.num_pieces
+        self.num_spaces += other.num_spaces
+        self.dropped += other.dropped
+        self.bad_lines += other.bad_lines
+        self.examples = (self.examples + other.examples)[:_EXAMPLES]
+        self.sample += other.sample
+        self._extremes(other.smallest, other.largest)
+
+    def _extremes(
+        self,
+        smallest: tuple[int, InputFile, int] | None,
+        largest: tuple[int, InputFile, int] | None,
+    ) -> None:
+        if smallest and (self.smallest is None or smallest[0] < self.smallest[0]):
+            self.smallest = smallest
+        if largest and (self.largest is None or largest[0] > self.largest[0]):
+            self.largest = largest
+
+    def see(self, file: InputFile, document: Document, job: SurveyJob) -> None:
+        """Count one document."""
+        rule = job.rule
+        self.num_documents += 1
+        self.num_spaces += document.text.count(_SPACE_BYTES)
+        sampled = rule.first_train_hash + job.sample_share * (HASH_RANGE - rule.first_train_hash)
+        sides = rule.sides(file, document)
+        for piece, side in sides:
+            place = (piece.hash, file, document.offset + piece.start)
+            self._extremes(place, place)
+            if side == "train" and piece.hash < sampled:
+                self.sample.append((piece.hash, document.text[piece.start : piece.stop]))
+        self.num_pieces += len(sides)
+        for run in join(sides):
+            self.documents[run.side] += 1
+            self.text_bytes[run.side] += run.stop - run.start
+            if job.is_one_text:
+                at = document.offset
+                self.runs.append(Run(at + run.start, at + run.stop, run.side))
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """The whole input under the split rule that leaves no side empty."""
+
+    rule: SplitRule
+    total: Survey
+    parts: list[tuple[Part, Survey]]
+
+
+def survey(
+    parts: list[Part], config: PrepareConfig, pool: Pool, sample_bytes: int, progress: Progress
+) -> Surveyed:
+    """Survey all parts; the sample is about `sample_bytes` of the training side.
+
+    Raises DataError for more bad lines than allowed or text that is not UTF-8, DataUsageError for
+    input without text or too little to hold some out.
+    """
+    num_bytes = sum(_size(part) for part in parts)
+    share = min(1.0, sample_bytes / max(1, num_bytes))
+    rule: SplitRule | None = SplitRule(config.val_fraction, config.seed)
+    while rule is not None:
+        surveyed = Surveyed(rule, Survey(), [])
+        jobs = [SurveyJob(part, config.text_field, rule, share) for part in parts]
+        done = 0
+        for part, found in zip(parts, pool.map(survey_part, jobs), strict=True):
+            surveyed.total.add(found)
+            surveyed.parts.append((part, replace(found, sample=[])))
+            done += _size(part)
+            progress("survey", done, num_bytes)
+        _check(surveyed.total, config)
+        rule = next_rule(rule, surveyed.total)
+    surveyed.total.sample.sort()
+    return surveyed
+
+
+def _size(part: Part) -> int:
+    return sum(extent.stop - extent.start for extent in part)
+
+
+def survey_part(job: SurveyJob) -> Survey:
+    """Read one part and count it."""
+    found = Survey()
+    for extent in job.part:
+        for document in read_extent(extent, job.text_field):
+            if isinstance(document, Document):
+                found.see(extent.file, document, job)
+                continue
+            (found.bad_lines if document.is_bad else found.dropped)[document.reason] += 1
+            if document.is_bad and len(found.examples) < _EXAMPLES:
+                found.examples.append(document)
+    return found
+
+
+def _check(found: Survey, config: PrepareConfig) -> None:
+    """Raise DataError for more bad lines than allowed, DataUsageError for input without text."""
+    if found.bad_lines.total() > config.max_bad_lines:
+        raise DataError(_bad_lines(found, config))
+    if found.num_documents == 0:
+        counts = listed(found.dropped + found.bad_lines)
+        raise DataUsageError(f"the input holds no text ({counts}); give files that hold some")
+
+
+def next_rule(rule: SplitRule, found: Survey) -> SplitRule | None:
+    """The rule to survey with again when a side stays empty under this one, else None."""
+    if rule.val_fraction == 0 or all(found.documents[side] for side in SIDES):
+        return None
+    if found.num_pieces > 1:
+        side: Side = "train" if found.documents["val"] else "val"
+        chosen = found.smallest if side == "val" else found.largest
+        assert chosen is not None and rule.override is None
+        return replace(rule, override=Override(chosen[1], chosen[2], side))
+    # A corpus of a single piece is cut into tenths, so that it too has something to hold out.
+    tenth = -(-found.text_bytes.total() // 10)
+    if tenth >= rule.piece_bytes:
+        raise DataUsageError(
+            f"the input is one text of {found.text_bytes.total()} bytes, too small to hold some "
+            "out for validation; give more text, or --val-fraction 0"
+        )
+    return replace(rule, piece_bytes=tenth)
+
+
+def _bad_lines(found: Survey, config: PrepareConfig) -> str:
+    lines = [
+        f"{found.bad_lines.total()} JSON lines cannot be used ({listed(found.bad_lines)}), "
+        f"{config.max_bad_lines} may be skipped; the first:"
+    ]
+    for bad in found.examples:
+        where = f"{bad.file.path}:{line_number(bad.file, bad.offset)}"
+        what = f"no field {config.text_field!r}" if bad.reason == MISSING_FIELD else bad.reason
+        lines.append(f"  {where}: {what}: {bad.detail}")
+    lines.append(
+        "mend them, name the field that holds the text with --text-field, or skip them with "
+        f"--max-bad-lines {found.bad_lines.total()}"
+    )
+    return "\n".join(lines)
+
+
+def listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
