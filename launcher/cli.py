@@ -7,21 +7,32 @@ help, plan and submit answer without torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
+from typer.core import TyperGroup
 
 from launcher import spawn
 from launcher.recipes import find_recipe
 
+
+class _Contents(TyperGroup):
+    """Lists commands in the order in which a person meets them; typer puts groups first."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        first = ["quickstart", "prepare", "data"]
+        return first + [name for name in super().list_commands(ctx) if name not in first]
+
+
 app = typer.Typer(
     name="headrace",
+    cls=_Contents,
     help="Raw text to token shards to a GPT trained with DeepSpeed ZeRO to a Hugging Face folder.",
     no_args_is_help=True,
     add_completion=False,
@@ -45,12 +56,14 @@ StopAt = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+Config = TypeVar("Config", bound=BaseModel)
+
 
 def main() -> None:
     """Run the command line of this process and leave with its exit code."""
     _configure_logging(spawn.rank_of(os.environ))
     try:
-        app()
+        app(prog_name="headrace")
     except ValueError as error:
         # Errors meant for people carry their exit code; anything else keeps its traceback.
         code = getattr(error, "exit_code", None)
@@ -60,7 +73,19 @@ def main() -> None:
         sys.exit(code)
 
 
-@app.command(rich_help_panel="Data")
+@app.command()
+def quickstart(
+    workdir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path(
+        "quickstart"
+    ),
+) -> None:
+    """The whole life cycle on this Python's own source code, in minutes on two cores."""
+    from launcher.quickstart import quickstart
+
+    _leave(quickstart(workdir))
+
+
+@app.command()
 def prepare(
     inputs: Annotated[
         list[str],
@@ -83,30 +108,93 @@ def prepare(
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Put BOS in front of every document.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Turn text into a tokenizer and token shards."""
-    raise NotImplementedError
+    from data.config import PrepareConfig
+    from data.prepare import prepare
+    from launcher.show import show_preparation, stage_progress
+
+    given = {
+        "vocab_size": vocab_size,
+        "val_fraction": val_fraction,
+        "text_field": text_field,
+        "max_bad_lines": max_bad_lines,
+        "bos": bos,
+    }
+    config = _parse(
+        PrepareConfig, {key: value for key, value in given.items() if value is not None}
+    )
+    with stage_progress() as progress:
+        summary = prepare(
+            [*inputs, *(more_inputs or ())],
+            output,
+            config,
+            workers=workers or spawn.num_cores(),
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    show_preparation(summary, as_json=as_json)
 
 
 @data_app.command()
 def verify(
     dataset: Annotated[Path, typer.Argument(help="Dataset directory.")],
     full: Annotated[bool, typer.Option("--full", help="Read and hash every byte.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a dataset against its manifest."""
-    raise NotImplementedError
+    from data.verify import verify
+    from launcher.show import show_verification
+
+    result = verify(dataset, full=full)
+    show_verification(result, as_json=as_json)
+    _leave(0 if result.ok else 1)
 
 
 @data_app.command()
 def inspect(
     dataset: Annotated[Path, typer.Argument(help="Dataset directory.")],
     step: Annotated[int, typer.Option(min=1, help="Optimizer step, counted from 1.")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="Gives seed, seq_len, batch_tokens.")] = "tiny-cpu",
+    run: Annotated[
+        Path | None, typer.Option(help="A run gives them; its own data_hash is compared.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show the samples of a training step and recompute its data_hash."""
-    raise NotImplementedError
+    from launcher.inspect import inspect_step
+    from launcher.show import show_inspection
+
+    found = inspect_step(dataset, step=step, run=run, recipe=recipe, overrides=overrides or ())
+    show_inspection(found, as_json=as_json)
 
 
-@app.command(rich_help_panel="Training")
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in each.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")
+    ] = 0.4,
+    explain: Annotated[bool, typer.Option("--explain", help="Show every formula.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run needs and how long it takes, before any GPU is allocated."""
+    from launcher.plan import make_plan, show_plan
+    from train.config import RunConfig, load_config
+
+    found = find_recipe(recipe, "pretrain")
+    config = load_config(RunConfig, found.text, overrides or (), name=found.name)
+    made = make_plan(config, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, mfu=mfu)
+    show_plan(made, explain=explain, as_json=as_json)
+
+
+@app.command()
 def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -129,88 +217,7 @@ def pretrain(
     _leave(spawn.run_job(train, run=folder, num_processes=nproc))
 
 
-@app.command(rich_help_panel="Training")
-def finetune(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    run: RunFolder = None,
-    nproc: NumProcesses = 1,
-    stop_at: StopAt = None,
-) -> None:
-    """Continue from a Hugging Face folder: model=DIR data=FILE. The result is RUN/hf."""
-    from train.config import FinetuneConfig, load_config
-
-    found = find_recipe(recipe, "finetune")
-    config = load_config(FinetuneConfig, found.text, overrides or (), name=found.name)
-    folder = run or Path("runs") / found.name
-
-    def train() -> str:
-        from train.finetune import finetune
-
-        return finetune(config, folder, stop_at=stop_at)
-
-    _leave(spawn.run_job(train, run=folder, num_processes=nproc))
-
-
-@app.command(rich_help_panel="Models")
-def export(
-    run: Annotated[Path, typer.Argument(help="Run directory of `headrace pretrain`.")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
-    step: Annotated[int | None, typer.Option(help="Checkpoint; the newest by default.")] = None,
-) -> None:
-    """Write a checkpoint as a Hugging Face folder, and prove that it is the same model."""
-    from train.export import export
-
-    export(run, out, step=step)
-    print(out)
-
-
-@app.command(rich_help_panel="Models")
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    data: Annotated[Path, typer.Option("--data", help="Dataset, text file, .jsonl or .csv.")],
-    as_json: AsJson = False,
-) -> None:
-    """Measure a model: perplexity and bits per byte, or accuracy, precision, recall and F1."""
-    raise NotImplementedError
-
-
-@app.command(rich_help_panel="Models")
-def generate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Makes the sample repeatable.")] = 0,
-) -> None:
-    """Continue a text; stdout is the continuation alone."""
-    raise NotImplementedError
-
-
-@app.command(rich_help_panel="Cluster")
-def plan(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in each.")] = 8,
-    gpu: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
-    mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")
-    ] = 0.4,
-    explain: Annotated[bool, typer.Option("--explain", help="Show every formula.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a run needs and how long it takes, before any GPU is allocated."""
-    from launcher.plan import make_plan, show_plan
-    from train.config import RunConfig, load_config
-
-    found = find_recipe(recipe, "pretrain")
-    config = load_config(RunConfig, found.text, overrides or (), name=found.name)
-    made = make_plan(config, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, mfu=mfu)
-    _print(made.as_dict(), as_json, lambda: show_plan(made, explain=explain))
-
-
-@app.command(rich_help_panel="Cluster")
+@app.command()
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -241,28 +248,77 @@ def submit(
     print(slurm.render(job) if dry_run else slurm.submit(job), end="" if dry_run else "\n")
 
 
-@app.command(rich_help_panel="Start here")
-def quickstart(
-    workdir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path(
-        "quickstart"
-    ),
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory of `headrace pretrain`.")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint; the newest by default.")] = None,
 ) -> None:
-    """The whole life cycle on this Python's own source code, in minutes on two cores."""
-    from launcher.quickstart import quickstart
+    """Write a checkpoint as a Hugging Face folder, and prove that it is the same model."""
+    from train.export import export
 
-    _leave(quickstart(workdir))
+    export(run, out, step=step)
+    print(out)
+
+
+@app.command()
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: RunFolder = None,
+    nproc: NumProcesses = 1,
+    stop_at: StopAt = None,
+) -> None:
+    """Continue from a Hugging Face folder: model=DIR data=FILE. The result is RUN/hf."""
+    from train.config import FinetuneConfig, load_config
+
+    found = find_recipe(recipe, "finetune")
+    config = load_config(FinetuneConfig, found.text, overrides or (), name=found.name)
+    folder = run or Path("runs") / found.name
+
+    def train() -> str:
+        from train.finetune import finetune
+
+        return finetune(config, folder, stop_at=stop_at)
+
+    _leave(spawn.run_job(train, run=folder, num_processes=nproc))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    data: Annotated[Path, typer.Option("--data", help="Dataset, text file, .jsonl or .csv.")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model: perplexity and bits per byte, or accuracy, precision, recall and F1."""
+    raise NotImplementedError
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Makes the sample repeatable.")] = 0,
+) -> None:
+    """Continue a text; stdout is the continuation alone."""
+    raise NotImplementedError
+
+
+def _parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """`values` as a config; a bad one is a usage error."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(f"{option} {first['input']}: {first['msg']}") from None
 
 
 def _leave(code: int) -> None:
     if code:
         raise typer.Exit(code)
-
-
-def _print(result: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        show()
 
 
 def _configure_logging(rank: int) -> None:

@@ -9,6 +9,7 @@ Nothing here has been measured on the machine it speaks of.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import ModelConfig
-from model.flops import flops_per_token, num_parameters
+from model.flops import activation_bytes, flops_per_token, num_parameters
 from train.config import RunConfig
 
 GB = 10**9
@@ -129,8 +130,11 @@ def find_gpu(name: str) -> Gpu:
     raise PlanError(f"unknown GPU {name!r}; {hint}known: {', '.join(GPUS)}")
 
 
-def show_plan(plan: Plan, *, explain: bool) -> None:
+def show_plan(plan: Plan, *, explain: bool, as_json: bool) -> None:
     """Print a plan on stdout, with every formula when `explain`."""
+    if as_json:
+        print(json.dumps(plan.as_dict(), indent=2))
+        return
     console = Console()
     table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
     table.add_column("what", no_wrap=True)
@@ -197,35 +201,19 @@ def _memory(config: RunConfig, ranks: int, micro_batch: int) -> Iterator[Figure]
     if stage == 3:
         live = width * min(count, LIVE_ELEMENTS)
         yield _bytes("memory_gathered", live, f"{width} B x min(parameters, 1e9 live ones)")
-    yield _activations(config, micro_batch, width)
     model, tokens = config.model, micro_batch * config.seq_len
     yield _bytes(
+        "memory_activations",
+        activation_bytes(model, micro_batch=micro_batch, seq_len=config.seq_len, value_bytes=width),
+        f"{tokens:,} tokens x (layers x (6 hidden + 2 kv + 3 feed-forward) x {width} B + fp32 log-"
+        f"probabilities){', one layer kept whole' if model.activation_checkpointing else ''}",
+    )
+    yield _bytes(
         "memory_logits",
-        (width + 8) * tokens * model.vocab_size,
-        f"({width} + 4 in fp32 + 4 gradient) B x {tokens:,} tokens x {model.vocab_size:,} ids",
+        (width + 4) * tokens * model.vocab_size,
+        f"({width} logits + 4 gradient) B x {tokens:,} tokens x {model.vocab_size:,} ids",
     )
     yield _bytes("memory_reserve", RESERVE_BYTES, "assumed: CUDA, NCCL, fragmentation")
-
-
-def _activations(config: RunConfig, micro_batch: int, width: int) -> Figure:
-    """What one forward pass keeps for the backward pass.
-
-    Per token and layer: 6 of hidden size (both residual inputs, both norm outputs, q, the attention
-    output), k and v, and 4 of feed-forward size (gate, up, silu(gate), their product). Attention
-    keeps no T x T matrix.
-    """
-    model, tokens = config.model, micro_batch * config.seq_len
-    key_value = 2 * (model.num_kv_heads or model.num_heads) * model.head_size
-    per_layer = 6 * model.hidden_size + key_value + 4 * model.ffn_size
-    if model.activation_checkpointing:
-        kept = model.num_layers * model.hidden_size + per_layer
-        formula = f"({model.num_layers} x {model.hidden_size} + {per_layer} of one layer)"
-    else:
-        kept = model.num_layers * per_layer
-        formula = f"{model.num_layers} layers x {per_layer}"
-    return _bytes(
-        "memory_activations", width * tokens * kept, f"{width} B x {tokens:,} tokens x {formula}"
-    )
 
 
 def _time(config: RunConfig, ranks: int, gpu: Gpu, mfu: float, waste: float) -> Iterator[Figure]:
@@ -236,7 +224,10 @@ def _time(config: RunConfig, ranks: int, gpu: Gpu, mfu: float, waste: float) -> 
     tokens = config.steps * config.batch_tokens
     checkpoint = 12 * num_parameters(config.model)
     yield Figure(
-        "flops_per_token", per_token, f"{per_token / 1e9:,.2f} GFLOP", "forward and backward"
+        "flops_per_token",
+        per_token,
+        f"{per_token / 1e9:,.2f} GFLOP",
+        "forward and backward: 6 x matrix values + 12 x layers x hidden x seq_len",
     )
     yield Figure(
         "flops_per_step",

@@ -1,0 +1,64 @@
+"""Which samples a step had: `data.inspect` needs a seed and two sizes; here they come from a run or
+a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from data.inspect import Inspection, inspect
+from launcher.recipes import find_recipe
+from train.config import RunConfig, load_config
+
+
+class InspectError(ValueError):
+    """A run that cannot be inspected, or whose data was not what the dataset says."""
+
+    exit_code: ClassVar[int] = 1
+
+
+def inspect_step(
+    dataset: Path, *, step: int, run: Path | None, recipe: str, overrides: Sequence[str]
+) -> Inspection:
+    """The samples of a training step of `run`, or of a run of `recipe` with `overrides`.
+
+    With a run, InspectError when the hash that it recorded for the step is another one.
+    """
+    if run is None:
+        found = find_recipe(recipe, "pretrain")
+        config = load_config(RunConfig, found.text, overrides, name=found.name)
+    else:
+        config = _config_of(run)
+    inspection = inspect(
+        dataset,
+        step=step,
+        seed=config.seed,
+        seq_len=config.seq_len,
+        batch_samples=config.batch_samples,
+    )
+    recorded = None if run is None else _recorded_hash(run, step)
+    if recorded is not None and recorded != inspection.data_hash:
+        raise InspectError(
+            f"step {step} of {run} was trained on samples with data_hash {recorded}, but {dataset} "
+            f"gives {inspection.data_hash}: it is not the dataset of that run, or it was changed"
+        )
+    return inspection
+
+
+def _config_of(run: Path) -> RunConfig:
+    from train.run import read_config
+
+    config = read_config(run)
+    if not isinstance(config, RunConfig):
+        raise InspectError(f"{run} is a fine-tuning run; its examples are lines of a file")
+    return config
+
+
+def _recorded_hash(run: Path, step: int) -> str | None:
+    """What the run's metrics say of a step; None when they do not say anything yet."""
+    from train.metrics import read_metrics
+
+    rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    return next((row["data_hash"] for row in rows if row["step"] == step and "loss" in row), None)

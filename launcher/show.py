@@ -1,0 +1,155 @@
+"""How results look: for people on stdout, for programs as JSON there, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from data.inspect import Inspection
+    from data.prepare import Summary
+    from data.verify import Verification
+
+MAX_TEXT = 160
+"""Characters of a document that are shown."""
+MAX_MATRIX = 12
+"""Classes up to which a confusion matrix fits a terminal."""
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on stderr, fed with (stage, done, total); nothing where stderr is a file."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:10}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def show_preparation(summary: Summary, *, as_json: bool) -> None:
+    """Print what a dataset holds now."""
+    manifest = summary.manifest
+    tokens = {split: manifest.num_tokens(split) for split in ("train", "val")}
+    if as_json:
+        _print_json(
+            {
+                "dataset": str(summary.output),
+                "vocab_size": manifest.vocab_size,
+                "train_tokens": tokens["train"],
+                "val_tokens": tokens["val"],
+                "documents": sum(shard.documents for shard in manifest.shards),
+                "fingerprint": manifest.fingerprint,
+                "was_complete": summary.was_complete,
+                "warnings": list(summary.warnings),
+            }
+        )
+        return
+    for warning in summary.warnings:
+        print(f"warning: {warning}")
+    print(
+        f"{summary.output}{' was complete' if summary.was_complete else ''}: "
+        f"{tokens['train']:,} training and {tokens['val']:,} validation tokens, vocabulary "
+        f"{manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
+    )
+
+
+def show_verification(result: Verification, *, as_json: bool) -> None:
+    """Print what was read, or every problem."""
+    if as_json:
+        _print_json(result.to_json())
+        return
+    for problem in result.problems:
+        where = f"{problem.file}: chunk {problem.chunk}" if problem.chunk else problem.file
+        print(f"damaged: {where}: {problem.message}")
+    print(
+        f"{result.dataset}: {'ok' if result.ok else f'{len(result.problems)} problems'}, "
+        f"{'every byte' if result.full else 'every index and chunk'} of {result.num_shards} shards "
+        f"read: {result.tokens:,} tokens in {result.documents:,} documents, "
+        f"fingerprint {result.fingerprint[:16]}"
+    )
+
+
+def show_inspection(found: Inspection, *, as_json: bool) -> None:
+    """Print the samples of a step, document by document, and the step's hash."""
+    if as_json:
+        _print_json(found.to_json())
+        return
+    for sample in found.samples:
+        print(
+            f"sample {sample.sample}  epoch {sample.epoch}  {sample.shard} {sample.chunk} "
+            f"token {sample.token_offset:,}  hash {sample.hash}"
+        )
+        for piece in sample.pieces:
+            text = json.dumps(piece.text[:MAX_TEXT], ensure_ascii=False)
+            print(f"  document {piece.number} from token {piece.first_token:,}: {text}")
+    print(
+        f"step {found.step}: samples [{found.first}, {found.last}), seed {found.seed}, "
+        f"seq_len {found.seq_len}, data_hash {found.data_hash}"
+    )
+
+
+def show_evaluation(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the numbers of an evaluation, and the confusion matrix of a classification."""
+    if as_json:
+        _print_json(result)
+        return
+    console = Console()
+    numbers = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in result.items():
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            numbers.add_row(key.replace("_", " "), _number(value))
+    console.print(numbers)
+    if "per_class" not in result:
+        return
+    console.print(_classes(result["per_class"]))
+    names = list(result["per_class"])
+    if len(names) <= MAX_MATRIX:
+        console.print(_matrix(names, result["confusion_matrix"]))
+    else:
+        print(f"the confusion matrix of {len(names)} classes is in the output of --json")
+
+
+def _classes(per_class: Mapping[str, Mapping[str, float]]) -> Table:
+    keys = ("precision", "recall", "f1", "support")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    for key in keys:
+        table.add_column(key, justify="right")
+    for name, row in per_class.items():
+        table.add_row(escape(name), *(_number(row[key]) for key in keys))
+    return table
+
+
+def _matrix(names: list[str], confusion: list[list[int]]) -> Table:
+    table = Table(
+        title="rows: true class, columns: predicted", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("")
+    for name in names:
+        table.add_column(escape(name), justify="right")
+    for name, counts in zip(names, confusion, strict=True):
+        table.add_row(escape(name), *(str(count) for count in counts))
+    return table
+
+
+def _print_json(result: Mapping[str, Any]) -> None:
+    print(json.dumps(result, indent=2))
+
+
+def _number(value: float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else escape(value)

@@ -1,0 +1,108 @@
+"""The command line as a person meets it: exit code, stdout and stderr of a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+COMMANDS = (
+    "quickstart", "prepare", "data", "plan", "pretrain", "submit", "export", "finetune", "evaluate",
+    "generate",
+)  # fmt: skip
+
+
+def headrace(*argv: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`headrace ARGV`."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", *map(str, argv)],
+        cwd=cwd,
+        env=environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_reads_like_a_table_of_contents(tmp_path: Path) -> None:
+    done = headrace("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("\u2502 ")]
+    assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["pretrian"], "No such command 'pretrian'"),
+        (["pretrain"], "Missing argument 'RECIPE'"),
+        (["pretrain", "tiny-cup"], "error: no recipe named 'tiny-cup'; did you mean 'tiny-cpu'?"),
+        (
+            ["pretrain", "tiny-cpu", "optim.l_r=1"],
+            "error: tiny-cpu: unknown key 'optim.l_r'; did you mean 'optim.lr'?",
+        ),
+        (["pretrain", "tiny-cpu", "batch_tokens=100"], "no multiple of seq_len=128"),
+        (["pretrain", "tiny-cpu", "zero.stage=0"], "write zero.stage=1"),
+        (["pretrain", "tiny-cpu", "steps=soon"], "error: tiny-cpu: steps = 'soon'"),
+        (
+            ["pretrain", "tiny-cpu", "data=D", "--nproc", "0"],
+            "'--nproc': Input should be greater than or equal to 1",
+        ),
+        (["finetune", "tiny-cpu"], "error: recipe 'tiny-cpu' is for `headrace pretrain`"),
+        (["plan", "llama-7b", "--gpu", "v100"], "error: unknown GPU 'v100'; did you mean"),
+        (["prepare", "--input", "x", "--output", "y", "--val-fraction", "2"], "--val-fraction 2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_command_line_leaves_with_2_and_says_why(
+    argv: list[str], message: str, tmp_path: Path
+) -> None:
+    done = headrace(*argv, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_and_overrides_may_stand_anywhere(tmp_path: Path) -> None:
+    argv = ["submit", "--nodes", "2", "llama-7b", "data=D", "--dry-run", "steps=9000", "--run", "R"]
+    done = headrace(*argv, "zero.stage=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "set -- llama-7b data=D steps=9000 zero.stage=3\n" in done.stdout
+    assert f"RUN={tmp_path}/R\n" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_prints_results_on_stdout_and_json_for_programs(tmp_path: Path) -> None:
+    argv = ["plan", "llama-7b", "--nodes", 32, "--gpus-per-node", 8, "--gpu", "h100"]
+    done = headrace(*argv, "--explain", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "32 x 8 h100, ZeRO stage 2, bf16" in done.stdout
+    assert "tokens per day" in done.stdout
+    found = json.loads(headrace(*argv, "--json", cwd=tmp_path).stdout)
+    assert found["dummy_waste"] == 0.0
+
+
+def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+    """Only errors meant for people are shortened."""
+    program = (
+        "import launcher.cli as cli, launcher.spawn\n"
+        "def broken(name, command):\n    raise ValueError('our mistake')\n"
+        "cli.find_recipe = broken\n"
+        "import sys; sys.argv = ['headrace', 'pretrain', 'tiny-cpu']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ValueError: our mistake" in done.stderr

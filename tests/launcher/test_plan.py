@@ -1,0 +1,127 @@
+"""A plan's figures against arithmetic done by hand and against published sizes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from launcher.plan import GB, PlanError, make_plan, show_plan
+from launcher.recipes import find_recipe
+from train.config import RunConfig, load_config
+
+
+def config(recipe: str, *overrides: str) -> RunConfig:
+    """A recipe with overrides."""
+    return load_config(RunConfig, find_recipe(recipe, "pretrain").text, overrides)
+
+
+def test_parameters_are_those_of_the_papers() -> None:
+    """Llama 2 7B and TinyLlama 1.1B, as their checkpoints on the hub count them."""
+    seven = make_plan(config("llama-7b"), nodes=8, gpus_per_node=8, gpu="h100")
+    assert seven["num_parameters"] == 6_738_415_616
+    one = make_plan(config("llama-1b"), nodes=1, gpus_per_node=8, gpu="a100")
+    assert one["num_parameters"] == 1_100_048_384
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(1, 2, 4, 12 / 64), (2, 2, 4 / 64, 12 / 64), (3, 2 / 64, 4 / 64, 12 / 64)],
+)
+def test_memory_is_shared_as_the_zero_stage_says(
+    stage: int, weights: float, gradients: float, optimizer: float
+) -> None:
+    plan = make_plan(
+        config("llama-7b", f"zero.stage={stage}"), nodes=8, gpus_per_node=8, gpu="h100"
+    )
+    count = plan["num_parameters"]
+    assert plan["memory_weights"] == pytest.approx(weights * count)
+    assert plan["memory_gradients"] == pytest.approx(gradients * count)
+    assert plan["memory_optimizer"] == pytest.approx(optimizer * count)
+    parts = [f.value for f in plan.figures if f.key.startswith("memory_") and "per" not in f.key]
+    assert plan["memory_per_gpu"] == pytest.approx(sum(parts))
+
+
+def test_fp32_without_zero_has_no_second_copy() -> None:
+    chosen = config("llama-1b", "zero.stage=0", "precision=fp32")
+    plan = make_plan(chosen, nodes=1, gpus_per_node=1, gpu="h200")
+    count = plan["num_parameters"]
+    assert [plan[f"memory_{part}"] for part in ("weights", "gradients", "optimizer")] == [
+        4 * count, 4 * count, 8 * count,
+    ]  # fmt: skip
+
+
+def test_activations_of_one_layer_by_hand() -> None:
+    chosen = config(
+        "tiny-cpu", "model.num_layers=1", "model.vocab_size=64", "micro_batch=1", "seq_len=128"
+    )
+    plan = make_plan(chosen, nodes=1, gpus_per_node=1, gpu="h100")
+    # 6 hidden of 128, k and v of 2 heads of 32, 3 feed-forward of 384, all in bf16; 4 heads and 2
+    # norms with an fp32 scalar each; at the end the last norm and fp32 log-probabilities.
+    layer = 2 * (6 * 128 + 2 * 64 + 3 * 384) + 4 * (4 + 2)
+    assert plan["memory_activations"] == 128 * (layer + 2 * 2 * 128 + 4 * (64 + 1))
+    assert plan["memory_logits"] == (2 + 4) * 128 * 64
+
+
+def test_checkpointing_activations_saves_most_of_them() -> None:
+    on, off = (
+        make_plan(
+            config("llama-7b", f"model.activation_checkpointing={value}"),
+            nodes=8, gpus_per_node=8, gpu="h100",
+        )["memory_activations"]
+        for value in ("true", "false")
+    )  # fmt: skip
+    assert on < off / 8
+
+
+@pytest.mark.parametrize(
+    ("nodes", "micro_batch", "accumulation", "waste"),
+    [(32, 1, 4, 0.0), (3, 1, 43, 1 - 1024 / 1032), (5, 4, 7, 1 - 1024 / 1120), (1, 0, 1, 0.0)],
+)
+def test_waste_is_what_the_dummies_take(
+    nodes: int, micro_batch: int, accumulation: int, waste: float
+) -> None:
+    chosen = config("llama-7b", f"micro_batch={micro_batch}")
+    plan = make_plan(chosen, nodes=nodes, gpus_per_node=8, gpu="h100")
+    assert plan["accumulation"] == accumulation
+    assert plan["dummy_waste"] == pytest.approx(waste)
+    assert any("spent on dummies" in text for text in plan.warnings) == (waste > 0.05)
+
+
+def test_time_follows_from_flops_and_mfu() -> None:
+    plan = make_plan(config("llama-7b"), nodes=32, gpus_per_node=8, gpu="h100", mfu=0.5)
+    rate = 256 * 989.4e12 * 0.5 / plan["flops_per_token"]
+    assert plan["tokens_per_second"] == pytest.approx(rate)
+    assert plan["tokens_per_day"] == pytest.approx(rate * 86_400)
+    assert plan["days"] == pytest.approx(32_000 * 4_194_304 / (rate * 86_400))
+    # Six operations per parameter and token, and attention on top (arXiv 2001.08361, 2.1).
+    assert 6 * 6.6e9 < plan["flops_per_token"] < 6 * 8e9
+    assert plan["checkpoint_bytes"] == 12 * plan["num_parameters"]
+
+
+def test_a_run_that_does_not_fit_is_warned_about() -> None:
+    plan = make_plan(config("llama-7b", "zero.stage=1"), nodes=1, gpus_per_node=1, gpu="a100")
+    assert plan["memory_per_gpu"] > 80 * GB
+    assert any("do not fit into 80 GB; lower micro_batch" in text for text in plan.warnings)
+    fits = make_plan(config("llama-7b"), nodes=8, gpus_per_node=8, gpu="h100")
+    assert fits.warnings == ()
+
+
+def test_every_figure_is_explained_and_assumptions_are_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = make_plan(config("llama-7b"), nodes=32, gpus_per_node=8, gpu="h100")
+    assert all(figure.formula for figure in plan.figures)
+    show_plan(plan, explain=True, as_json=False)
+    shown = capsys.readouterr().out
+    assert "2 B x parameters" in shown
+    assert "assumed: vocabulary of 32,000 ids" in shown
+    assert "assumed: 40% of the peak FLOP/s (--mfu)" in shown
+    show_plan(plan, explain=False, as_json=True)
+    assert json.loads(capsys.readouterr().out)["num_parameters"] == 6_738_415_616
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
+    message = r"unknown GPU 'h20'; did you mean 'h200'\? known: a100, h100, h200"
+    with pytest.raises(PlanError, match=message):
+        make_plan(config("llama-7b"), nodes=1, gpus_per_node=8, gpu="h20")
