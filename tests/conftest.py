@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from data.config import PrepareConfig
+from data.prepare import prepare
 from tests import ranks  # noqa: F401  (sets the environment of ranks before torch starts threads)
 from train.world import World, join_world
 
@@ -17,3 +22,21 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         monkeypatch.delenv(name, raising=False)
     with join_world() as world:
         yield world
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 KB of real text that every Python has: a few modules of its standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for module in (argparse, textwrap):
+        path = Path(module.__file__)
+        (folder / path.with_suffix(".txt").name).write_text(path.read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus as token shards, with a vocabulary of 400 pieces and 10 % held out."""
+    output = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare([str(corpus)], output, PrepareConfig(vocab_size=400, val_fraction=0.1), workers=1)
+    return output

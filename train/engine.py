@@ -95,7 +95,7 @@ class PlainEngine:
 
     def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
         loss = loss_sum(self.module, _to_device(batch, self._device))
-        (loss / num_valid).backward()
+        torch.autograd.backward(loss / num_valid)
         if self._masters is not None:
             self._masters.take_gradients()
         return loss.detach()

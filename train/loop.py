@@ -22,6 +22,7 @@ import torch
 from train.config import JobConfig
 from train.engine import Batch, Engine, StepStats
 from train.metrics import Metrics, Row
+from train.run import Outcome
 from train.schedule import learning_rate
 from train.state import save_checkpoint
 from train.stop import StopRequest
@@ -91,7 +92,7 @@ class Job:
     """Identity that every checkpoint carries: hashes of config and tokenizer."""
 
 
-def train(job: Job) -> tuple[str, int]:
+def train(job: Job) -> tuple[Outcome, int]:
     """Collective. Train to the end or to a planned stop; returns ("complete" or "stopped", last
     completed step).
     """

@@ -126,7 +126,7 @@ class WandbView:
             project=config.wandb_project,
             name=run.name,
             dir=run,
-            mode=config.wandb,
+            mode="online" if config.wandb == "online" else "offline",
             config=settings,
             settings=wandb.Settings(
                 init_timeout=30, console="off", x_disable_stats=True, silent=True

@@ -64,8 +64,9 @@ def read_config(run: Path) -> RunConfig | FinetuneConfig:
             f"... --run {run}`"
         )
     table = json.loads(path.read_text())
-    kind = RunConfig if table["kind"] == "pretrain" else FinetuneConfig
-    return decode(kind, table["config"], name=str(path))
+    if table["kind"] == "pretrain":
+        return decode(RunConfig, table["config"], name=str(path))
+    return decode(FinetuneConfig, table["config"], name=str(path))
 
 
 def copy_tokenizer(source: Path, run: Path) -> None:

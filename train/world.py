@@ -97,7 +97,7 @@ def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     _quiet()
     _give_every_group_a_timeout(timeout)
-    store = dist.HashStore() if size == 1 else None
+    store = torch._C._distributed_c10d.HashStore() if size == 1 else None
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:

@@ -65,7 +65,7 @@ def parameters(engine: Engine) -> dict[str, Any]:
 
 
 def write_all(world: World, folder: Path) -> dict[str, tuple[Rows, dict[str, Any]]]:
-    """Train every layout to END, saving after SPLIT; returns rows after SPLIT and the final state."""
+    """Train every layout to END, saving after SPLIT; returns the rows after it and final state."""
     found = {}
     for layout in LAYOUTS:
         run = folder / f"w{world.size}-{layout}"

@@ -1,0 +1,272 @@
+"""Redoes the measurements behind the README: real commands on real corpora, one JSON file each,
+then the table.
+
+    make evidence                      quickstart and training speed
+    make evidence CORPORA=FOLDER       and the corpora in FOLDER (tinyshakespeare, gutenberg-en,
+    ...)
+
+Each docs/evidence/NAME.json holds the commands, the commit, the seed, the machine and the figures;
+the README's table is rewritten between its two markers from those files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+EVIDENCE = ROOT / "docs" / "evidence"
+BEGIN, END = "<!-- evidence: written by `make evidence` -->", "<!-- end of evidence -->"
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus to pretrain on, and what to fine-tune its model on."""
+
+    name: str
+    text: str
+    vocab_size: int
+    steps: int
+    finetune: tuple[str, ...] = ()
+    """Recipe, file, and overrides."""
+
+
+CORPORA = (
+    Corpus("tinyshakespeare", "tinyshakespeare/input.txt", 1024, 400),
+    Corpus("chinese-poetry", "chinese-poetry/tang.jsonl", 8192, 400),
+    Corpus(
+        "gutenberg-en",
+        "gutenberg-en/books.jsonl",
+        4096,
+        600,
+        (
+            "classify",
+            "banking77/train.csv",
+            "data.label_column=category",
+            "optim.lr=2e-3",
+            "epochs=10",
+        ),
+    ),
+    Corpus(
+        "gutenberg-en-instruct",
+        "gutenberg-en/books.jsonl",
+        4096,
+        600,
+        ("instruct", "instruct-dolly/train.jsonl", "optim.lr=1e-3", "epochs=2"),
+    ),
+)
+
+
+class Recorder:
+    """Runs headrace commands and remembers what was typed, printed and spent."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+        self._started = time.monotonic()
+
+    def headrace(self, *arguments: str) -> str:
+        """stdout of one command; the commands are kept as a person would type them."""
+        self.commands.append(" ".join(["headrace", *map(_shown, arguments)]))
+        print("$", self.commands[-1], file=sys.stderr, flush=True)
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("headrace")), *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    def write(self, name: str, figures: dict[str, Any]) -> None:
+        """docs/evidence/NAME.json."""
+        EVIDENCE.mkdir(parents=True, exist_ok=True)
+        content = {
+            "name": name,
+            "commands": self.commands,
+            "commit": _commit(),
+            "seed": SEED,
+            "machine": f"{os.cpu_count()} cores, {_cpu()}, Python {platform.python_version()}",
+            "seconds": round(time.monotonic() - self._started, 1),
+            "figures": figures,
+        }
+        (EVIDENCE / f"{name}.json").write_text(
+            json.dumps(content, indent=2, ensure_ascii=True) + "\n"
+        )
+
+
+def life_of(corpus: Corpus, folder: Path, work: Path) -> None:
+    """prepare -> pretrain -> export -> evaluate [-> finetune -> evaluate] of one corpus."""
+    recorder = Recorder()
+    dataset, run, hf = work / "dataset", work / "run", work / "hf"
+    prepared = recorder.headrace(
+        "prepare",
+        f"--input={folder / corpus.text}",
+        f"--output={dataset}",
+        f"--vocab-size={corpus.vocab_size}",
+        "--json",
+    )
+    recorder.headrace(
+        "pretrain",
+        "tiny-cpu",
+        f"data={dataset}",
+        f"--run={run}",
+        "--nproc=2",
+        f"steps={corpus.steps}",
+        "zero.stage=2",
+        f"seed={SEED}",
+    )
+    recorder.headrace("export", str(run), str(hf))
+    found = json.loads(recorder.headrace("evaluate", str(hf), "--data", str(dataset), "--json"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validations = [row["val_loss"] for row in rows if "val_loss" in row]
+    figures: dict[str, Any] = {
+        "prepared": json.loads(prepared),
+        "pretraining": found,
+        "val_loss_untrained": validations[0],
+        "val_loss_trained": validations[-1],
+        "tokens": rows[-1]["tokens"],
+    }
+    if corpus.finetune:
+        recipe, file, *overrides = corpus.finetune
+        tuned = work / "tuned"
+        recorder.headrace(
+            "finetune",
+            recipe,
+            f"model={hf}",
+            f"data={folder / file}",
+            "--run",
+            str(tuned),
+            "--nproc",
+            "2",
+            *overrides,
+        )
+        rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+        validations = [row for row in rows if "val_loss" in row]
+        figures["finetuning"] = {"before": validations[0], "after": validations[-1]}
+    recorder.write(corpus.name, figures)
+
+
+def quickstart(work: Path) -> None:
+    """The life cycle on the standard library's source."""
+    recorder = Recorder()
+    recorder.headrace("quickstart", "--workdir", str(work / "quickstart"))
+    recorder.write("quickstart", json.loads((work / "quickstart" / "summary.json").read_text()))
+
+
+def train_speed() -> None:
+    """Tokens per CPU-second of the benchmark job."""
+    recorder = Recorder()
+    recorder.commands.append("make bench")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.train_speed", "--json", str(path)],
+            cwd=ROOT,
+            check=True,
+        )
+        recorder.write("train_speed", json.loads(path.read_text()))
+
+
+def table() -> str:
+    """The README's table, from the files alone."""
+    lines = ["| what | command | figures | commit, seed |", "|---|---|---|---|"]
+    for path in sorted(EVIDENCE.glob("*.json")):
+        content = json.loads(path.read_text())
+        lines.append(
+            f"| {content['name']} | "
+            f"{'<br>'.join(f'`{command}`' for command in content['commands'])} | "
+            f"{_summary(content['name'], content['figures'])} | {content['commit']}, "
+            f"{content['seed']} |"
+        )
+    return "\n".join(lines)
+
+
+def _summary(name: str, figures: dict[str, Any]) -> str:
+    if name == "train_speed":
+        return "; ".join(
+            f"{case}: {row['tokens_per_second']:.0f} tokens/CPU-s, {row['matmul_fraction']:.0%} "
+            "of matmul"
+            for case, row in figures.items()
+        )
+    if name == "quickstart":
+        return "; ".join(
+            f"{key} {value}"
+            for key, value in figures.items()
+            if isinstance(value, (int, float, str))
+        )
+    text = (
+        f"{figures['tokens']:,} tokens; validation loss {figures['val_loss_untrained']:.3f} -> "
+        f"{figures['val_loss_trained']:.3f}; {figures['pretraining']['bits_per_byte']:.3f} bits "
+        "per byte"
+    )
+    if "finetuning" in figures:
+        after = figures["finetuning"]["after"]
+        kept = {key: value for key, value in after.items() if isinstance(value, float)}
+        text += "; fine-tuned: " + ", ".join(f"{key} {value:.3f}" for key, value in kept.items())
+    return text
+
+
+def _shown(argument: str) -> str:
+    # Paths of this machine say nothing to a reader.
+    return (
+        "/".join(Path(argument).parts[-2:])
+        if argument.startswith("/")
+        else argument.split("=/")[0]
+        + ("=" + "/".join(Path(argument.split("=", 1)[1]).parts[-2:]) if "=/" in argument else "")
+    )
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    """Run what was asked for, then rewrite the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpora", type=Path, help="folder of real corpora")
+    parser.add_argument("--only", nargs="*", help="names; default: everything that can run here")
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="headrace-evidence-"))
+    try:
+        jobs: dict[str, Any] = {"quickstart": lambda: quickstart(work), "train_speed": train_speed}
+        for corpus in CORPORA if options.corpora else ():
+            jobs[corpus.name] = lambda corpus=corpus: life_of(
+                corpus, options.corpora, work / corpus.name
+            )
+        for name, job in jobs.items():
+            if not options.only or name in options.only:
+                job()
+    finally:
+        shutil.rmtree(work)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+    readme.write_text(f"{text[:start]}\n{table()}\n{text[stop:]}")
+
+
+if __name__ == "__main__":
+    main()
