@@ -112,7 +112,7 @@ def load_classifier(
     new |= {name for name in report["missing_keys"] if own is None and not name.startswith(inner)}
     _refuse_missing(folder, report["missing_keys"] - new)
     if new:
-        log.info("new at random in the classifier: %s", ", ".join(sorted(new)))
+        log.debug("new at random in the classifier: %s", ", ".join(sorted(new)))
     return model
 
 
