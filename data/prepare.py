@@ -65,7 +65,8 @@ def prepare(
     _check_apart(inputs, output)
     claim = read_claim(output, KIND)
     stamps = _stamps(files)
-    with Pool(workers) as pool:
+    parts = cut_parts(files, PART_BYTES)
+    with Pool(min(workers, len(parts))) as pool:
         digests = _digests(files, pool, progress)
         command = {"config": config.model_dump(), "tokenizer": given, "inputs": digests}
         if claim is not None:
@@ -73,7 +74,6 @@ def prepare(
             if (output / MANIFEST).is_file():
                 return Summary(output, read_manifest(output), True, ())
         sample_bytes = vocabulary.CHECKED_BYTES if tokenizer else config.tokenizer_bytes
-        parts = cut_parts(files, PART_BYTES)
         surveyed = survey(parts, config, pool, sample_bytes, progress)
         model = tokenizer or _train(output, claim, surveyed.total, config, progress)
         with holding(output):

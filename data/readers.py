@@ -217,7 +217,9 @@ def _parse_line(line: bytes, file: InputFile, offset: int, field: str) -> Docume
     if not decoded.strip():
         return Dropped(file, offset, "blank line", is_bad=False)
     try:
-        value = json.loads(decoded)
+        value = json.loads(decoded.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        return Dropped(file, offset, "broken JSON", f"{error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return Dropped(file, offset, "broken JSON", str(error))
     if not isinstance(value, dict):

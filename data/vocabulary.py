@@ -26,6 +26,11 @@ CHECKED_BYTES = 2**20
 
 def tokenizer_identity(path: Path, config: PrepareConfig) -> dict[str, Any]:
     """What a brought tokenizer contributes to the bytes of a dataset. Refuses an unusable one."""
+    if "vocab_size" in config.model_fields_set:
+        raise DataUsageError(
+            f"--vocab-size {config.vocab_size} trains a tokenizer and --tokenizer {path} brings "
+            "one; give only one of them"
+        )
     tokenizer = load_tokenizer(path)
     if config.bos and tokenizer.bos_id is None:
         raise DataUsageError(f"{path} has no begin-of-sequence token; leave out --bos")
