@@ -1,0 +1,63 @@
+"""Causal grouped-query attention with rotary positions, as in Llama.
+
+Rotary tables are computed in fp32 in every forward pass: T x K / 2 cosines cost nothing beside a
+block. As buffers they would be rounded whenever somebody casts the module.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+from model.layers import Linear
+from model.pointwise import rotate
+
+# B batch, T tokens, D model, H heads, G key and value heads, K head size
+
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin of shape [T, 1, K/2] or [B, T, 1, K/2]."""
+
+
+class Attention(nn.Module):
+    """Every token attends to itself and to all before it in its sequence."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.grouped = config.kv_heads != config.num_heads
+        kv_size = config.kv_heads * config.head_size
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, kv_size)
+        self.value = Linear(config.hidden_size, kv_size)
+        self.output = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+        heads = (-1, self.head_size)
+        q_BTHK = rotate(self.query(x_BTD).unflatten(-1, heads), *rotary)
+        k_BTGK = rotate(self.key(x_BTD).unflatten(-1, heads), *rotary)
+        v_BTGK = self.value(x_BTD).unflatten(-1, heads)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BTHK.transpose(1, 2),
+            k_BTGK.transpose(1, 2),
+            v_BTGK.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.grouped,
+        )
+        y_BTD: Tensor = self.output(y_BHTK.transpose(1, 2).flatten(2))
+        return y_BTD
+
+
+def rotary_tables(
+    position_ids: Tensor, *, head_size: int, theta: float, dtype: torch.dtype
+) -> Rotary:
+    """Tables for positions of shape [T] or [B, T] (arXiv 2104.09864).
+
+    The angles are computed in fp32; only their cosines and sines are rounded to `dtype`.
+    """
+    exponents = (
+        torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
+    )
+    angles = position_ids[..., None, None].float() * (1.0 / theta**exponents)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
