@@ -54,7 +54,14 @@ class PieceModel:
 
 
 def read_piece_model(model: bytes) -> PieceModel:
-    """Parse the bytes of a model file. Raises ValueError or IndexError when they are not one."""
+    """Parse the bytes of a model file. Raises ValueError when they are not one."""
+    try:
+        return _parse(model)
+    except (struct.error, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its bytes make no sense ({error})") from error
+
+
+def _parse(model: bytes) -> PieceModel:
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}

@@ -219,7 +219,7 @@ def _parse_line(line: bytes, file: InputFile, offset: int, field: str) -> Docume
     try:
         value = json.loads(decoded.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        return Dropped(file, offset, "broken JSON", f"{error.msg} at column {error.colno}")
+        return Dropped(file, offset, "broken JSON", f"{error.msg} (column {error.colno})")
     except (ValueError, RecursionError) as error:
         return Dropped(file, offset, "broken JSON", str(error))
     if not isinstance(value, dict):

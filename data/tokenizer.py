@@ -66,7 +66,7 @@ class SentencePieceTokenizer:
         try:
             self.model: PieceModel = read_piece_model(raw)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
-        except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise _damaged(path, "a sentencepiece model", error) from error
         if not self.model.pieces:
             raise _damaged(path, "a sentencepiece model", ValueError("it has no pieces"))
@@ -171,7 +171,8 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
             sentence_iterator=iter(kept),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size,
+            # Below 4 the vendor stumbles over the special ids before it says what is needed.
+            vocab_size=max(vocab_size, 4),
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,

@@ -125,7 +125,7 @@ def test_json_lines_give_the_chosen_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason", "detail"),
     [
-        ('{"text": "a', "broken JSON", "Unterminated string starting at column 10"),
+        ('{"text": "a', "broken JSON", "Unterminated string starting at (column 10)"),
         ("[" * 100_000, "broken JSON", "recursion"),
         ('["text"]', "not a JSON object", "got list"),
         ('{"body": "x", "title": "y"}', "missing field", "its keys are 'body', 'title'"),
