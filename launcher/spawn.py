@@ -189,7 +189,7 @@ def _start_torchrun(
     program: Sequence[str], num_processes: int, folder: Path
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-    command += [f"--nproc-per-node={num_processes}", "-m", *program]
+    command += [f"--nproc-per-node={num_processes}", "-m", "--", *program]
     settings = thread_settings(num_processes, os.environ) | {LAUNCH_FOLDER: str(folder)}
 
     def in_child() -> None:
