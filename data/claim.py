@@ -49,6 +49,7 @@ def read_claim(folder: Path, kind: str) -> dict[str, Any] | None:
 
 def write_claim(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Begin a directory that is free to take."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_sealed(folder / LOCK, {**content, "kind": kind, "format": FORMAT})
 
 
