@@ -54,12 +54,12 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             run_directory.open_run(run, work.config)
             run_directory.copy_tokenizer(work.tokenizer, run)
     done = world.broadcast(next(iter(committed(run)), 0) if world.is_main else None)
+    if stop_at is not None and done >= stop_at and stop_at < work.steps:
+        log.info("%s stands at step %d, which is not before --stop-at %d", run, done, stop_at)
+        return _end_at_once(world, run, work, "stopped", done)
     if done >= work.steps:
         log.info("%s is complete: %d of %d steps", run, done, work.steps)
         return _end_at_once(world, run, work, "complete", done)
-    if stop_at is not None and done >= stop_at:
-        log.info("%s stands at step %d, which is not before --stop-at %d", run, done, stop_at)
-        return _end_at_once(world, run, work, "stopped", done)
     stop = StopRequest()
     stop.listen()
     return _train(world, run, work, stop, stop_at)

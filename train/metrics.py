@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -49,10 +50,7 @@ class Metrics:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for view in list(self._views):
-            try:
-                view.show(row)
-            except Exception as error:
-                log.warning("%s is switched off for this attempt: %s", type(view).__name__, error)
+            if not _survives(view, lambda view=view: view.show(row)):  # type: ignore[misc]
                 self._views.remove(view)
 
     def close(self) -> None:
@@ -60,7 +58,16 @@ class Metrics:
         if self._file is not None:
             self._file.close()
         for view in self._views:
-            view.close()
+            _survives(view, view.close)
+
+
+def _survives(view: View, call: Callable[[], None]) -> bool:
+    try:
+        call()
+    except Exception as error:
+        log.warning("%s is switched off for this attempt: %s", type(view).__name__, error)
+        return False
+    return True
 
 
 class ProgressLine:
@@ -141,7 +148,7 @@ class WandbView:
 
     def close(self) -> None:
         """Finish the wandb run."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def wandb_views(run: Path, config: LogConfig, settings: Row) -> list[View]:
