@@ -13,8 +13,6 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from data.config import DataConfig
-from model.config import ModelConfig
 from pydantic import (
     BaseModel,
     Field,
@@ -25,6 +23,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+from data.config import DataConfig
+from model.config import ModelConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
