@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,29 @@ def write_claim(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a directory, made if missing, against other processes; a kill lets go."""
+    """Hold a directory, made if missing, against other processes; a kill lets go.
+
+    Some network file systems know no such locks; there nobody is kept out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError):
+            if not _lock(handle):
+                raise DataUsageError(
+                    f"another process is writing {folder}; wait until it has finished"
+                )
         yield
-    except BlockingIOError:
-        raise DataUsageError(
-            f"another process is writing {folder}; wait until it has finished"
-        ) from None
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

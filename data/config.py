@@ -41,6 +41,8 @@ class PrepareConfig(BaseModel):
     """Text to train the tokenizer on, in bytes; more text than that is sampled by hash."""
     shard_bytes: Annotated[int, Field(ge=1)] = 2**30
     """Text per shard in bytes; the shard itself is smaller (English: about half)."""
+    part_bytes: Annotated[int, Field(ge=1)] = 2**21
+    """Input that one worker takes at a time, in bytes; a shard holds whole parts."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Chooses which text is held out."""
 

@@ -28,8 +28,6 @@ from data.survey import Survey, Surveyed
 from data.tokenizer import Tokenizer, load_tokenizer
 
 SOURCE = "main"
-PART_BYTES = 2**21
-"""Input per job, about: part of the format, because shards hold whole parts."""
 _BATCH_BYTES = 2**18
 
 
@@ -134,7 +132,7 @@ def _plan(
     for side in SIDES:
         shards: list[ShardPlan] = []
         for part, found in surveyed.parts:
-            for runs, num_documents, text_bytes in _groups(found, side):
+            for runs, num_documents, text_bytes in _groups(found, side, config.part_bytes):
                 if not shards or shards[-1].text_bytes >= config.shard_bytes:
                     shards.append(
                         ShardPlan(dataset / side / SOURCE / f"shard-{len(shards):06d}.tar")
@@ -146,7 +144,9 @@ def _plan(
     return plans
 
 
-def _groups(found: Survey, side: Side) -> Iterator[tuple[tuple[Run, ...], int, int]]:
+def _groups(
+    found: Survey, side: Side, part_bytes: int
+) -> Iterator[tuple[tuple[Run, ...], int, int]]:
     """(runs, documents, bytes) of each job of a part on one side; a long text makes several."""
     if not found.runs:
         if found.documents[side]:
@@ -159,7 +159,7 @@ def _groups(found: Survey, side: Side) -> Iterator[tuple[tuple[Run, ...], int, i
             continue
         group.append(run)
         size += run.stop - run.start
-        if size >= PART_BYTES:
+        if size >= part_bytes:
             yield tuple(group), len(group), size
             group, size = [], 0
     if group:

@@ -20,7 +20,7 @@ import xxhash
 from data import vocabulary
 from data.claim import differences, holding, read_claim, write_claim
 from data.config import DataError, DataUsageError, PrepareConfig
-from data.encode import PART_BYTES, write_shards
+from data.encode import write_shards
 from data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest, write_manifest
 from data.pool import Pool, Progress
 from data.readers import InputFile, cut_parts, find_files
@@ -65,7 +65,7 @@ def prepare(
     _check_apart(inputs, output)
     claim = read_claim(output, KIND)
     stamps = _stamps(files)
-    parts = cut_parts(files, PART_BYTES)
+    parts = cut_parts(files, config.part_bytes)
     with Pool(min(workers, len(parts))) as pool:
         digests = _digests(files, pool, progress)
         command = {"config": config.model_dump(), "tokenizer": given, "inputs": digests}
