@@ -73,6 +73,8 @@ class SampleStream:
         self.vocab_size = manifest.vocab_size
         self.fingerprint = manifest.fingerprint
         self.tokenizer_sha256 = manifest.tokenizer_sha256
+        self.bos = bool(manifest.preparation.get("config", {}).get("bos", False))
+        """Whether every document begins with BOS."""
         self._seed = seed
         self._shuffle = shuffle
         self._sources = [TokenSource(folder, manifest, split, name) for name in names]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from data.loader import SampleStream, accumulation, micro_batches
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import token_loss_sum
-
 from train.attempt import Work, run_attempt
 from train.config import ConfigError, RunConfig
 from train.engine import Batch
@@ -56,7 +56,7 @@ def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
         accumulation=accumulation(config.batch_samples, num_ranks, micro_batch),
         tokenizer=Path(config.data.path),
         flops_per_token=flops_per_token(config.model, config.seq_len),
-        identity={"tokenizer_sha256": stream.tokenizer_sha256},
+        identity={"tokenizer_sha256": stream.tokenizer_sha256, "bos": stream.bos},
     )
 
 

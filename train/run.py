@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+import data.tokenizer
 from data.tokenizer import tokenizer_file
-
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig, decode, flat_keys
 from train.slices import fsync
 
@@ -72,9 +71,9 @@ def read_config(run: Path) -> RunConfig | FinetuneConfig:
 def copy_tokenizer(source: Path, run: Path) -> None:
     """Keep the tokenizer with the run, so that export needs nothing else. One rank only."""
     file = tokenizer_file(source)
-    target = run / file.name
-    if not target.exists():
-        shutil.copyfile(file, target)
+    if not (run / file.name).exists():
+        # With the names of its special tokens, which a tokenizer.json does not hold.
+        data.tokenizer.copy_tokenizer(file, run)
 
 
 def attempts(run: Path) -> list[dict[str, Any]]:
