@@ -210,4 +210,5 @@ def _bad_lines(found: Survey, config: PrepareConfig) -> str:
 
 
 def listed(counts: Counter[str]) -> str:
+    """Counts in words: "2 blank line, 1 broken JSON"."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
