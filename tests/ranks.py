@@ -26,7 +26,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "tests.ranks", "train.pretrain"])
+_context.set_forkserver_preload(
+    ["torch", "deepspeed", "tests.ranks", "train.pretrain", "train.finetune"]
+)
 
 
 class RankFailure(AssertionError):

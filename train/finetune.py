@@ -40,12 +40,19 @@ def finetune(config: FinetuneConfig, run: Path, *, stop_at: int | None = None) -
     ConfigError, DataError or ModelFolderError when config, examples or model cannot be used.
     """
     with join_world() as world:
-        config, examples = prepare_examples(config)
-        work = finetuning(config, examples, num_ranks=world.size)
-        outcome = run_attempt(world, run, work, stop_at=stop_at)
-        if outcome == "complete":
-            _write_result(world, run, config, examples)
-        return outcome
+        return finetune_on(world, config, run, stop_at=stop_at)
+
+
+def finetune_on(
+    world: World, config: FinetuneConfig, run: Path, *, stop_at: int | None = None
+) -> Outcome:
+    """Collective. `finetune` on ranks that have met already."""
+    config, examples = prepare_examples(config)
+    work = finetuning(config, examples, num_ranks=world.size)
+    outcome = run_attempt(world, run, work, stop_at=stop_at)
+    if outcome == "complete":
+        _write_result(world, run, config, examples)
+    return outcome
 
 
 def prepare_examples(config: FinetuneConfig) -> tuple[FinetuneConfig, Examples]:

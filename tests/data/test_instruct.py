@@ -1,4 +1,4 @@
-"""Examples from files: nothing is dropped, every refusal names its line, the split follows the text."""
+"""Examples from files: nothing is dropped, refusals name their line, the text decides the split."""
 
 from __future__ import annotations
 
@@ -82,7 +82,11 @@ def test_a_text_longer_than_the_csv_modules_own_limit_is_read(tmp_path: Path) ->
         ("a.jsonl", '{"text": "t", "label": 0.5}', r"column 'label' holds float, not text"),
         ("a.jsonl", '{"text": "\\ud800", "label": "a"}', r"a\.jsonl:1: .* half of a surrogate"),
         ("a.csv", 'text,label\n"t\nu",a\nx,y,z\n', r"a\.csv:4: 3 fields, but the header has 2"),
-        ("a.csv", 'text,label\nt,a\n"never closed,b\nt,a\n', r"a\.csv:3: broken CSV .* starts here"),
+        (
+            "a.csv",
+            'text,label\nt,a\n"never closed,b\nt,a\n',
+            r"a\.csv:3: broken CSV .* starts here",
+        ),
         ("a.csv", "text,text,label\nt,u,a\n", r"a\.csv:1: column 'text' occurs more than once"),
         ("a.csv", b"text,label\nt,a\n\xff,b\n", r"a\.csv:3: not UTF-8 at byte offset 15.*iconv"),
         ("a.jsonl", "\n", r"a\.jsonl holds no examples"),

@@ -9,7 +9,9 @@ import torch
 from data.padding import pad, padded_batches
 from data.targets import NO_TARGET, Tokenized, prompt_with_response, with_label
 
-EXAMPLES = [prompt_with_response([10 + i] * (1 + i % 5), [50 + i, 2], max_tokens=30) for i in range(7)]
+EXAMPLES = [
+    prompt_with_response([10 + i] * (1 + i % 5), [50 + i, 2], max_tokens=30) for i in range(7)
+]
 LABELLED = [with_label([10 + i] * (1 + i % 5), i % 3) for i in range(7)]
 
 
@@ -51,9 +53,13 @@ def test_every_layout_holds_the_same_samples_in_order(
     examples: list[Tokenized], num_ranks: int, micro_batch: int
 ) -> None:
     samples = range(10, 15)
-    by_rank = [batches(examples, samples, rank, num_ranks, micro_batch) for rank in range(num_ranks)]
+    by_rank = [
+        batches(examples, samples, rank, num_ranks, micro_batch) for rank in range(num_ranks)
+    ]
     assert len({len(found) for found in by_rank}) == 1
-    rows = [row for micro in zip(*by_rank, strict=True) for batch in micro for row in real_rows(batch)]
+    rows = [
+        row for micro in zip(*by_rank, strict=True) for batch in micro for row in real_rows(batch)
+    ]
     expected = [examples[index] for index in rotated(samples)]
     assert rows == [(e.input_ids.tolist(), e.labels.reshape(-1).tolist()) for e in expected]
     total = sum(int(batch["data_hash"]) for found in by_rank for batch in found) % 2**64

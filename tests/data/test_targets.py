@@ -1,4 +1,4 @@
-"""Only the response is a target; what does not fit is cut on the left of the prompt, and counted."""
+"""Only the response is a target; what does not fit is cut left of the prompt, and counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders with random weights, made by transformers itself, and their tokenizer."""
+"""Tiny Hugging Face folders with random weights, made by transformers, and their tokenizer."""
 
 from __future__ import annotations
 

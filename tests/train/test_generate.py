@@ -1,4 +1,4 @@
-"""Generation is transformers' own: greedy is the argmax, a seed repeats, the prompt is not printed."""
+"""Generation: greedy is the argmax, a seed repeats its text, the prompt is not printed."""
 
 from __future__ import annotations
 

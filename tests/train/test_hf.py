@@ -26,8 +26,9 @@ def edit(path: Path, **changes: Any) -> None:
 def test_a_folder_is_written_as_it_was_read(folder: Path, tmp_path: Path) -> None:
     model = hf.load_causal(folder)
     hf.save_folder(model, tmp_path / "out", tokenizer_from=folder)
-    before, after = load_file(folder / "model.safetensors"), load_file(
-        tmp_path / "out" / "model.safetensors"
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
