@@ -202,10 +202,10 @@ def _bad_lines(found: Survey, config: PrepareConfig) -> str:
         where = f"{bad.file.path}:{line_number(bad.file, bad.offset)}"
         what = f"no field {config.text_field!r}" if bad.reason == MISSING_FIELD else bad.reason
         lines.append(f"  {where}: {what}: {bad.detail}")
-    lines.append(
-        "mend them, name the field that holds the text with --text-field, or skip them with "
-        f"--max-bad-lines {found.bad_lines.total()}"
-    )
+    advice = "mend them, or name the field that holds the text with --text-field"
+    if found.num_documents:
+        advice += f", or skip them with --max-bad-lines {found.bad_lines.total()}"
+    lines.append(advice)
     return "\n".join(lines)
 
 

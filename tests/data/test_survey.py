@@ -56,6 +56,10 @@ def test_bad_lines_stop_the_survey_with_their_places(tmp_path: Path) -> None:
     assert f"{path}:7: no field 'text'" in message
     assert f"{path}:8" not in message, "only the first few are listed"
     assert "--text-field" in message and "--max-bad-lines 6" in message
+    path.write_text("{oops\n" * 3)
+    with pytest.raises(DataError, match="3 JSON lines") as refused:
+        look(path)
+    assert "--max-bad-lines" not in str(refused.value), "nothing would be left"
 
 
 def test_bad_lines_within_the_budget_are_counted(tmp_path: Path) -> None:
