@@ -120,7 +120,7 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
     except BaseException as error:
         if world.is_main:
             run_directory.end_attempt(
-                run, attempt, outcome="failed", step=0, reason=f"{type(error).__name__}: {error}"
+                run, attempt, outcome="failed", step=None, reason=f"{type(error).__name__}: {error}"
             )
         raise
     finally:

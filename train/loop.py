@@ -51,7 +51,7 @@ class Task(Protocol):
         """Sum of the losses of the valid targets of a micro-batch, fp32 scalar."""
 
     def validate(self, module: torch.nn.Module, world: World) -> dict[str, float]:
-        """Collective. Metrics on held-out data, at least `val_loss`."""
+        """Collective. Metrics on held-out data, at least `val_loss`; empty where there is none."""
 
     def data_state(self, step: int) -> dict[str, Any]:
         """Position and identity of the data after this step; goes into checkpoints."""
@@ -133,7 +133,8 @@ def validate(job: Job, *, step: int) -> None:
     with torch.no_grad():
         found = job.task.validate(job.engine.module, job.world)
     job.engine.module.train()
-    job.metrics.write({"step": step, "attempt": job.attempt, "tokens": job.tokens, **found})
+    if found:
+        job.metrics.write({"step": step, "attempt": job.attempt, "tokens": job.tokens, **found})
 
 
 def save(job: Job, step: int) -> None:

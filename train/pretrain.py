@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data.config import DataUsageError
 from data.loader import SampleStream, accumulation, micro_batches
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
@@ -18,6 +20,8 @@ from train.config import ConfigError, RunConfig
 from train.engine import Batch
 from train.run import Outcome
 from train.world import World, join_world
+
+log = logging.getLogger(__name__)
 
 
 def pretrain(config: RunConfig, run: Path, *, stop_at: int | None = None) -> Outcome:
@@ -81,6 +85,7 @@ class PretrainTask:
         self._config = config
         self._stream = stream
         self._micro_batch = micro_batch
+        self._val_stream = _validation(config)
 
     def num_valid(self, step: int) -> int:
         """Every place of every sample has a target."""
@@ -112,13 +117,9 @@ class PretrainTask:
 
     def validate(self, module: torch.nn.Module, world: World) -> dict[str, float]:
         """Collective. Mean loss per token of the first eval.samples validation samples."""
-        stream = SampleStream(
-            self._config.data.path,
-            seq_len=self._config.seq_len,
-            seed=self._config.seed,
-            split="val",
-            shuffle=False,
-        )
+        stream = self._val_stream
+        if stream is None:
+            return {}
         count = min(self._config.eval.samples, stream.num_samples_per_epoch)
         batches = micro_batches(
             stream,
@@ -144,3 +145,13 @@ class PretrainTask:
     def check_data_state(self, state: dict[str, Any]) -> None:
         """DataError when the checkpoint was trained on other data or in another order."""
         self._stream.check_state(state)
+
+
+def _validation(config: RunConfig) -> SampleStream | None:
+    try:
+        return SampleStream(
+            config.data.path, seq_len=config.seq_len, seed=config.seed, split="val", shuffle=False
+        )
+    except DataUsageError as error:
+        log.warning("no validation loss in this run: %s", error)
+        return None

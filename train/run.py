@@ -9,6 +9,7 @@ is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -79,7 +80,12 @@ def copy_tokenizer(source: Path, run: Path) -> None:
 def attempts(run: Path) -> list[dict[str, Any]]:
     """Rows of attempts.jsonl."""
     path = run / "attempts.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        # A crash of the machine can tear the last line; the rows before it still count.
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def begin_attempt(
@@ -104,7 +110,9 @@ def begin_attempt(
     return number
 
 
-def end_attempt(run: Path, number: int, *, outcome: Outcome, step: int, reason: str = "") -> None:
+def end_attempt(
+    run: Path, number: int, *, outcome: Outcome, step: int | None, reason: str = ""
+) -> None:
     """Record how an attempt ended; the launcher turns the outcome into its exit code. One rank
     only.
     """

@@ -28,11 +28,15 @@ def save_checkpoint(
     engine: Engine, world: World, run: Path, *, step: int, state: dict[str, Any], keep: int
 ) -> None:
     """Collective. Commit a checkpoint of this step, then remove all but the newest `keep`."""
-    if world.is_main:
-        checkpoint.begin(run, step)
-    world.barrier()
+    entry: dict[str, Any] | None = None
+    error: Exception | None = None
+    try:
+        if world.is_main:
+            checkpoint.begin(run, step)
+    except OSError as failure:
+        error = failure
+    world.agree(error, f"making room for the checkpoint of step {step}")
     flats = engine.flats()
-    entry, error = None, None
     try:
         entry = write_slices(checkpoint.step_folder(run, step), world.rank, *_owned(flats))
     except (OSError, ValueError) as failure:
@@ -95,7 +99,7 @@ def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
         try:
             saved = _open_together(world, run, step)
             load_checkpoint(engine, world, saved)
-        except (CheckpointError, RuntimeError) as failure:
+        except (OSError, ValueError, RuntimeError) as failure:
             reasons.append(f"step {step}: {failure}")
             log.warning("checkpoint of step %d is not usable: %s", step, failure)
             continue

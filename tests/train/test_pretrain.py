@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import train.state
+from data.config import PrepareConfig
+from data.prepare import prepare
 from tests.ranks import RankFailure, run_ranks
 from train.attempt import run_attempt
 from train.checkpoint import committed
@@ -230,3 +232,14 @@ def test_another_config_is_refused_key_by_key(
     assert "is not empty and no run of ours" in run_ranks(1, refuse, config(dataset), tmp_path)[0]
     message = run_ranks(1, refuse, config(dataset, "model.vocab_size=77"), tmp_path / "new")[0]
     assert "leave model.vocab_size at 0" in message
+
+
+def test_a_corpus_without_held_out_text_trains_all_the_same(corpus: Path, tmp_path: Path) -> None:
+    everything = PrepareConfig(vocab_size=400, val_fraction=0)
+    prepare([str(corpus)], tmp_path / "dataset", everything, workers=1)
+    run = tmp_path / "run"
+    run_ranks(1, train_run, config(tmp_path / "dataset", "steps=2"), run)
+    assert [("val_loss" in row, row["step"]) for row in read_metrics(run)] == [
+        (False, 1),
+        (False, 2),
+    ]
