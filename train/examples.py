@@ -68,7 +68,7 @@ def tokenize(config: FinetuneConfig, train: Sequence[Example], val: Sequence[Exa
     log.info("%d training examples, %d %s", len(train), len(val), held_out)
     if num_cut := sum(example.is_cut for part in parts for example in part):
         side = "beginning of the prompt" if template else "end of the text"
-        log.warning(
+        log.info(
             "%d of %d examples are longer than seq_len=%d and lost the %s",
             num_cut,
             len(train) + len(val),
@@ -94,7 +94,7 @@ def _labels(config: FinetuneConfig, train: Sequence[Example], val: Sequence[Exam
             "two or more (is data.label_column the right column?)"
         )
     if unseen := sorted(set(found) - set(sorted_labels(train))):
-        log.warning("no training example has the labels %s", ", ".join(unseen))
+        log.info("no training example has the labels %s", ", ".join(unseen))
     return found
 
 

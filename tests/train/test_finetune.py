@@ -253,7 +253,8 @@ def test_what_does_not_fit_is_cut_and_counted(
     data = write(tmp_path / "long.jsonl", rows)
     folder = make_folder(tmp_path / "model", bos=True)
     made = config("task=instruct", f"model={folder}", f"data={data}", f"data.val={data}")
-    made, examples = prepare_examples(made)
+    with caplog.at_level("INFO", logger="train"):
+        made, examples = prepare_examples(made)
     assert made.seq_len == CONTEXT
     assert "4 of 8 examples are longer than seq_len=64 and lost the beginning" in caplog.text
     tokenizer = hf.load_tokenizer(folder)
