@@ -4,7 +4,7 @@ The bytes that are written depend on the input, the configuration and the tokeni
 `workers` or on how often the work was interrupted. Nothing is written before the input was surveyed
 and the tokenizer trained; manifest.json is written last. After a kill the same call continues with
 the first shard that is not finished. Memory: the sample for the tokenizer (twice), a few parts per
-worker, and about 15 times the longest document.
+worker, and about 6 times the longest document.
 """
 
 from __future__ import annotations

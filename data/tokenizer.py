@@ -85,7 +85,7 @@ class SentencePieceTokenizer:
         counts: list[int] = []
         for text in texts:
             before = len(segments)
-            segments.extend(_segments(text) if self._splits_at_space else [text])
+            segments.extend(self.slices(text, _SEGMENT_CHARACTERS))
             counts.append(len(segments) - before)
         _check_unicode(segments)
         encoded = iter(self._processor.encode(segments, num_threads=1))
@@ -94,6 +94,21 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
         return text
+
+    def slices(self, text: str, num_characters: int) -> Iterator[str]:
+        """The text in slices of about `num_characters`, whose ids, joined, are those of the text.
+
+        They end before a space that follows no space, where no piece can cross; text without such
+        places, and models that could tell the difference, give longer slices.
+        """
+        start = 0
+        while self._splits_at_space and len(text) - start > num_characters:
+            cut = _SPACE_AFTER_TEXT.search(text, start + num_characters)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
 
 
 class HuggingFaceTokenizer:
@@ -191,18 +206,6 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from error
     return model.getvalue()
-
-
-def _segments(text: str) -> Iterator[str]:
-    """The text cut before spaces where no piece can cross, about every _SEGMENT_CHARACTERS."""
-    start = 0
-    while len(text) - start > _SEGMENT_CHARACTERS:
-        cut = _SPACE_AFTER_TEXT.search(text, start + _SEGMENT_CHARACTERS)
-        if cut is None:
-            break
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

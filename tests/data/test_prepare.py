@@ -102,6 +102,16 @@ def test_a_document_is_its_ids_and_an_end(dataset: Path) -> None:
             assert ids == [*vendor.encode(vendor.decode(ids[:-1])), 2]
 
 
+def test_a_long_document_has_the_ids_of_the_whole_text(tmp_path: Path) -> None:
+    text = prose(600_000)
+    (tmp_path / "a.txt").write_text(text)
+    run(tmp_path / "a.txt", tmp_path / "dataset", val_fraction=0)
+    vendor = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "dataset" / "tokenizer.model")
+    )
+    assert stored(tmp_path / "dataset", "train") == [[*vendor.encode(text), 2]]
+
+
 def test_the_dataset_verifies_and_states_how_it_was_made(dataset: Path) -> None:
     assert verify(dataset, full=True).ok
     manifest = read_manifest(dataset)
