@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
 from typer.core import TyperGroup
 
-from launcher import spawn
+from launcher import options, spawn
 from launcher.recipes import find_recipe
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class _Contents(TyperGroup):
@@ -41,29 +43,12 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look into a dataset.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in name or a file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, such as optim.lr=3e-4."),
-]
-RunFolder = Annotated[
-    Path | None, typer.Option("--run", help="Run directory.", show_default="runs/RECIPE")
-]
-NumProcesses = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
-StopAt = Annotated[
-    int | None,
-    typer.Option("--stop-at", min=1, help="Save and leave after this step; the schedule stays."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-Config = TypeVar("Config", bound=BaseModel)
-
 
 def main() -> None:
     """Run the command line of this process and leave with its exit code."""
     _configure_logging(spawn.rank_of(os.environ))
     try:
-        app(prog_name="headrace")
+        run_command()
     except ValueError as error:
         # Errors meant for people carry their exit code; anything else keeps its traceback.
         code = getattr(error, "exit_code", None)
@@ -73,12 +58,14 @@ def main() -> None:
         sys.exit(code)
 
 
+def run_command(argv: Sequence[str] | None = None, *, standalone: bool = True) -> int:
+    """Run one command line, this process's own by default; its exit code when not `standalone`."""
+    code = app(argv, prog_name="headrace", standalone_mode=standalone)
+    return code if isinstance(code, int) else 0
+
+
 @app.command()
-def quickstart(
-    workdir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path(
-        "quickstart"
-    ),
-) -> None:
+def quickstart(workdir: options.Workdir = Path("quickstart")) -> None:
     """The whole life cycle on this Python's own source code, in minutes on two cores."""
     from launcher.quickstart import quickstart
 
@@ -87,28 +74,17 @@ def quickstart(
 
 @app.command()
 def prepare(
-    inputs: Annotated[
-        list[str],
-        typer.Option("--input", help="Text file, .jsonl file, directory or glob; repeatable."),
-    ],
-    output: Annotated[Path, typer.Option(help="Dataset directory to write.")],
-    more_inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH]...", help="Further inputs.")
-    ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Train a tokenizer of this size.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Use this tokenizer.model or tokenizer.json instead.")
-    ] = None,
-    val_fraction: Annotated[float | None, typer.Option(help="Share held out.")] = None,
-    text_field: Annotated[str | None, typer.Option(help="Key of the text in a .jsonl.")] = None,
-    max_bad_lines: Annotated[
-        int | None, typer.Option(help="Broken .jsonl lines to tolerate.")
-    ] = None,
-    bos: Annotated[bool, typer.Option("--bos", help="Put BOS in front of every document.")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.")] = 0,
-    as_json: AsJson = False,
+    inputs: options.Inputs,
+    output: options.Output,
+    more_inputs: options.MoreInputs = None,
+    vocab_size: options.VocabSize = None,
+    tokenizer: options.TokenizerFile = None,
+    val_fraction: options.ValFraction = None,
+    text_field: options.TextField = None,
+    max_bad_lines: options.MaxBadLines = None,
+    bos: options.Bos = False,
+    workers: options.Workers = 0,
+    as_json: options.AsJson = False,
 ) -> None:
     """Turn text into a tokenizer and token shards."""
     from data.config import PrepareConfig
@@ -139,9 +115,7 @@ def prepare(
 
 @data_app.command()
 def verify(
-    dataset: Annotated[Path, typer.Argument(help="Dataset directory.")],
-    full: Annotated[bool, typer.Option("--full", help="Read and hash every byte.")] = False,
-    as_json: AsJson = False,
+    dataset: options.DatasetFolder, full: options.Full = False, as_json: options.AsJson = False
 ) -> None:
     """Check a dataset against its manifest."""
     from data.verify import verify
@@ -154,14 +128,12 @@ def verify(
 
 @data_app.command()
 def inspect(
-    dataset: Annotated[Path, typer.Argument(help="Dataset directory.")],
-    step: Annotated[int, typer.Option(min=1, help="Optimizer step, counted from 1.")],
-    overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="Gives seed, seq_len, batch_tokens.")] = "tiny-cpu",
-    run: Annotated[
-        Path | None, typer.Option(help="A run gives them; its own data_hash is compared.")
-    ] = None,
-    as_json: AsJson = False,
+    dataset: options.DatasetFolder,
+    step: options.Step,
+    overrides: options.Overrides = None,
+    recipe: options.StepRecipe = "tiny-cpu",
+    run: options.StepRun = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show the samples of a training step and recompute its data_hash."""
     from launcher.inspect import inspect_step
@@ -173,16 +145,14 @@ def inspect(
 
 @app.command()
 def plan(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in each.")] = 8,
-    gpu: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
-    mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")
-    ] = 0.4,
-    explain: Annotated[bool, typer.Option("--explain", help="Show every formula.")] = False,
-    as_json: AsJson = False,
+    recipe: options.RecipeName,
+    overrides: options.Overrides = None,
+    nodes: options.Nodes = 1,
+    gpus_per_node: options.GpusPerNode = 8,
+    gpu: options.GpuName = "h100",
+    mfu: options.Mfu = 0.4,
+    explain: options.Explain = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Say what a run needs and how long it takes, before any GPU is allocated."""
     from launcher.plan import make_plan, show_plan
@@ -196,11 +166,11 @@ def plan(
 
 @app.command()
 def pretrain(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    run: RunFolder = None,
-    nproc: NumProcesses = 1,
-    stop_at: StopAt = None,
+    recipe: options.RecipeName,
+    overrides: options.Overrides = None,
+    run: options.RunFolder = None,
+    nproc: options.NumProcesses = 1,
+    stop_at: options.StopAt = None,
 ) -> None:
     """Train a GPT from nothing; the same command resumes it."""
     from train.config import RunConfig, load_config
@@ -219,16 +189,14 @@ def pretrain(
 
 @app.command()
 def submit(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    run: RunFolder = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs in each; 0 for none.")] = 8,
-    time: Annotated[str, typer.Option(help="Limit of one attempt.")] = "24:00:00",
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="Further sbatch option, such as --partition=batch.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script.")] = False,
+    recipe: options.RecipeName,
+    overrides: options.Overrides = None,
+    run: options.RunFolder = None,
+    nodes: options.Nodes = 1,
+    gpus_per_node: options.GpusOrNone = 8,
+    time: options.TimeLimit = "24:00:00",
+    sbatch: options.SbatchOptions = None,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Hand a pretraining run to Slurm as one readable batch script."""
     from launcher import slurm
@@ -237,7 +205,7 @@ def submit(
     found = find_recipe(recipe, "pretrain")
     load_config(RunConfig, found.text, overrides or (), name=found.name)
     job = slurm.Job(
-        recipe=str(found.path.resolve()) if "/" in recipe else recipe,
+        recipe=str(found.path.resolve()) if found.is_file else recipe,
         overrides=tuple(overrides or ()),
         run=(run or Path("runs") / found.name).resolve(),
         num_nodes=nodes,
@@ -250,24 +218,26 @@ def submit(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run directory of `headrace pretrain`.")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
-    step: Annotated[int | None, typer.Option(help="Checkpoint; the newest by default.")] = None,
+    run: options.RunArgument,
+    out: options.OutArgument,
+    step: options.CheckpointStep = None,
+    dtype: options.WeightType = "fp32",
+    as_json: options.AsJson = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and prove that it is the same model."""
+    from launcher.show import show_export
     from train.export import export
 
-    export(run, out, step=step)
-    print(out)
+    show_export(export(run, out, step=step, dtype=dtype), as_json=as_json)
 
 
 @app.command()
 def finetune(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    run: RunFolder = None,
-    nproc: NumProcesses = 1,
-    stop_at: StopAt = None,
+    recipe: options.RecipeName,
+    overrides: options.Overrides = None,
+    run: options.RunFolder = None,
+    nproc: options.NumProcesses = 1,
+    stop_at: options.StopAt = None,
 ) -> None:
     """Continue from a Hugging Face folder: model=DIR data=FILE. The result is RUN/hf."""
     from train.config import FinetuneConfig, load_config
@@ -286,24 +256,34 @@ def finetune(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    data: Annotated[Path, typer.Option("--data", help="Dataset, text file, .jsonl or .csv.")],
-    as_json: AsJson = False,
+    model: options.ModelFolder,
+    data: options.EvaluationData,
+    text_column: options.TextColumn = "text",
+    label_column: options.LabelColumn = "label",
+    split: options.Split = "all",
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure a model: perplexity and bits per byte, or accuracy, precision, recall and F1."""
-    raise NotImplementedError
+    from launcher.show import show_evaluation
+    from train.evaluate import evaluate
+
+    result = evaluate(model, data, text_column=text_column, label_column=label_column, split=split)
+    show_evaluation(result, as_json=as_json)
 
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Makes the sample repeatable.")] = 0,
+    model: options.ModelFolder,
+    prompt: options.Prompt,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.8,
+    seed: options.Seed = 0,
 ) -> None:
     """Continue a text; stdout is the continuation alone."""
-    raise NotImplementedError
+    from train.generate import generate
+
+    text = generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    print(text, end="\n" if sys.stdout.isatty() else "")
 
 
 def _parse(kind: type[Config], values: Mapping[str, Any]) -> Config:

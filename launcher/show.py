@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from data.inspect import Inspection
     from data.prepare import Summary
     from data.verify import Verification
+    from train.export import ExportSummary
 
 MAX_TEXT = 160
 """Characters of a document that are shown."""
@@ -98,6 +100,19 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
     print(
         f"step {found.step}: samples [{found.first}, {found.last}), seed {found.seed}, "
         f"seq_len {found.seq_len}, data_hash {found.data_hash}"
+    )
+
+
+def show_export(summary: ExportSummary, *, as_json: bool) -> None:
+    """Print what was published, and how closely transformers agreed."""
+    if as_json:
+        _print_json({**asdict(summary), "folder": str(summary.folder)})
+        return
+    found = summary.agreement
+    print(
+        f"{summary.folder}: step {summary.step}, {summary.num_parameters:,} parameters; "
+        f"transformers {found.transformers} gives the same {found.num_logits:,} logits within "
+        f"{found.max_logit_difference:.1e} and the same token ids for {found.num_texts:,} texts"
     )
 
 

@@ -40,7 +40,7 @@ VENDORS = {
     "tensorboard": {"train/metrics.py"},
     "transformers": {"train/hf.py"},
     "peft": {"train/hf.py"},
-    "typer": {"launcher/cli.py"},
+    "typer": {"launcher/cli.py", "launcher/options.py"},
     "subprocess": {
         "launcher/spawn.py",
         "launcher/slurm.py",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 
 Command = Literal["pretrain", "finetune"]
 
@@ -32,6 +32,11 @@ class Recipe:
     """Stem of the file: also the default name of a run."""
     path: Path
     text: str
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is somebody's own file, not one of the built-in ones."""
+        return self.path.parent.resolve() != FOLDER
 
 
 def recipe_names() -> list[str]:

@@ -1,0 +1,91 @@
+"""What command lines may say: every option and argument that several commands share, or that is
+long; each is declared once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in name or a file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, such as optim.lr=3e-4."),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run", help="Run directory.", show_default="runs/RECIPE")
+]
+NumProcesses = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
+StopAt = Annotated[
+    int | None,
+    typer.Option("--stop-at", min=1, help="Save and leave after this step; the schedule stays."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset directory.")]
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face folder.")]
+
+Inputs = Annotated[
+    list[str],
+    typer.Option("--input", help="Text file, .jsonl file, directory or glob; repeatable."),
+]
+MoreInputs = Annotated[
+    list[str] | None, typer.Argument(metavar="[PATH]...", help="Further inputs.")
+]
+Output = Annotated[Path, typer.Option("--output", help="Dataset directory to write.")]
+VocabSize = Annotated[
+    int | None, typer.Option(min=1, help="Train a tokenizer with this many pieces.")
+]
+TokenizerFile = Annotated[
+    Path | None, typer.Option(help="Use this tokenizer.model or tokenizer.json instead.")
+]
+ValFraction = Annotated[float | None, typer.Option(help="Share of the text that is held out.")]
+TextField = Annotated[str | None, typer.Option(help="Key of the text in a .jsonl line.")]
+MaxBadLines = Annotated[int | None, typer.Option(help="Broken .jsonl lines to tolerate.")]
+Bos = Annotated[bool, typer.Option("--bos", help="Put BOS in front of every document.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.")]
+
+Full = Annotated[bool, typer.Option("--full", help="Also hash every shard as a whole.")]
+Step = Annotated[int, typer.Option(min=1, help="Optimizer step, counted from 1.")]
+StepRecipe = Annotated[str, typer.Option("--recipe", help="Gives seed, seq_len, batch_tokens.")]
+StepRun = Annotated[
+    Path | None,
+    typer.Option("--run", help="A run gives them, and its own data_hash is compared."),
+]
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run directory of `headrace pretrain`.")
+]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+CheckpointStep = Annotated[
+    int | None, typer.Option("--step", min=1, help="Checkpoint; the newest by default.")
+]
+WeightType = Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")]
+EvaluationData = Annotated[
+    Path, typer.Option("--data", help="Dataset (its validation split), text, .jsonl or .csv file.")
+]
+TextColumn = Annotated[str, typer.Option(help="Column of the text.")]
+LabelColumn = Annotated[str, typer.Option(help="Column of the label.")]
+Split = Annotated[
+    Literal["all", "train", "val"], typer.Option(help="Classifier: which examples of the file.")
+]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to add at most.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
+Seed = Annotated[int, typer.Option(min=0, help="Makes the sample repeatable.")]
+
+Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
+GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs in each machine.")]
+GpusOrNone = Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0 for none.")]
+GpuName = Annotated[str, typer.Option(help="a100, h100 or h200.")]
+Mfu = Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Show every formula.")]
+TimeLimit = Annotated[str, typer.Option(help="Time limit of one attempt, as Slurm writes it.")]
+SbatchOptions = Annotated[
+    list[str] | None,
+    typer.Option("--sbatch", help="Further sbatch option, such as --sbatch=--partition=batch."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script, submit nothing.")]
+Workdir = Annotated[Path, typer.Option(help="Where everything is written.")]

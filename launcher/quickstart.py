@@ -1,0 +1,247 @@
+"""The whole life cycle on one page: raw text to an exported, fine-tuned, evaluated model.
+
+Every stage is a `headrace` command, printed before it runs, so each can be repeated by hand. The
+text is the source of this Python's own standard library; training runs on two processes with ZeRO
+stage 2 in bf16. A second call continues where the first one ended. The model must learn: held-out
+bits per byte at most 0.6 of the untrained model's, and macro-F1 at least 0.2 above always answering
+the commonest class; else the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import lzma
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launcher import spawn
+from launcher.corpus import Corpus, write_corpus
+
+PREPARE = ("--vocab-size=2048", "--val-fraction=0.05")
+PRETRAIN = ("zero.stage=2", "steps=150", "batch_tokens=8192", "schedule.warmup_steps=10")
+FINETUNE = ("zero.stage=2", "epochs=3", "seq_len=128", "optim.lr=5e-4", "schedule.warmup_steps=5")
+EVERY = ("checkpoint.every=50",)
+PROMPT = "def __init__(self"
+MAX_BITS_RATIO = 0.6
+MIN_F1_GAIN = 0.2
+
+
+class QuickstartError(ValueError):
+    """The model did not learn what it must."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class Folders:
+    """Where everything of a quickstart lies."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir = workdir
+        self.corpus = workdir / "corpus"
+        self.dataset = workdir / "dataset"
+        self.pretrained = workdir / "pretrained"
+        self.model = workdir / "model"
+        self.finetuned = workdir / "finetuned"
+        self.classifier = self.finetuned / "hf"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured."""
+
+    bits_before: float
+    """Bits per byte of held-out text, before the first step."""
+    bits_after: float
+    bits_xz: float
+    """The same text under `xz -9`."""
+    scores: dict[str, Any]
+    """Evaluation of the classifier on held-out files."""
+    baseline: dict[str, float]
+    """accuracy and f1_macro of always answering the commonest class."""
+    sample: str
+    """What the model makes of PROMPT."""
+
+
+def quickstart(workdir: Path) -> int:
+    """Run every stage that `workdir` does not hold yet, measure, and print; returns the exit code.
+
+    QuickstartError when a threshold is missed.
+    """
+    started = time.monotonic()
+    folders = Folders(workdir)
+    corpus = write_corpus(folders.corpus)
+    for number, stage in enumerate(_stages(folders, corpus), start=1):
+        code = _run(f"[{number}/4] ", *stage)
+        if code:
+            _say(f"not finished; this continues: headrace quickstart --workdir {workdir}")
+            return code
+    findings = _measure(folders, corpus)
+    _show(folders, findings, seconds=time.monotonic() - started)
+    _check(findings)
+    return 0
+
+
+def _stages(folders: Folders, corpus: Corpus) -> Iterator[list[str]]:
+    yield _argv("prepare", "--input", corpus.text, "--output", folders.dataset, *PREPARE)
+    ranks = ("--nproc", _num_processes())
+    yield _argv(
+        "pretrain", "tiny-cpu", f"data={folders.dataset}", "--run", folders.pretrained, *ranks,
+        *PRETRAIN, *EVERY,
+    )  # fmt: skip
+    yield _argv("export", folders.pretrained, folders.model)
+    yield _argv(
+        "finetune", "classify", f"model={folders.model}", f"data={corpus.windows}",
+        f"data.val={corpus.val_windows}", "--run", folders.finetuned, *ranks, *FINETUNE, *EVERY,
+    )  # fmt: skip
+
+
+def _run(label: str, command: str, *argv: str) -> int:
+    _say(f"{label}$ headrace {shlex.join([command, *argv])}")
+    if command == "export" and (Path(argv[1]) / "config.json").is_file():
+        _say(f"{argv[1]} is there already")
+        return 0
+    if "--nproc" not in argv or argv[argv.index("--nproc") + 1] == "1":
+        return _in_process([command, *argv])[0]
+    run = Path(argv[argv.index("--run") + 1])
+    num_processes = int(argv[argv.index("--nproc") + 1])
+    return spawn.launch([command, *argv], run=run, num_processes=num_processes)
+
+
+def _measure(folders: Folders, corpus: Corpus) -> Findings:
+    from train.scores import majority_baseline
+
+    text = json.loads(_output("evaluate", folders.model, "--data", folders.dataset, "--json"))
+    classes = _output("evaluate", folders.classifier, "--data", corpus.val_windows, "--json")
+    scores = json.loads(classes)
+    bits_per_nat = text["bits_per_byte"] / text["loss"]
+    held_out = _held_out_text(folders.dataset)
+    return Findings(
+        bits_before=_untrained_loss(folders.pretrained) * bits_per_nat,
+        bits_after=text["bits_per_byte"],
+        bits_xz=8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
+        scores=scores,
+        baseline=majority_baseline(scores["confusion_matrix"]),
+        sample=_output("generate", folders.model, PROMPT, "--max-tokens", 64),
+    )
+
+
+def _untrained_loss(run: Path) -> float:
+    """Validation loss before the first step, in nats per token."""
+    from train.metrics import read_metrics
+
+    rows = read_metrics(run)
+    return float(next(row["val_loss"] for row in rows if row["step"] == 0 and "val_loss" in row))
+
+
+def _held_out_text(dataset: Path) -> bytes:
+    """The validation split as text."""
+    from data.manifest import read_manifest
+    from data.tokenizer import load_tokenizer
+    from data.tokens import TokenSource
+
+    manifest, tokenizer = read_manifest(dataset), load_tokenizer(dataset)
+    pieces = []
+    for name in manifest.source_names("val"):
+        source = TokenSource(dataset, manifest, "val", name)
+        ids = source.read(0, source.num_tokens).tolist()
+        pieces.append(tokenizer.decode([id for id in ids if id != tokenizer.eos_id]))
+    return "".join(pieces).encode()
+
+
+def _check(findings: Findings) -> None:
+    limit = MAX_BITS_RATIO * findings.bits_before
+    if not findings.bits_after <= limit:
+        raise QuickstartError(
+            f"the model did not learn: {findings.bits_after:.2f} bits per byte after training, "
+            f"at most {limit:.2f} were expected ({MAX_BITS_RATIO} of {findings.bits_before:.2f})"
+        )
+    least = findings.baseline["f1_macro"] + MIN_F1_GAIN
+    if not findings.scores["f1_macro"] >= least:
+        raise QuickstartError(
+            f"fine-tuning did not learn: macro-F1 {findings.scores['f1_macro']:.2f}, at least "
+            f"{least:.2f} was expected (the commonest class alone, plus {MIN_F1_GAIN})"
+        )
+
+
+def _show(folders: Folders, findings: Findings, *, seconds: float) -> None:
+    from data.manifest import read_manifest
+
+    manifest = read_manifest(folders.dataset)
+    scores, baseline = findings.scores, findings.baseline
+    table = Table(title=f"{seconds:.0f} s", title_justify="right", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    train, val = manifest.num_tokens("train"), manifest.num_tokens("val")
+    table.add_row("tokens", f"{train:,} for training, {val:,} held out")
+    table.add_row(
+        "bits per byte, held out",
+        f"{findings.bits_before:.2f} before training, {findings.bits_after:.2f} after "
+        f"(xz -9 on the same text: {findings.bits_xz:.2f})",
+    )
+    table.add_row(
+        "which of 8 packages, held out",
+        f"accuracy {scores['accuracy']:.2f}, precision {scores['precision_macro']:.2f}, "
+        f"recall {scores['recall_macro']:.2f}, F1 {scores['f1_macro']:.2f} "
+        f"(commonest class: accuracy {baseline['accuracy']:.2f}, F1 {baseline['f1_macro']:.2f})",
+    )
+    table.add_row("a sample", escape(PROMPT + findings.sample))
+    for name, path in (
+        ("token shards", folders.dataset),
+        ("checkpoints, metrics", folders.pretrained),
+        ("Hugging Face folder", folders.model),
+        ("fine-tuned classifier", folders.classifier),
+    ):
+        table.add_row(name, str(path))
+    console = Console()
+    console.print(table)
+    console.print("next:", highlight=False)
+    for command in (
+        f"headrace generate {folders.model} 'class Queue:' --max-tokens 100",
+        "headrace prepare --input YOUR_TEXT --output dataset --vocab-size 8192",
+        "headrace plan llama-7b --nodes 32 --gpus-per-node 8 --gpu h100 --explain",
+    ):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
+
+
+def _num_processes() -> int:
+    """Two; on a machine with a single GPU one, because a GPU belongs to one rank."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def _argv(*words: object) -> list[str]:
+    return [str(word) for word in words]
+
+
+def _output(*words: object) -> str:
+    """Stdout of a `headrace` command that must succeed."""
+    code, stdout = _in_process(_argv(*words))
+    if code:
+        raise QuickstartError(f"`headrace {shlex.join(_argv(*words))}` left with {code}")
+    return stdout
+
+
+def _in_process(argv: list[str]) -> tuple[int, str]:
+    """Exit code and stdout of a `headrace` command that runs in this process."""
+    from launcher.cli import run_command
+
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        code = run_command(argv, standalone=False)
+    return code, stdout.getvalue()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
