@@ -29,6 +29,9 @@ FREE = ("zero.", "checkpoint.", "log.", "micro_batch", "data.num_workers", "data
 what a step means.
 The dataset may move: its content is compared by fingerprint instead."""
 
+MAY_BE_FIRST = {"logs", "config.tmp"}
+"""What a run directory may hold before its config: a batch job's logs, a start that was killed."""
+
 
 def open_run(run: Path, config: JobConfig) -> None:
     """Create the run directory, or check that it belongs to this config. One rank only.
@@ -40,7 +43,7 @@ def open_run(run: Path, config: JobConfig) -> None:
         old = json.loads(path.read_text())
         _compare(run, old, {"kind": _kind(config), "config": config.model_dump(mode="json")})
         return
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
         raise ConfigError(
             f"{run} is not empty and no run of ours (it has no config.json); choose another --run"
         )

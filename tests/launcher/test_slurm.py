@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher.slurm import TEMPLATE, Job, SlurmError, render, rendezvous, submit
+from train.config import RunConfig
+from train.run import open_run
 
 
 def job(run: Path, **changes: object) -> Job:
@@ -90,6 +92,13 @@ def test_submit_hands_the_script_to_sbatch(
     script = cluster.run / "logs" / "pretrain.sbatch"
     assert (cluster.state / "sbatch").read_text() == f"--parsable {script}\n"
     assert script.read_text() == render(job(cluster.run))
+
+
+def test_the_logs_of_a_job_do_not_keep_its_run_from_starting(tmp_path: Path) -> None:
+    """Slurm opens them before the first rank does anything."""
+    (tmp_path / "logs").mkdir()
+    open_run(tmp_path, RunConfig())
+    assert (tmp_path / "config.json").exists()
 
 
 def test_the_rendezvous_of_a_step_follows_from_the_job(
