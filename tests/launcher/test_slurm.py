@@ -186,7 +186,7 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
     assert argv[6].startswith('trap "" USR1; exec "$PYTHON" -m torch.distributed.run')
     assert argv[7:] == [
         "_", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
-        "--master-port=23456", "-m", "launcher", "pretrain", "llama-7b",
+        "--master-port=23456", "-m", "--", "launcher", "pretrain", "llama-7b",
         "data=/data/books and more", "optim.lr=1e-4", "--run", str(cluster.run),
     ]  # fmt: skip
     environ = (cluster.state / "environment").read_text()
