@@ -19,10 +19,10 @@ soak: .venv/installed
 	$(BIN)/pytest
 
 bench: .venv/installed
-	$(BIN)/python -m tests.benchmarks.train_speed
+	$(BIN)/python -m tests.benchmarks.train_speed $(BENCH)
 
 evidence: .venv/installed
-	$(BIN)/python -m tests.benchmarks.evidence
+	$(BIN)/python -m tests.benchmarks.evidence $(if $(CORPORA),--corpora $(CORPORA)) $(EVIDENCE)
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; on Debian or Ubuntu run: sudo apt-get install python3 python3-venv" >&2; exit 1; }

@@ -1,17 +1,17 @@
-"""Training speed of one process, as tokens per CPU-second and as a fraction of this machine's
-matmul rate.
+"""Training speed of one process: tokens per CPU-second, and the fraction of the matmul rate.
 
 The job: 6 layers x 384, sequence 256, batch 8, vocabulary 65, about 10.65 M parameters, AdamW, one
-thread. Engines are interleaved and the median of the rounds is reported; CPU-seconds, because wall
-time depends on who else is there.
+thread. Cases are interleaved in fresh processes and medians are reported; CPU-seconds, because wall
+time depends on who else is there. On a GPU the clock is wall time and the device is synchronised.
 
-    make bench          both precisions, PlainEngine and DeepSpeedEngine stage 1; a CUDA section
-    where there is a GPU
+    make bench                                PlainEngine and ZeRO-1, fp32 and bf16
+    make bench BENCH="--nanogpt CHECKOUT"     and nanoGPT's fp32 step beside them
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -19,31 +19,39 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from model.flops import flops_per_token
+from model.gpt import GPT, init_weights
+from model.loss import token_loss_sum
+from train.config import JobConfig, Precision
+from train.engine import DTYPES, Batch, DeepSpeedEngine, Engine, PlainEngine
+from train.metrics import matmul_flops_per_second
+from train.world import World, join_world
 
 SEQ_LEN, BATCH, VOCAB = 256, 8, 65
 CASES = [("plain", "fp32"), ("zero1", "fp32"), ("plain", "bf16"), ("zero1", "bf16")]
 
-# nanoGPT on the same job and kind of machine, tokens per CPU-second (lowest and highest of three
-# runs).
-NANOGPT = (989, 1045)
+Figures = dict[str, float]
 
 
-def measure(engine_name: str, precision: str, steps: int) -> dict[str, float]:
-    """One engine in this process: speed, peak memory, and the fraction of the matmul rate."""
-    import torch
+@dataclass(frozen=True)
+class Trained:
+    """Something that takes training steps, and what they cost in theory."""
 
-    from model.config import ModelConfig
-    from model.flops import flops_per_token, num_parameters
-    from model.gpt import GPT, init_weights
-    from model.loss import token_loss_sum
-    from train.config import JobConfig
-    from train.engine import DTYPES, DeepSpeedEngine, Engine, PlainEngine
-    from train.metrics import matmul_flops_per_second
-    from train.world import join_world
+    step: Callable[[], None]
+    flops_per_token: float
+    device: torch.device
 
-    torch.set_num_threads(1)
+
+def ours(engine_name: str, precision: Precision, world: World) -> Trained:
+    """The benchmark job on an engine of ours."""
     config = ModelConfig(
         vocab_size=VOCAB,
         num_layers=6,
@@ -51,45 +59,88 @@ def measure(engine_name: str, precision: str, steps: int) -> dict[str, float]:
         num_heads=6,
         ffn_size=1024,
         max_seq_len=SEQ_LEN,
+        tie_embeddings=True,
     )
     job = JobConfig.model_validate({"precision": precision, "zero": {"stage": 1}})
+    module = GPT(config)
+    init_weights(module, 0)
+    engine: Engine = (
+        PlainEngine(module, job, world)
+        if engine_name == "plain"
+        else DeepSpeedEngine(module, job, world, micro_batch=BATCH, accumulation=1)
+    )
+
+    def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return token_loss_sum(module(batch["x"]), batch["y"])
+
+    def step() -> None:
+        x, y = random_batch()
+        engine.forward_backward({"x": x, "y": y}, num_valid=BATCH * SEQ_LEN, loss_sum=loss_sum)
+        engine.step(lr=1e-3)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return Trained(step, flops_per_token(config, SEQ_LEN), world.device)
+
+
+def nanogpt(checkout: Path) -> Trained:
+    """The same job in nanoGPT's own model and optimizer, fp32; its loop is these five lines."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    assert spec is not None and spec.loader is not None
+    theirs: Any = importlib.util.module_from_spec(spec)
+    # dataclass looks its module up there.
+    sys.modules["nanogpt_model"] = theirs
+    spec.loader.exec_module(theirs)
+    config = theirs.GPTConfig(
+        block_size=SEQ_LEN,
+        vocab_size=VOCAB,
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        dropout=0.0,
+        bias=False,
+    )
+    model = theirs.GPT(config)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+
+    def step() -> None:
+        _, loss = model(*random_batch())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Trained(step, 6.0 * model.get_num_params() + 12 * 6 * 384 * SEQ_LEN, torch.device("cpu"))
+
+
+def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and shifted targets, int64 [BATCH, SEQ_LEN] each."""
+    ids = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1))
+    return ids[:, :-1], ids[:, 1:].contiguous()
+
+
+def measure(engine_name: str, precision: Precision, steps: int, checkout: Path | None) -> Figures:
+    """One case in this process: speed, peak memory, and the fraction of the matmul rate."""
+    torch.set_num_threads(1)
     with join_world() as world:
-        module = GPT(config)
-        init_weights(module, 0)
-        engine: Engine = (
-            PlainEngine(module, job, world)
-            if engine_name == "plain"
-            else DeepSpeedEngine(module, job, world, micro_batch=BATCH, accumulation=1)
-        )
-        generator = torch.Generator().manual_seed(0)
-
-        def step() -> None:
-            ids = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1), generator=generator)
-            batch = {"x": ids[:, :-1], "y": ids[:, 1:].contiguous()}
-            engine.forward_backward(
-                batch,
-                num_valid=BATCH * SEQ_LEN,
-                loss_sum=lambda module, batch: token_loss_sum(module(batch["x"]), batch["y"]),
-            )
-            engine.step(lr=1e-3)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-
+        if engine_name == "nanogpt":
+            assert checkout is not None
+            trained = nanogpt(checkout)
+        else:
+            trained = ours(engine_name, precision, world)
         for _ in range(2):
-            step()
-        clock = time.perf_counter if world.device.type == "cuda" else time.process_time
+            trained.step()
+        clock = time.perf_counter if trained.device.type == "cuda" else time.process_time
         started = clock()
         for _ in range(steps):
-            step()
-        seconds = clock() - started
-        rate = steps * BATCH * SEQ_LEN / seconds
-        peak = matmul_flops_per_second(world.device, DTYPES[job.precision], seconds=1.0)
+            trained.step()
+        rate = steps * BATCH * SEQ_LEN / (clock() - started)
+        peak = matmul_flops_per_second(trained.device, DTYPES[precision], seconds=1.0)
     return {
         "tokens_per_second": rate,
-        "matmul_fraction": rate * flops_per_token(config, SEQ_LEN) / peak,
+        "matmul_fraction": rate * trained.flops_per_token / peak,
         "matmul_gflops": peak / 1e9,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "parameters": num_parameters(config),
     }
 
 
@@ -99,33 +150,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--one", nargs=2, metavar=("ENGINE", "PRECISION"))
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to measure beside ours")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
     if options.one:
-        print("RESULT " + json.dumps(measure(*options.one, options.steps)))
+        print("RESULT " + json.dumps(measure(*options.one, options.steps, options.nanogpt)))
         return
-    rows: dict[tuple[str, str], list[dict[str, float]]] = {case: [] for case in CASES}
+    cases = [*CASES, ("nanogpt", "fp32")] if options.nanogpt else CASES
+    rows: dict[tuple[str, str], list[Figures]] = {case: [] for case in cases}
     for _ in range(options.rounds):
-        for case in CASES:
-            rows[case].append(_in_fresh_process(case, options.steps))
+        for case in cases:
+            rows[case].append(_in_fresh_process(case, options.steps, options.nanogpt))
     figures = {
-        f"{engine} {precision}": _medians(rows[engine, precision]) for engine, precision in CASES
+        f"{engine} {precision}": _medians(rows[engine, precision]) for engine, precision in cases
     }
     _print(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
 
 
-def _in_fresh_process(case: tuple[str, str], steps: int) -> dict[str, float]:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.train_speed",
-        "--one",
-        *case,
-        "--steps",
-        str(steps),
-    ]
+def _in_fresh_process(case: tuple[str, str], steps: int, checkout: Path | None) -> Figures:
+    command = [sys.executable, "-m", "tests.benchmarks.train_speed", "--one", *case]
+    command += ["--steps", str(steps), *(["--nanogpt", str(checkout)] if checkout else [])]
     done = subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -137,26 +183,20 @@ def _in_fresh_process(case: tuple[str, str], steps: int) -> dict[str, float]:
     return json.loads(line.removeprefix("RESULT "))  # type: ignore[no-any-return]
 
 
-def _medians(rows: list[dict[str, float]]) -> dict[str, Any]:
+def _medians(rows: list[Figures]) -> Figures:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def _print(figures: dict[str, dict[str, float]]) -> None:
-    parameters = next(iter(figures.values()))["parameters"]
-    print(
-        f"job: 6 layers x 384, seq {SEQ_LEN}, batch {BATCH}, vocab {VOCAB}, "
-        f"{parameters / 1e6:.2f} M parameters"
-    )
-    print(
-        f"{'engine':<12} {'tok/CPU-s':>10} {'of matmul':>10} {'matmul':>14} {'peak':>9}  vs "
-        f"nanoGPT {NANOGPT}"
-    )
+def _print(figures: dict[str, Figures]) -> None:
+    print(f"job: 6 layers x 384, seq {SEQ_LEN}, batch {BATCH}, vocab {VOCAB}, one thread")
+    print(f"{'engine':<14} {'tok/CPU-s':>10} {'of matmul':>10} {'matmul':>14} {'peak':>9}")
+    base = figures.get("nanogpt fp32")
     for name, row in figures.items():
         rate = row["tokens_per_second"]
+        beside = f"  {rate / base['tokens_per_second']:.2f}x nanoGPT" if base else ""
         print(
-            f"{name:<12} {rate:>10.0f} {row['matmul_fraction']:>10.1%} "
-            f"{row['matmul_gflops']:>7.0f} GFLOP/s "
-            f"{row['peak_mb']:>6.0f} MB  {rate / NANOGPT[1]:.2f}x - {rate / NANOGPT[0]:.2f}x"
+            f"{name:<14} {rate:>10.0f} {row['matmul_fraction']:>10.1%} "
+            f"{row['matmul_gflops']:>7.0f} GFLOP/s {row['peak_mb']:>6.0f} MB{beside}"
         )
 
 
