@@ -18,7 +18,7 @@ from train.checkpoint import Checkpoint, CheckpointError, committed
 from train.config import ConfigError, JobConfig
 from train.engine import DTYPES, DeepSpeedEngine
 from train.loop import Job, Task, train
-from train.metrics import Metrics, ProgressLine, matmul_flops_per_second, wandb_views
+from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
 from train.run import Outcome
 from train.state import load_newest
 from train.stop import StopRequest
@@ -89,13 +89,7 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
         attempt,
         f"from step {resumed_from}" if resumed_from else "from nothing",
     )
-    settings = work.config.model_dump(mode="json")
-    views = [ProgressLine(steps=work.steps, first_step=first_step)] if world.is_main else []
-    metrics = Metrics(
-        run,
-        enabled=world.is_main,
-        views=[*views, *(wandb_views(run, work.config.log, settings) if world.is_main else [])],
-    )
+    metrics = _open_metrics(world, run, work, first_step)
     job = Job(
         task=work.task,
         engine=engine,
@@ -129,6 +123,15 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
     if world.is_main:
         run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
     return outcome
+
+
+def _open_metrics(world: World, run: Path, work: Work, first_step: int) -> Metrics:
+    views: list[View] = []
+    if world.is_main:
+        line = ProgressLine(steps=work.steps, first_step=first_step, unit=work.task.unit)
+        settings = work.config.model_dump(mode="json")
+        views = [line, *wandb_views(run, work.config.log, settings)]
+    return Metrics(run, enabled=world.is_main, views=views)
 
 
 def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: int) -> Outcome:

@@ -38,6 +38,7 @@ class ExamplesTask:
         micro_batch: int,
         pad_id: int,
     ) -> None:
+        self.unit = "examples" if config.task == "classify" else "tokens"
         self._config = config
         self._train = train
         self._val = val

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 class Task(Protocol):
     """What is trained on, and what its loss is. Steps count from 1; samples from 0."""
 
+    unit: str
+    """What a target is called on the progress line."""
+
     def num_valid(self, step: int) -> int:
         """Targets of this step over all ranks, known without asking them."""
 

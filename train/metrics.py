@@ -77,9 +77,10 @@ class ProgressLine:
 
     PLAIN_SECONDS = 10.0
 
-    def __init__(self, *, steps: int, first_step: int) -> None:
+    def __init__(self, *, steps: int, first_step: int, unit: str) -> None:
         self._console = Console(stderr=True)
         self._steps = steps
+        self._unit = unit
         self._last = 0.0
         self._text = ""
         self._val = ""
@@ -105,7 +106,7 @@ class ProgressLine:
         mfu = f"  mfu {row['mfu']:.1%}" if row.get("mfu") else ""
         text = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  "
-            f"{row['tokens_per_second']:,.0f} tok/s{mfu}{self._val}"
+            f"{row['tokens_per_second']:,.0f} {self._unit}/s{mfu}{self._val}"
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], text=text)

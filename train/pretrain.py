@@ -81,6 +81,8 @@ def resolve(config: RunConfig, *, vocab_size: int) -> RunConfig:
 class PretrainTask:
     """Next-token prediction on permuted samples of a dataset."""
 
+    unit = "tokens"
+
     def __init__(self, config: RunConfig, stream: SampleStream, *, micro_batch: int) -> None:
         self._config = config
         self._stream = stream
