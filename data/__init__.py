@@ -1,1 +1,1 @@
-"""Text to token shards to samples; imports neither model nor anything above; knows ranks as ints."""
+"""Text to token shards to samples; imports neither model nor train; ranks are ints here."""
