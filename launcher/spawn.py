@@ -189,6 +189,9 @@ def _start_torchrun(
     program: Sequence[str], num_processes: int, folder: Path
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
+    # Else torchrun leaves an empty folder per launch in /tmp.
+    command += [f"--log-dir={folder}"]
+    # Without the bare -- it would take --run for a prefix of its own options.
     command += [f"--nproc-per-node={num_processes}", "-m", "--", *program]
     settings = thread_settings(num_processes, os.environ) | {LAUNCH_FOLDER: str(folder)}
 
