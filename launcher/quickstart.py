@@ -29,9 +29,9 @@ from launcher import spawn
 from launcher.corpus import Corpus, write_corpus
 
 PREPARE = ("--vocab-size=2048", "--val-fraction=0.05")
-PRETRAIN = ("zero.stage=2", "steps=150", "batch_tokens=8192", "schedule.warmup_steps=10")
+PRETRAIN = ("zero.stage=2", "steps=450", "schedule.warmup_steps=10")
 FINETUNE = ("zero.stage=2", "epochs=3", "seq_len=128", "optim.lr=5e-4", "schedule.warmup_steps=5")
-EVERY = ("checkpoint.every=50",)
+EVERY = ("checkpoint.every=150",)
 PROMPT = "def __init__(self"
 MAX_BITS_RATIO = 0.6
 MIN_F1_GAIN = 0.2
