@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import lzma
+import math
 import shlex
 import sys
 import time
@@ -29,8 +30,8 @@ from launcher import spawn
 from launcher.corpus import Corpus, write_corpus
 
 PREPARE = ("--vocab-size=2048", "--val-fraction=0.05")
-PRETRAIN = ("zero.stage=2", "steps=450", "schedule.warmup_steps=10")
-FINETUNE = ("zero.stage=2", "epochs=3", "seq_len=128", "optim.lr=5e-4", "schedule.warmup_steps=5")
+PRETRAIN = ("zero.stage=2", "steps=450", "schedule.warmup_steps=10", "eval.samples=512")
+FINETUNE = ("zero.stage=2", "epochs=2", "batch_size=16", "schedule.warmup_steps=10")
 EVERY = ("checkpoint.every=150",)
 PROMPT = "def __init__(self"
 MAX_BITS_RATIO = 0.6
@@ -87,6 +88,7 @@ def quickstart(workdir: Path) -> int:
             _say(f"not finished; this continues: headrace quickstart --workdir {workdir}")
             return code
     findings = _measure(folders, corpus)
+    _write_summary(folders, findings, seconds=time.monotonic() - started)
     _show(folders, findings, seconds=time.monotonic() - started)
     _check(findings)
     return 0
@@ -121,14 +123,13 @@ def _run(label: str, command: str, *argv: str) -> int:
 def _measure(folders: Folders, corpus: Corpus) -> Findings:
     from train.scores import majority_baseline
 
-    text = json.loads(_output("evaluate", folders.model, "--data", folders.dataset, "--json"))
     classes = _output("evaluate", folders.classifier, "--data", corpus.val_windows, "--json")
     scores = json.loads(classes)
-    bits_per_nat = text["bits_per_byte"] / text["loss"]
     held_out = _held_out_text(folders.dataset)
+    before, after = _validation_bits(folders)
     return Findings(
-        bits_before=_untrained_loss(folders.pretrained) * bits_per_nat,
-        bits_after=text["bits_per_byte"],
+        bits_before=before,
+        bits_after=after,
         bits_xz=8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
         scores=scores,
         baseline=majority_baseline(scores["confusion_matrix"]),
@@ -136,12 +137,15 @@ def _measure(folders: Folders, corpus: Corpus) -> Findings:
     )
 
 
-def _untrained_loss(run: Path) -> float:
-    """Validation loss before the first step, in nats per token."""
+def _validation_bits(folders: Folders) -> tuple[float, float]:
+    """Bits per byte of the validation samples before the first step and after the last."""
+    from data.manifest import read_manifest
     from train.metrics import read_metrics
 
-    rows = read_metrics(run)
-    return float(next(row["val_loss"] for row in rows if row["step"] == 0 and "val_loss" in row))
+    counts = read_manifest(folders.dataset).counts
+    bits_per_nat = counts["tokens_val"] / counts["text_bytes_val"] / math.log(2)
+    losses = [row["val_loss"] for row in read_metrics(folders.pretrained) if "val_loss" in row]
+    return losses[0] * bits_per_nat, losses[-1] * bits_per_nat
 
 
 def _held_out_text(dataset: Path) -> bytes:
@@ -157,6 +161,22 @@ def _held_out_text(dataset: Path) -> bytes:
         ids = source.read(0, source.num_tokens).tolist()
         pieces.append(tokenizer.decode([id for id in ids if id != tokenizer.eos_id]))
     return "".join(pieces).encode()
+
+
+def _write_summary(folders: Folders, findings: Findings, *, seconds: float) -> None:
+    """What the table shows, for programs."""
+    scores = {key: value for key, value in findings.scores.items() if isinstance(value, float)}
+    content = {
+        "seconds": round(seconds, 1),
+        "bits_per_byte_untrained": findings.bits_before,
+        "bits_per_byte_trained": findings.bits_after,
+        "bits_per_byte_xz": findings.bits_xz,
+        **scores,
+        "baseline": findings.baseline,
+        "sample": PROMPT + findings.sample,
+    }
+    path = folders.workdir / "summary.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(findings: Findings) -> None:

@@ -43,8 +43,8 @@ class Table(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=Tru
 class OptimConfig(Table):
     """AdamW. Matrices decay; norms and biases do not."""
 
-    lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
+    lr: NonNegativeFloat = 3e-4
+    """Peak learning rate; 0, in fine-tuning only, takes it from the model's size."""
     min_lr_ratio: NonNegativeFloat = 0.1
     """Final learning rate as a fraction of `lr`."""
     beta1: NonNegativeFloat = 0.9
@@ -164,6 +164,8 @@ class RunConfig(JobConfig):
                 f"model.max_seq_len={self.model.max_seq_len}; "
                 "raise model.max_seq_len, or set it to 0 to follow seq_len"
             )
+        if self.optim.lr == 0:
+            raise ValueError("optim.lr=0 trains nothing; write a peak learning rate, such as 3e-4")
         _check_warmup(self.schedule.warmup_steps, self.steps)
         return self
 

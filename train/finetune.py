@@ -61,12 +61,27 @@ def prepare_examples(config: FinetuneConfig) -> tuple[FinetuneConfig, Examples]:
         raise ConfigError("no model is named; write model=DIR, a Hugging Face folder")
     context = hf.context_length(config.model.path)
     train, val = read_files(config)
-    config = resolve(config, num_examples=len(train), context=context)
+    num_parameters = hf.num_parameters(config.model.path)
+    config = resolve(
+        config, num_examples=len(train), context=context, num_parameters=num_parameters
+    )
     return config, tokenize(config, train, val)
 
 
-def resolve(config: FinetuneConfig, *, num_examples: int, context: int | None) -> FinetuneConfig:
-    """The config with `steps` from `epochs` where it is 0, and `seq_len` within the context.
+def learning_rate_for(num_parameters: int) -> float:
+    """A peak learning rate for fine-tuning all of a model, by its size.
+
+    A power law through two points: 1.5e-3 at 1 M parameters, measured on models pretrained here,
+    and 1.2e-5 at 7 B, which is customary. Two digits are kept.
+    """
+    return float(f"{1.5e-3 * (1e6 / max(num_parameters, 1)) ** 0.55:.1e}")
+
+
+def resolve(
+    config: FinetuneConfig, *, num_examples: int, context: int | None, num_parameters: int
+) -> FinetuneConfig:
+    """The config with `steps` from `epochs` and `optim.lr` from the model's size where they are 0,
+    and `seq_len` within the context.
 
     Every step has a whole batch; the last one may reach into one more epoch.
     """
@@ -80,6 +95,13 @@ def resolve(config: FinetuneConfig, *, num_examples: int, context: int | None) -
         )
     steps = config.steps or math.ceil(config.epochs * num_examples / config.batch_size)
     table = {**config.model_dump(mode="json"), "steps": steps, "seq_len": seq_len}
+    if config.optim.lr == 0:
+        table["optim"]["lr"] = learning_rate_for(num_parameters)
+        log.info(
+            "optim.lr is %g, for a model of %s parameters",
+            table["optim"]["lr"],
+            f"{num_parameters:,}",
+        )
     return decode(FinetuneConfig, table, name="config")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from train.folder_tokenizer import FolderTokenizer as FolderTokenizer
 from train.folder_tokenizer import ModelFolderError as ModelFolderError
@@ -129,6 +130,18 @@ def context_length(folder: str | Path) -> int | None:
     config = _config(_existing(Path(folder))).get_text_config()
     found: int | None = getattr(config, "max_position_embeddings", None)
     return found
+
+
+def num_parameters(folder: str | Path) -> int:
+    """Values in the folder's safetensors files, from their headers alone."""
+    total = 0
+    for path in sorted(_existing(Path(folder)).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+        except _LOAD_ERRORS as error:
+            raise ModelFolderError(f"{path} cannot be read: {_first_line(error)}") from None
+    return total
 
 
 def save_folder(

@@ -54,7 +54,7 @@ CORPORA = (
             "classify",
             "banking77/train.csv",
             "data.label_column=category",
-            "optim.lr=2e-3",
+            "batch_size=32",
             "epochs=10",
         ),
     ),
@@ -63,7 +63,7 @@ CORPORA = (
         "gutenberg-en/books.jsonl",
         4096,
         600,
-        ("instruct", "instruct-dolly/train.jsonl", "optim.lr=1e-3", "epochs=2"),
+        ("instruct", "instruct-dolly/train.jsonl", "epochs=2"),
     ),
 )
 
@@ -151,6 +151,21 @@ def life_of(corpus: Corpus, folder: Path, work: Path) -> None:
             *overrides,
         )
         rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+        # The same figures again from the published folder: the examples that were held out.
+        if recipe == "classify":
+            column = next(
+                o.partition("=")[2] for o in overrides if o.startswith("data.label_column")
+            )
+            scores = recorder.headrace(
+                "evaluate",
+                str(tuned / "hf"),
+                f"--data={folder / file}",
+                f"--label-column={column}",
+                "--split=val",
+                "--json",
+            )
+            kept = json.loads(scores)
+            figures["evaluated"] = {k: v for k, v in kept.items() if isinstance(v, float)}
         validations = [row for row in rows if "val_loss" in row]
         figures["finetuning"] = {"before": validations[0], "after": validations[-1]}
     recorder.write(corpus.name, figures)

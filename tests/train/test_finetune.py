@@ -20,7 +20,7 @@ from train import hf
 from train.config import ConfigError, FinetuneConfig, load_config
 from train.evaluate import evaluate
 from train.examples import read_files, tokenize
-from train.finetune import finetune_on, finetuning, prepare_examples
+from train.finetune import finetune_on, finetuning, learning_rate_for, prepare_examples
 from train.generate import generate
 from train.loop import Task
 from train.metrics import read_metrics
@@ -316,3 +316,17 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
     examples = tokenize(made, *read_files(made))
     assert examples.labels == ["down", "up"]
     assert [int(example.labels) for example in examples.train] == [1, 0]
+
+
+def test_a_learning_rate_of_zero_follows_the_size_of_the_model(
+    tmp_path: Path, labelled: Path
+) -> None:
+    assert learning_rate_for(1_000_000) == 1.5e-3
+    assert learning_rate_for(7_000_000_000) == pytest.approx(1.2e-5)
+    folder = make_folder(tmp_path / "model", "gpt2")
+    size = sum(p.numel() for p in hf.load_causal(folder).parameters())
+    assert hf.num_parameters(folder) == size
+    resolved, _ = prepare_examples(config(f"model={folder}", f"data={labelled}", "optim.lr=0"))
+    assert resolved.optim.lr == learning_rate_for(size)
+    resolved, _ = prepare_examples(config(f"model={folder}", f"data={labelled}"))
+    assert resolved.optim.lr == 1e-2
