@@ -5,8 +5,7 @@ in their `Work`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,15 @@ from typing import Any
 import torch
 
 from train import run as run_directory
-from train.checkpoint import Checkpoint, CheckpointError, committed
-from train.config import ConfigError, JobConfig
+from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
+from train.config import JobConfig
 from train.engine import DTYPES, DeepSpeedEngine
-from train.loop import Job, Task, train
+from train.loop import Job, NonFiniteLoss, Task, train
 from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
 from train.run import Outcome
 from train.state import load_newest
 from train.stop import StopRequest
-from train.world import World
+from train.world import RankError, World, exit_code_of
 
 log = logging.getLogger(__name__)
 
@@ -38,22 +37,25 @@ class Work:
     steps: int
     micro_batch: int
     accumulation: int
-    tokenizer: Path
-    """File or folder; kept with the run."""
+    tokenizer: Path | None = None
+    """File or folder that is kept with the run, so that export needs nothing else."""
     flops_per_token: float = 0.0
     identity: dict[str, Any] = field(default_factory=dict)
-    """Carried by every checkpoint and compared at resume, such as the tokenizer's hash."""
+    """What the run was started with, such as the hashes of data and tokenizer; it must stay."""
 
 
 def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = None) -> Outcome:
     """Collective. Start or resume the run and train it to its end, to `stop_at`, or to a requested
     stop.
     """
-    with _only_main(world, "opening the run"):
+    done = 0
+    with world.together("opening the run"):
         if world.is_main:
-            run_directory.open_run(run, work.config)
-            run_directory.copy_tokenizer(work.tokenizer, run)
-    done = world.broadcast(next(iter(committed(run)), 0) if world.is_main else None)
+            run_directory.open_run(run, work.config, work.identity)
+            if work.tokenizer is not None:
+                run_directory.copy_tokenizer(work.tokenizer, run)
+            done = _completed_steps(run)
+    done = world.broadcast(done)
     if stop_at is not None and done >= stop_at and stop_at < work.steps:
         log.info("%s stands at step %d, which is not before --stop-at %d", run, done, stop_at)
         return _end_at_once(world, run, work, "stopped", done)
@@ -75,7 +77,7 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
     )
     saved = load_newest(engine, world, run)
     if saved is not None:
-        _check_identity(saved, work)
+        _check_data(saved, work)
     first_step = 1 if saved is None else saved.step + 1
     resumed_from = None if saved is None else saved.step
     attempt = 0
@@ -116,6 +118,10 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
             run_directory.end_attempt(
                 run, attempt, outcome="failed", step=None, reason=f"{type(error).__name__}: {error}"
             )
+        shared = isinstance(error, (RankError, NonFiniteLoss))
+        if world.size > 1 and exit_code_of(error) is not None and not shared:
+            # Alone with its error: a traceback and a failing exit make the launcher end the others.
+            raise RuntimeError(f"rank {world.rank} failed") from error
         raise
     finally:
         metrics.close()
@@ -143,14 +149,26 @@ def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: in
     return outcome
 
 
-def _check_identity(saved: Checkpoint, work: Work) -> None:
-    work.task.check_data_state(saved.state["data"])
-    for key, value in work.identity.items():
-        if saved.state.get(key) != value:
+def _completed_steps(run: Path) -> int:
+    """Steps of the newest checkpoint whose files are there; one that is not is left to the load."""
+    for step in committed(run):
+        try:
+            open_checkpoint(run, step).check_sizes()
+        except CheckpointError as error:
+            log.warning("checkpoint of step %d is not usable: %s", step, error)
+            continue
+        return step
+    return 0
+
+
+def _check_data(saved: Checkpoint, work: Work) -> None:
+    found, expected = saved.state["data"], work.task.data_state(saved.step)
+    work.task.check_data_state(found)
+    for key in ("consumed_samples",):
+        if found.get(key) != expected.get(key):
             raise CheckpointError(
-                f"{saved.folder} was written with {key}={saved.state.get(key)!r}, this run has "
-                f"{value!r}; "
-                "train with the data it was started with, or start a new run"
+                f"{saved.folder} stands at {key}={found.get(key)}, but its step {saved.step} ends "
+                f"at {expected.get(key)}; going on would repeat or skip samples"
             )
 
 
@@ -159,18 +177,3 @@ def _peak_flops(world: World, work: Work) -> float:
         return 0.0
     rate = matmul_flops_per_second(world.device, DTYPES[work.config.precision])
     return float(world.sum(torch.tensor(rate, dtype=torch.float64)))
-
-
-@contextmanager
-def _only_main(world: World, what: str) -> Iterator[None]:
-    """Collective. A refusal on rank 0 becomes the same refusal on every rank, without a hang."""
-    error: Exception | None = None
-    try:
-        yield
-    except (OSError, ValueError) as failure:
-        error = failure
-    message = world.broadcast(str(error) if error is not None else None)
-    if error is not None:
-        raise error
-    if message is not None:
-        raise ConfigError(message)

@@ -1,6 +1,6 @@
 """Checkpoint v1: what is on disk, and when it counts.
 
-    RUN/checkpoints/step-000000500/rank-00000.safetensors ...  state.json  manifest.json
+    RUN/checkpoints/step-000000500/rank-00000.safetensors ...  manifest.json
 
 Each rank writes flat fp32 ranges of every parameter and optimizer state that it owns; ranges of all
 ranks tile every parameter exactly once, so a checkpoint loads at any ZeRO stage and world size.
@@ -72,6 +72,11 @@ class Checkpoint:
         return (
             SliceReader(self.folder, self.manifest["files"]).read(name, key, 0, size).reshape(shape)
         )
+
+    def check_sizes(self) -> None:
+        """CheckpointError when a file is missing or has not the size that was written."""
+        for entry in self.manifest["files"]:
+            FileReader(self.folder / entry["name"], entry)
 
     def verify(self) -> None:
         """Read every byte; CheckpointError names the first file and chunk that is not what was
@@ -159,19 +164,15 @@ def open_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     return Checkpoint(folder, _read_manifest(folder / "manifest.json"))
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` committed checkpoints, and uncommitted leftovers older than
-    the newest.
+def prune(run: Path, keep: int, *, newest: int) -> None:
+    """Remove all but `keep` committed checkpoints, the one of step `newest` and those before it.
+
+    Later ones are of a history that was left (they were damaged when the run went on from an
+    earlier one) and go too, as do uncommitted leftovers.
     """
-    steps = committed(run)
-    for step in steps[keep:]:
-        _remove(step_folder(run, step))
+    kept = {step_folder(run, step) for step in [s for s in committed(run) if s <= newest][:keep]}
     for folder in (run / "checkpoints").glob("step-*"):
-        if (
-            steps
-            and not (folder / "manifest.json").exists()
-            and folder.name < step_folder(run, steps[0]).name
-        ):
+        if folder not in kept:
             _remove(folder)
 
 

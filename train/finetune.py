@@ -129,7 +129,6 @@ def finetuning(config: FinetuneConfig, examples: Examples, *, num_ranks: int) ->
         steps=config.steps,
         micro_batch=micro_batch,
         accumulation=accumulation(config.batch_size, num_ranks, micro_batch),
-        tokenizer=Path(config.model.path),
     )
 
 
@@ -141,13 +140,9 @@ def _load(config: FinetuneConfig, examples: Examples, *, dtype: torch.dtype | No
 
 def _write_result(world: World, run: Path, config: FinetuneConfig, examples: Examples) -> None:
     """Collective. Publish RUN/hf, unless it is there."""
-    error: Exception | None = None
-    try:
+    with world.together(f"writing {run / RESULT}"):
         if world.is_main and not (run / RESULT).exists():
             _publish(run, config, examples)
-    except (OSError, ValueError) as failure:
-        error = failure
-    world.agree(error, f"writing {run / RESULT}")
     log.info("the model is in %s", run / RESULT)
 
 

@@ -138,7 +138,9 @@ def num_parameters(folder: str | Path) -> int:
     for path in sorted(_existing(Path(folder)).glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+                total += sum(
+                    math.prod(file.get_slice(key).get_shape()) for key in sorted(file.keys())
+                )
         except _LOAD_ERRORS as error:
             raise ModelFolderError(f"{path} cannot be read: {_first_line(error)}") from None
     return total

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from rich.console import Console
@@ -40,14 +41,16 @@ class Metrics:
     """Appends rows to RUN/metrics.jsonl and passes them on; on ranks but 0 it does nothing."""
 
     def __init__(self, run: Path, *, enabled: bool, views: list[View]) -> None:
-        self._file: TextIO | None = (run / "metrics.jsonl").open("a") if enabled else None
+        self._file: BinaryIO | None = (run / "metrics.jsonl").open("a+b") if enabled else None
+        if self._file is not None:
+            self._file.write(line_start(self._file))
         self._views = views if enabled else []
 
     def write(self, row: Row) -> None:
         """Append one row."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         for view in list(self._views):
             if not _survives(view, lambda view=view: view.show(row)):  # type: ignore[misc]
@@ -59,6 +62,14 @@ class Metrics:
             self._file.close()
         for view in self._views:
             _survives(view, view.close)
+
+
+def line_start(file: BinaryIO) -> bytes:
+    """What must come before a new row: a crash can leave a torn line, which would swallow it."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def _survives(view: View, call: Callable[[], None]) -> bool:

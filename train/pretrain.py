@@ -60,7 +60,11 @@ def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
         accumulation=accumulation(config.batch_samples, num_ranks, micro_batch),
         tokenizer=Path(config.data.path),
         flops_per_token=flops_per_token(config.model, config.seq_len),
-        identity={"tokenizer_sha256": stream.tokenizer_sha256, "bos": stream.bos},
+        identity={
+            "tokenizer_sha256": stream.tokenizer_sha256,
+            "bos": stream.bos,
+            "data_fingerprint": stream.fingerprint,
+        },
     )
 
 

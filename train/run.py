@@ -14,12 +14,14 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import data.tokenizer
 from data.tokenizer import tokenizer_file
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig, decode, flat_keys
+from train.metrics import line_start
 from train.slices import fsync
 
 Outcome = Literal["complete", "stopped", "failed"]
@@ -33,15 +35,19 @@ MAY_BE_FIRST = {"logs", "config.tmp"}
 """What a run directory may hold before its config: a batch job's logs, a start that was killed."""
 
 
-def open_run(run: Path, config: JobConfig) -> None:
-    """Create the run directory, or check that it belongs to this config. One rank only.
+def open_run(run: Path, config: JobConfig, identity: Mapping[str, Any]) -> None:
+    """Create the run directory, or check that it belongs to this config and data. One rank only.
 
     Raises ConfigError naming each key that differs, with its old and new value.
     """
     path = run / "config.json"
+    content = {
+        "kind": _kind(config),
+        "config": config.model_dump(mode="json"),
+        "identity": dict(identity),
+    }
     if path.exists():
-        old = json.loads(path.read_text())
-        _compare(run, old, {"kind": _kind(config), "config": config.model_dump(mode="json")})
+        _compare(run, json.loads(path.read_text()), content)
         return
     if run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
         raise ConfigError(
@@ -49,10 +55,7 @@ def open_run(run: Path, config: JobConfig) -> None:
         )
     run.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"kind": _kind(config), "config": config.model_dump(mode="json")}, indent=2)
-        + "\n"
-    )
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
     fsync(temporary)
     temporary.rename(path)
     fsync(run)
@@ -133,8 +136,8 @@ def end_attempt(
 
 
 def _append(run: Path, row: dict[str, Any]) -> None:
-    with (run / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with (run / "attempts.jsonl").open("a+b") as file:
+        file.write(line_start(file) + json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -148,7 +151,8 @@ def _compare(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         raise ConfigError(
             f"{run} is a {old['kind']} run, this is {new['kind']}; choose another --run"
         )
-    before, after = dict(flat_keys(old["config"])), dict(flat_keys(new["config"]))
+    before = dict(flat_keys({**old["config"], **old.get("identity", {})}))
+    after = dict(flat_keys({**new["config"], **new["identity"]}))
     changed = [
         f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())

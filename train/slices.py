@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 CHUNK_BYTES = 16 << 20
@@ -38,9 +39,15 @@ def write_slices(
     `arrays[key]` is 1-D float32: the concatenation of `ranges[key]` in order.
     """
     path = folder / f"rank-{rank:05d}.safetensors"
-    save_file(
-        {key: np.ascontiguousarray(array, dtype="<f4") for key, array in arrays.items()}, path
-    )
+    try:
+        save_file(
+            {key: np.ascontiguousarray(array, dtype="<f4") for key, array in arrays.items()}, path
+        )
+    except SafetensorError as error:
+        # It is no OSError, even when the disk is full.
+        raise OSError(f"{path}: {error}") from error
+    # safetensors makes files that only their owner may read.
+    path.chmod(0o666 & ~_umask())
     tables: list[list[Range]] = []
     tensors = {}
     for key, offset in _data_offsets(path).items():
@@ -186,6 +193,12 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _data_offsets(path: Path) -> dict[str, int]:

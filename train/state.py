@@ -18,7 +18,7 @@ from train import checkpoint
 from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from train.engine import Engine
 from train.slices import Range, SliceReader, write_slices
-from train.world import World
+from train.world import RankError, World
 from train.zero_state import Flat
 
 log = logging.getLogger(__name__)
@@ -28,22 +28,15 @@ def save_checkpoint(
     engine: Engine, world: World, run: Path, *, step: int, state: dict[str, Any], keep: int
 ) -> None:
     """Collective. Commit a checkpoint of this step, then remove all but the newest `keep`."""
-    entry: dict[str, Any] | None = None
-    error: Exception | None = None
-    try:
+    with world.together(f"making room for the checkpoint of step {step}"):
         if world.is_main:
             checkpoint.begin(run, step)
-    except OSError as failure:
-        error = failure
-    world.agree(error, f"making room for the checkpoint of step {step}")
     flats = engine.flats()
-    try:
+    entry: dict[str, Any] = {}
+    with world.together(f"writing the checkpoint of step {step}"):
         entry = write_slices(checkpoint.step_folder(run, step), world.rank, *_owned(flats))
-    except (OSError, ValueError) as failure:
-        error = failure
-    world.agree(error, f"writing the checkpoint of step {step}")
     rows = world.gather((entry, _shapes(flats), _scalars(flats)))
-    try:
+    with world.together(f"committing the checkpoint of step {step}"):
         if world.is_main:
             checkpoint.commit(
                 checkpoint.step_folder(run, step),
@@ -53,10 +46,7 @@ def save_checkpoint(
                 state=state,
                 files=[entry for entry, _, _ in rows],
             )
-            checkpoint.prune(run, keep)
-    except (OSError, ValueError) as failure:
-        error = failure
-    world.agree(error, f"committing the checkpoint of step {step}")
+            checkpoint.prune(run, keep, newest=step)
 
 
 def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
@@ -64,15 +54,14 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
     as it was.
     """
     flats = engine.flats()
-    error: Exception | None = None
+    names = {
+        name: shape for shapes in world.gather(_shapes(flats)) for name, shape in shapes.items()
+    }
     loaded: list[dict[str, np.ndarray]] = []
-    try:
-        _check_parameters(saved, flats)
+    with world.together(f"reading {saved.folder}"):
+        _check_parameters(saved, names)
         reader = SliceReader(saved.folder, saved.manifest["files"])
         loaded = [_read(flat, reader, saved.keys) for flat in flats]
-    except (OSError, ValueError) as failure:
-        error = failure
-    world.agree(error, f"reading {saved.folder}")
     with torch.no_grad():
         for flat, arrays in zip(flats, loaded, strict=True):
             flat.prepare([key for key in arrays if key != "param"], saved.scalars)
@@ -97,9 +86,10 @@ def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
     reasons = []
     for step in steps:
         try:
-            saved = _open_together(world, run, step)
+            with world.together(f"opening the checkpoint of step {step}"):
+                saved = open_checkpoint(run, step)
             load_checkpoint(engine, world, saved)
-        except (OSError, ValueError, RuntimeError) as failure:
+        except RankError as failure:
             reasons.append(f"step {step}: {failure}")
             log.warning("checkpoint of step %d is not usable: %s", step, failure)
             continue
@@ -112,17 +102,6 @@ def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
             f"or remove {run / 'checkpoints'} to train this one again from step 0"
         )
     return None
-
-
-def _open_together(world: World, run: Path, step: int) -> Checkpoint:
-    saved, error = None, None
-    try:
-        saved = open_checkpoint(run, step)
-    except (OSError, ValueError) as failure:
-        error = failure
-    world.agree(error, f"opening the checkpoint of step {step}")
-    assert saved is not None
-    return saved
 
 
 def _owned(flats: list[Flat]) -> tuple[dict[str, np.ndarray], dict[str, list[Range]]]:
@@ -168,15 +147,12 @@ def _one_value(rows: list[list[dict[str, float]]]) -> dict[str, float]:
     return found
 
 
-def _check_parameters(saved: Checkpoint, flats: list[Flat]) -> None:
+def _check_parameters(saved: Checkpoint, names: dict[str, tuple[int, ...]]) -> None:
     stored = saved.parameters
-    for name, shape in _shapes(flats).items():
-        if name not in stored:
+    for name in sorted(stored.keys() | names.keys()):
+        there, here = stored.get(name), names.get(name)
+        if there != here:
             raise CheckpointError(
-                f"{saved.folder} is of another model: it has no parameter {name!r}"
-            )
-        if stored[name] != shape:
-            raise CheckpointError(
-                f"{saved.folder} is of another model: {name!r} has shape {stored[name]} there, "
-                f"{shape} here"
+                f"{saved.folder} is of another model: {name!r} has shape {there or 'none'} there, "
+                f"{here or 'none'} here"
             )

@@ -52,11 +52,6 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total
 
-    def average_gradients(self, gradients: list[torch.Tensor]) -> None:
-        """Collective. Replace each tensor by its sum over ranks, in place."""
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-
     def broadcast(self, value: Any) -> Any:
         """Collective. Rank 0's value on every rank."""
         box = [value]
@@ -69,16 +64,39 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def agree(self, error: Exception | None, what: str) -> None:
-        """Collective. Raise on all ranks when one of them failed, naming it; its own error is
-        raised unchanged.
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Collective. Run a block that can fail on one rank alone; then every rank raises.
+
+        Errors that people cause (OSError, ValueError) become a RankError; anything else is a bug
+        and ends the rank with its traceback.
         """
-        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise RuntimeError(f"{what} failed on rank {rank}: {message}")
+        error: OSError | ValueError | None = None
+        try:
+            yield
+        except (OSError, ValueError) as failure:
+            error = failure
+        told = self.gather(error and (type(error).__name__, str(error), exit_code_of(error)))
+        for rank, failed in enumerate(told):
+            if failed is not None:
+                kind, message, code = failed
+                if code is None:
+                    message = f"{what} failed on rank {rank}: {kind}: {message}"
+                raise RankError(message, code or 1) from error
+
+
+class RankError(ValueError):
+    """A rank failed, and every rank knows it and has stopped at the same place."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """The exit code of an error that is meant for people; None for any other."""
+    code: int | None = getattr(error, "exit_code", None)
+    return code
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     (tmp_path / "checkpoints/step-000000000").mkdir()
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, newest=4)
     assert committed(tmp_path) == [4, 3]
     assert not (tmp_path / "checkpoints/step-000000000").exists()
 
@@ -184,7 +184,7 @@ step = int(sys.argv[2])
 while True:
     step += 1
     write(Path(sys.argv[1]), step)
-    prune(Path(sys.argv[1]), 2)
+    prune(Path(sys.argv[1]), 2, newest=step)
     print(step, flush=True)
 """
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from data.config import PrepareConfig
 from data.prepare import prepare
 from tests.ranks import RankFailure, run_ranks
 from train.attempt import run_attempt
-from train.checkpoint import committed
+from train.checkpoint import committed, open_checkpoint
 from train.config import ConfigError, RunConfig, load_config
 from train.metrics import read_metrics
 from train.pretrain import PretrainTask, pretraining
 from train.run import attempts
-from train.world import World
+from train.world import RankError, World
 
 RECIPE = """
 steps = 8
@@ -192,8 +193,9 @@ def test_sigkill_of_a_rank_while_saving_costs_only_the_steps_since(
     assert (run / "checkpoints/step-000000006").exists()
     assert run_ranks(2, train_run, config(dataset), run) == ["complete"] * 2
     assert committed(run) == [8, 6, 3]
-    rows = losses(run)
-    assert [row[:3] for row in rows] == [row[:3] for row in losses(reference)]
+    for row, wanted in zip(losses(run), losses(reference), strict=True):
+        assert row[:3] == wanted[:3]
+        assert row[3:] == pytest.approx(wanted[3:], rel=2e-4)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(row for row in lines if row.get("resumed_from"))["step"] == 4
 
@@ -215,7 +217,8 @@ def test_a_damaged_checkpoint_is_passed_over(
 def refuse(world: World, config: RunConfig, run: Path) -> str:
     try:
         train_run(world, config, run)
-    except ConfigError as error:
+    except (RankError, ConfigError) as error:
+        assert error.exit_code == 2
         return str(error)
     return "not refused"
 
@@ -243,3 +246,45 @@ def test_a_corpus_without_held_out_text_trains_all_the_same(corpus: Path, tmp_pa
         (False, 1),
         (False, 2),
     ]
+
+
+def test_another_dataset_or_model_is_refused(reference: Path, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    part = str(corpus / "argparse.txt")
+    prepare([part], other, PrepareConfig(vocab_size=400, val_fraction=0.1), workers=1)
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    # The newest checkpoint is the last step: leave one that still has steps to go.
+    for step in (6, 8):
+        shutil.rmtree(run / f"checkpoints/step-{step:09d}")
+    message = run_ranks(1, refuse, config(other), run)[0]
+    assert "data_fingerprint: " in message and "tokenizer_sha256: " in message
+    settings = json.loads((run / "config.json").read_text())
+    settings["config"]["model"]["num_layers"] = 3
+    (run / "config.json").write_text(json.dumps(settings))
+    path = settings["config"]["data"]["path"]
+    with pytest.raises(RankFailure, match=r"is of another model: 'blocks\.2\..*here"):
+        run_ranks(1, train_run, config(Path(path), "model.num_layers=3"), run)
+
+
+def test_a_damaged_last_checkpoint_is_not_called_complete(
+    reference: Path, dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    path = run / "checkpoints/step-000000008/rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run_ranks(1, train_run, config(dataset), run) == ["complete"]
+    assert losses(run) == losses(reference)
+    open_checkpoint(run, 8).verify()
+
+
+def test_a_torn_last_line_swallows_no_row(reference: Path, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_ranks(1, train_run, config(dataset), run, 3)
+    for name in ("metrics.jsonl", "attempts.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 4, "lo')
+    run_ranks(1, train_run, config(dataset), run)
+    assert losses(run) == losses(reference)
+    assert [row["resumed_from"] for row in attempts(run) if row["event"] == "start"] == [None, 3]
