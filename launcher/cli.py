@@ -200,10 +200,11 @@ def submit(
 ) -> None:
     """Hand a pretraining run to Slurm as one readable batch script."""
     from launcher import slurm
-    from train.config import RunConfig, load_config
+    from train.config import RunConfig, load_config, require_data
 
     found = find_recipe(recipe, "pretrain")
-    load_config(RunConfig, found.text, overrides or (), name=found.name)
+    config = load_config(RunConfig, found.text, overrides or (), name=found.name)
+    require_data(config)
     job = slurm.Job(
         recipe=str(found.path.resolve()) if found.is_file else recipe,
         overrides=tuple(overrides or ()),

@@ -19,6 +19,12 @@ class InspectError(ValueError):
     exit_code: ClassVar[int] = 1
 
 
+class InspectUsageError(InspectError):
+    """A request that contradicts itself."""
+
+    exit_code: ClassVar[int] = 2
+
+
 def inspect_step(
     dataset: Path, *, step: int, run: Path | None, recipe: str, overrides: Sequence[str]
 ) -> Inspection:
@@ -26,6 +32,11 @@ def inspect_step(
 
     With a run, InspectError when the hash that it recorded for the step is another one.
     """
+    if run is not None and overrides:
+        raise InspectUsageError(
+            f"a run fixes its own config: {' '.join(overrides)} cannot change which samples {run} "
+            "was trained on; leave out either --run or the overrides"
+        )
     if run is None:
         found = find_recipe(recipe, "pretrain")
         config = load_config(RunConfig, found.text, overrides, name=found.name)

@@ -36,7 +36,14 @@ class ConfigError(ValueError):
     exit_code: ClassVar[int] = 2
 
 
-class Table(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Table(
+    BaseModel,
+    frozen=True,
+    extra="forbid",
+    use_attribute_docstrings=True,
+    # A column can be called 1.
+    coerce_numbers_to_str=True,
+):
     """A table of a recipe: immutable, and closed to keys that it does not know."""
 
 
@@ -243,6 +250,14 @@ def load_config(
     for override in overrides:
         _apply(table, override, kind)
     return decode(kind, table, name=name)
+
+
+def require_data(config: RunConfig) -> None:
+    """ConfigError when no dataset is named."""
+    if not config.data.path:
+        raise ConfigError(
+            "no dataset is named; write data=DATASET, a directory made by `headrace prepare`"
+        )
 
 
 def decode(kind: type[Config], table: Mapping[str, Any], *, name: str = "config") -> Config:

@@ -16,7 +16,7 @@ from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import token_loss_sum
 from train.attempt import Work, run_attempt
-from train.config import ConfigError, RunConfig
+from train.config import ConfigError, RunConfig, require_data
 from train.engine import Batch
 from train.run import Outcome
 from train.world import World, join_world
@@ -38,10 +38,7 @@ def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
     """The work of a pretraining run on `num_ranks` ranks, with the model resolved against the
     dataset.
     """
-    if not config.data.path:
-        raise ConfigError(
-            "no dataset is named; write data=DATASET, a directory made by `headrace prepare`"
-        )
+    require_data(config)
     stream = SampleStream(config.data.path, seq_len=config.seq_len, seed=config.seed)
     config = resolve(config, vocab_size=stream.vocab_size)
     micro_batch = config.micro_batch or math.ceil(config.batch_samples / num_ranks)

@@ -97,7 +97,7 @@ def test_submit_hands_the_script_to_sbatch(
 def test_the_logs_of_a_job_do_not_keep_its_run_from_starting(tmp_path: Path) -> None:
     """Slurm opens them before the first rank does anything."""
     (tmp_path / "logs").mkdir()
-    open_run(tmp_path, RunConfig())
+    open_run(tmp_path, RunConfig(), {})
     assert (tmp_path / "config.json").exists()
 
 
