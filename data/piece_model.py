@@ -33,11 +33,6 @@ class PieceModel:
     """Ids of those of unk, bos, eos and pad that exist."""
 
     @property
-    def is_lossless(self) -> bool:
-        """decode(encode(x)) == x for every text without U+2581."""
-        return self.has_byte_fallback and not self.rewrites_text and self.escapes_whitespace
-
-    @property
     def splits_at_space(self) -> bool:
         """Ids do not change when a text is cut before a space that follows no space."""
         return (

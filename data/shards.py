@@ -72,38 +72,6 @@ class ShardIndex:
         return sum(chunk.documents for chunk in self.chunks)
 
 
-class ShardWriter:
-    """Writes documents to shard-000000.tar, shard-000001.tar, ... of a folder DATASET/SPLIT/SOURCE.
-
-    A shard is closed by the document that takes its tokens to `shard_bytes` bytes or more.
-    """
-
-    def __init__(self, folder: Path, *, dtype: Dtype, shard_bytes: int) -> None:
-        self._folder = folder
-        self._dtype = dtype
-        self._shard_bytes = shard_bytes
-        self._open: _OpenShard | None = None
-        self._entries: list[ShardEntry] = []
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, ids: NDArray[Any]) -> None:
-        """Append one document: integer ids, end-of-text id included."""
-        if self._open is None:
-            path = self._folder / f"shard-{len(self._entries):06d}.tar"
-            self._open = _OpenShard(path, self._dtype)
-        self._open.add(ids)
-        if self._open.token_bytes >= self._shard_bytes:
-            self._entries.append(self._open.close())
-            self._open = None
-
-    def close(self) -> list[ShardEntry]:
-        """Finish the last shard; returns all of them, none when no document was added."""
-        if self._open is not None:
-            self._entries.append(self._open.close())
-            self._open = None
-        return self._entries
-
-
 def write_shard(path: Path, documents: Iterable[NDArray[Any]], dtype: Dtype) -> ShardEntry:
     """Write one shard DATASET/SPLIT/SOURCE/shard-NNNNNN.tar and then its index.
 

@@ -132,6 +132,7 @@ def show_evaluation(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.print(_classes(result["per_class"]))
     names = list(result["per_class"])
     if len(names) <= MAX_MATRIX:
+        print("rows: true class, columns: predicted")
         console.print(_matrix(names, result["confusion_matrix"]))
     else:
         print(f"the confusion matrix of {len(names)} classes is in the output of --json")
@@ -149,9 +150,7 @@ def _classes(per_class: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _matrix(names: list[str], confusion: list[list[int]]) -> Table:
-    table = Table(
-        title="rows: true class, columns: predicted", title_justify="left", box=None, pad_edge=False
-    )
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in names:
         table.add_column(escape(name), justify="right")

@@ -150,6 +150,18 @@ class DeepSpeedEngine:
                 model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
             )
         self.module = self.engine
+        _, accumulated = self.engine.get_data_types()
+        log.debug(
+            "%s: gradients reduced in %s, accumulated in %s",
+            type(self.engine.optimizer).__name__,
+            self.engine.communication_data_type,
+            accumulated,
+        )
+        if {accumulated, self.engine.communication_data_type} != {torch.float32}:
+            raise ConfigError(
+                f"DeepSpeed would accumulate gradients in {accumulated} and reduce them in "
+                f"{self.engine.communication_data_type}; both must be fp32: look at [deepspeed]"
+            )
         self._stage = config.zero.stage
         self._clip_norm = config.optim.clip_norm
         self._scale = world.size * accumulation

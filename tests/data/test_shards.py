@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from data import shards
 from data.config import DataError
 from data.shards import (
-    ShardWriter,
     file_sha256,
     finished_shard,
     index_path,
@@ -117,28 +116,6 @@ def test_equal_documents_make_equal_bytes(shard: Path, tmp_path: Path) -> None:
     assert again.read_bytes() == shard.read_bytes()
     assert index_path(again).read_bytes() == index_path(shard).read_bytes()
     assert entry == finished_shard(shard)
-
-
-def test_a_writer_cuts_shards_by_size_and_keeps_the_order(
-    tmp_path: Path, small_chunks: None
-) -> None:
-    folder = tmp_path / "train" / "text"
-    writer = ShardWriter(folder, dtype="<u2", shard_bytes=3000)
-    for ids in documents(100):
-        writer.add(ids)
-    entries = writer.close()
-
-    names = [f"train/text/shard-{i:06d}.tar" for i in range(len(entries))]
-    assert [entry.path for entry in entries] == names
-    assert len(entries) > 3
-    assert sum(entry.documents for entry in entries) == 100
-    assert all(3000 <= 2 * entry.tokens < 3000 + 2 * 201 for entry in entries[:-1])
-    assert entries == [finished_shard(tmp_path / name) for name in names]
-    assert not list(folder.glob("*.tmp"))
-
-
-def test_a_writer_without_documents_writes_nothing(tmp_path: Path) -> None:
-    assert ShardWriter(tmp_path / "train" / "text", dtype="<u2", shard_bytes=1000).close() == []
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no index", "damaged index", "no tar"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards import Manifest, ShardEntry, ShardWriter, dtype_for, write_manifest
+from data.shards import Manifest, ShardEntry, dtype_for, write_manifest, write_shard
 
 VOCAB_SIZE = 300
 EOS = 2
@@ -33,10 +33,9 @@ def write_dataset(
     """A dataset of the given sources, named "SPLIT/SOURCE"."""
     entries: list[ShardEntry] = []
     for name, texts in sources.items():
-        writer = ShardWriter(folder / name, dtype=dtype_for(vocab_size), shard_bytes=shard_bytes)
-        for ids in texts:
-            writer.add(ids)
-        entries += writer.close()
+        for number, part in enumerate(cut(texts, shard_bytes)):
+            path = folder / name / f"shard-{number:06d}.tar"
+            entries.append(write_shard(path, part, dtype_for(vocab_size)))
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(b"stands for a tokenizer")
     return write_manifest(
@@ -49,6 +48,19 @@ def write_dataset(
         split_rule="written by a test",
         block_tokens=block_tokens,
     )
+
+
+def cut(texts: Sequence[NDArray[Any]], shard_bytes: int) -> list[list[NDArray[Any]]]:
+    """Runs of documents whose tokens take about `shard_bytes` each, at 2 bytes a token."""
+    parts: list[list[NDArray[Any]]] = []
+    size = shard_bytes
+    for ids in texts:
+        if size >= shard_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(ids)
+        size += 2 * len(ids)
+    return parts
 
 
 def flip_bit(path: Path, offset: int, bit: int = 0) -> None:

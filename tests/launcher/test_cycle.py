@@ -104,7 +104,7 @@ def test_the_data_of_a_step_can_be_proven(shell: Shell) -> None:
     assert shell.headrace(*argv).stdout.rstrip().endswith(f"data_hash {row['data_hash']}")
 
 
-def test_another_dataset_is_noticed_by_its_hash(shell: Shell, dataset: Path) -> None:
+def test_another_dataset_is_noticed_by_its_hash(shell: Shell) -> None:
     rows = (shell.folder / "RUN/metrics.jsonl").read_text()
     other = shell.folder / "OTHER"
     other.mkdir()
@@ -116,12 +116,10 @@ def test_another_dataset_is_noticed_by_its_hash(shell: Shell, dataset: Path) -> 
 
 def test_a_model_leaves_as_a_folder_and_is_measured_and_heard(shell: Shell) -> None:
     shell.headrace("export", "RUN", "OUT")
-    assert "OUT" in shell.headrace("export", "RUN", "OUT", code=2).stderr
     scores = json.loads(shell.headrace("evaluate", "OUT", "--data", "DATASET", "--json").stdout)
     assert sorted(scores) == ["bits_per_byte", "loss", "num_tokens", "perplexity"]
     argv = ("generate", "OUT", "import ", "--max-tokens", 8, "--temperature", 0, "--seed", 1)
-    text = shell.headrace(*argv).stdout
-    assert text and text == shell.headrace(*argv).stdout
+    assert shell.headrace(*argv).stdout
 
 
 def test_a_folder_is_fine_tuned_and_measured(shell: Shell) -> None:
@@ -136,11 +134,9 @@ def test_a_folder_is_fine_tuned_and_measured(shell: Shell) -> None:
         "finetune", "classify", "model=OUT", "data=labelled.csv", "data.text_column=body", "--run",
         "TUNED", "steps=3", "batch_size=8", "zero.stage=1",
     )  # fmt: skip
-    argv = ("evaluate", "TUNED/hf", "--data", "labelled.csv", "--text-column", "body")
-    scores = json.loads(shell.headrace(*argv, "--json").stdout)
+    argv = ("evaluate", "TUNED/hf", "--data", "labelled.csv", "--text-column", "body", "--json")
+    scores = json.loads(shell.headrace(*argv).stdout)
     assert sorted(scores) == [
         "accuracy", "confusion_matrix", "f1_macro", "per_class", "precision_macro", "recall_macro",
     ]  # fmt: skip
     assert list(scores["per_class"]) == ["high", "low"]
-    shown = shell.headrace(*argv).stdout
-    assert "rows: true class, columns: predicted" in shown
