@@ -120,7 +120,7 @@ def life_of(corpus: Corpus, folder: Path, work: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validations = [row["val_loss"] for row in rows if "val_loss" in row]
     figures: dict[str, Any] = {
-        "prepared": json.loads(prepared),
+        "prepared": {k: v for k, v in json.loads(prepared).items() if k != "dataset"},
         "pretraining": found,
         "val_loss_untrained": validations[0],
         "val_loss_trained": validations[-1],
