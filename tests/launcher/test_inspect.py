@@ -1,0 +1,46 @@
+"""A step is inspected as its run trained it, and a dataset that is not the run's is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.inspect import InspectError, inspect_step
+from train.config import RunConfig
+from train.run import open_run
+
+CONFIG = RunConfig(seed=3, seq_len=32, batch_tokens=128)
+ARGUMENTS = ("seed=3", "seq_len=32", "batch_tokens=128")
+
+
+def write_metrics(run: Path, *rows: tuple[int, str]) -> None:
+    """A run's metrics: (step, data_hash) of every row."""
+    text = "".join(
+        json.dumps({"step": step, "loss": 1.0, "data_hash": data_hash}) + "\n"
+        for step, data_hash in rows
+    )
+    (run / "metrics.jsonl").write_text(text)
+
+
+def test_a_run_and_a_recipe_with_its_values_give_the_same_step(
+    dataset: Path, tmp_path: Path
+) -> None:
+    by_recipe = inspect_step(dataset, step=2, run=None, recipe="tiny-cpu", overrides=ARGUMENTS)
+    assert (by_recipe.first, by_recipe.last, by_recipe.seed) == (4, 8, 3)
+    run = tmp_path / "run"
+    open_run(run, CONFIG, {})
+    by_run = inspect_step(dataset, step=2, run=run, recipe="tiny-cpu", overrides=())
+    assert by_run == by_recipe
+
+
+def test_a_hash_that_the_run_did_not_record_is_an_error(dataset: Path, tmp_path: Path) -> None:
+    found = inspect_step(dataset, step=2, run=None, recipe="tiny-cpu", overrides=ARGUMENTS)
+    run = tmp_path / "run"
+    open_run(run, CONFIG, {})
+    # Of several rows of a step the last one counts: an attempt may repeat what was lost.
+    write_metrics(run, (1, "0" * 16), (2, "f" * 16), (2, found.data_hash))
+    inspect_step(dataset, step=2, run=run, recipe="tiny-cpu", overrides=())
+    with pytest.raises(InspectError, match=r"it is not the dataset of that run, or it was changed"):
+        inspect_step(dataset, step=1, run=run, recipe="tiny-cpu", overrides=())
