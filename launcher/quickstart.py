@@ -14,7 +14,9 @@ import io
 import json
 import lzma
 import math
+import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -80,12 +82,14 @@ def quickstart(workdir: Path) -> int:
     QuickstartError when a threshold is missed.
     """
     started = time.monotonic()
+    # Runs know their inputs by path: one spelling, however the folder was named.
+    workdir = _from_here(workdir)
     folders = Folders(workdir)
     corpus = write_corpus(folders.corpus)
     for number, stage in enumerate(_stages(folders, corpus), start=1):
         code = _run(f"[{number}/4] ", *stage)
         if code:
-            _say(f"not finished; this continues: headrace quickstart --workdir {workdir}")
+            _say(f"not finished; this continues: {_program()} quickstart --workdir {workdir}")
             return code
     findings = _measure(folders, corpus)
     _write_summary(folders, findings, seconds=time.monotonic() - started)
@@ -227,11 +231,11 @@ def _show(folders: Folders, findings: Findings, *, seconds: float) -> None:
     console.print(table)
     console.print("next:", highlight=False)
     for command in (
-        f"headrace generate {folders.model} 'class Queue:' --max-tokens 100",
-        "headrace prepare --input YOUR_TEXT --output dataset --vocab-size 8192",
-        "headrace plan llama-7b --nodes 32 --gpus-per-node 8 --gpu h100 --explain",
+        f"generate {folders.model} 'class Queue:' --max-tokens 100",
+        "prepare --input YOUR_TEXT --output dataset --vocab-size 8192",
+        "plan llama-7b --nodes 32 --gpus-per-node 8 --gpu h100 --explain",
     ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        console.print(f"  {_program()} {command}", highlight=False, soft_wrap=True)
 
 
 def _num_processes() -> int:
@@ -239,6 +243,19 @@ def _num_processes() -> int:
     import torch
 
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def _program() -> str:
+    """How a person calls `headrace` from here: by path where its environment is not active."""
+    if shutil.which("headrace"):
+        return "headrace"
+    return str(_from_here(Path(sys.executable).with_name("headrace")))
+
+
+def _from_here(path: Path) -> Path:
+    """`path` relative to the current directory where it lies below it, else absolute."""
+    path, here = Path(os.path.abspath(path)), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _argv(*words: object) -> list[str]:
