@@ -71,8 +71,16 @@ def render(job: Job) -> str:
     return head + BEGIN + values + END + rest.split(END, 1)[1]
 
 
-def submit(job: Job) -> str:
-    """Write the script into RUN/logs, hand it to sbatch and return the job id."""
+def submit(job: Job, dataset: Path) -> str:
+    """Write the script into RUN/logs, hand it to sbatch and return the job id.
+
+    SlurmError when `dataset` is none: better here than after hours in the queue.
+    """
+    if not (dataset / "manifest.json").is_file():
+        raise SlurmError(
+            f"no dataset at {dataset} (it has no manifest.json); write data=DATASET, a directory "
+            "made by `headrace prepare`, or add --dry-run to print the script"
+        )
     script = job.run / "logs" / "pretrain.sbatch"
     text = render(job)
     script.parent.mkdir(parents=True, exist_ok=True)
