@@ -214,7 +214,10 @@ def submit(
         time=time,
         options=tuple(sbatch or ()),
     )
-    print(slurm.render(job) if dry_run else slurm.submit(job), end="" if dry_run else "\n")
+    if dry_run:
+        print(slurm.render(job), end="")
+    else:
+        print(slurm.submit(job, Path(config.data.path)))
 
 
 @app.command()

@@ -80,7 +80,13 @@ def test_submit_says_what_to_do_where_slurm_is_missing(
     with pytest.raises(
         SlurmError, match="sbatch not found: Slurm is not installed here; run this on"
     ):
-        submit(job(tmp_path / "run"))
+        submit(job(tmp_path / "run"), dataset_in(tmp_path))
+
+
+def test_a_job_without_a_dataset_is_not_submitted(tmp_path: Path) -> None:
+    with pytest.raises(SlurmError, match=r"no dataset at .*/gone \(it has no manifest\.json\); "):
+        submit(job(tmp_path / "run"), tmp_path / "gone")
+    assert not (tmp_path / "run").exists()
 
 
 def test_submit_hands_the_script_to_sbatch(
@@ -88,7 +94,7 @@ def test_submit_hands_the_script_to_sbatch(
 ) -> None:
     monkeypatch.setenv("PATH", cluster.path)
     cluster.command("sbatch", 'echo "$@" >"$STATE/sbatch"; echo "71;cluster"')
-    assert submit(job(cluster.run)) == "71"
+    assert submit(job(cluster.run), dataset_in(cluster.state)) == "71"
     script = cluster.run / "logs" / "pretrain.sbatch"
     assert (cluster.state / "sbatch").read_text() == f"--parsable {script}\n"
     assert script.read_text() == render(job(cluster.run))
@@ -108,6 +114,12 @@ def test_the_rendezvous_of_a_step_follows_from_the_job(
     environ = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[1-2]"}
     assert rendezvous(environ) == {"MASTER_ADDR": "n1", "MASTER_PORT": "23456"}
     assert rendezvous(environ | {"MASTER_ADDR": "head", "MASTER_PORT": "1"}) == {}
+
+
+def dataset_in(folder: Path) -> Path:
+    """What a login node sees of a dataset."""
+    (folder / "manifest.json").touch()
+    return folder
 
 
 class Cluster:
