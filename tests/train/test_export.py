@@ -280,7 +280,7 @@ def test_a_run_whose_parts_do_not_belong_together_is_refused(
 
 def test_a_fine_tuning_run_points_to_its_folder(tmp_path: Path) -> None:
     config = load_config(FinetuneConfig, 'task = "classify"')
-    open_run(tmp_path / "run", config)
+    open_run(tmp_path / "run", config, {})
     with pytest.raises(ExportUsageError, match=rf"folder already: {tmp_path / 'run' / 'hf'}"):
         export(tmp_path / "run", tmp_path / "hf")
 
@@ -314,7 +314,7 @@ def _handmade_run(
     model = {"vocab_size": load_tokenizer(tokenizer).vocab_size, "max_seq_len": 32}
     overrides = [f"model.{key}={value}" for key, value in model.items()]
     config = load_config(RunConfig, RECIPE, overrides)
-    open_run(run, config)
+    open_run(run, config, {})
     copy_tokenizer(tokenizer, run)
     module = GPT(config.model)
     init_weights(module, seed=0)
