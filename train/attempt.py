@@ -55,6 +55,7 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             if work.tokenizer is not None:
                 run_directory.copy_tokenizer(work.tokenizer, run)
             done = _completed_steps(run)
+            _check_history(run)
     done = world.broadcast(done)
     if stop_at is not None and done >= stop_at and stop_at < work.steps:
         log.info("%s stands at step %d, which is not before --stop-at %d", run, done, stop_at)
@@ -159,6 +160,17 @@ def _completed_steps(run: Path) -> int:
             continue
         return step
     return 0
+
+
+def _check_history(run: Path) -> None:
+    """CheckpointError when the run has completed steps and lost every checkpoint of them."""
+    recorded = max((row.get("step") or 0 for row in run_directory.attempts(run)), default=0)
+    if recorded and not committed(run):
+        raise CheckpointError(
+            f"{run} recorded step {recorded}, but {run / 'checkpoints'} holds no committed "
+            "checkpoint: its manifests were removed. Put them back, or train again from step 0 "
+            "with another --run"
+        )
 
 
 def _check_data(saved: Checkpoint, work: Work) -> None:

@@ -41,6 +41,7 @@ class Table(
     frozen=True,
     extra="forbid",
     use_attribute_docstrings=True,
+    allow_inf_nan=False,
     # A column can be called 1.
     coerce_numbers_to_str=True,
 ):

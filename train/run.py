@@ -47,7 +47,7 @@ def open_run(run: Path, config: JobConfig, identity: Mapping[str, Any]) -> None:
         "identity": dict(identity),
     }
     if path.exists():
-        _compare(run, json.loads(path.read_text()), content)
+        _compare(run, _read(path), content)
         return
     if run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
         raise ConfigError(
@@ -69,7 +69,7 @@ def read_config(run: Path) -> RunConfig | FinetuneConfig:
             f"{run} is no run directory: it has no config.json; train one with `headrace pretrain "
             f"... --run {run}`"
         )
-    table = json.loads(path.read_text())
+    table = _read(path)
     if table["kind"] == "pretrain":
         return decode(RunConfig, table["config"], name=str(path))
     return decode(FinetuneConfig, table["config"], name=str(path))
@@ -133,6 +133,17 @@ def end_attempt(
             "reason": reason,
         },
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+        return {"kind": table["kind"], "config": table["config"], **table}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}; put back a copy (each attempt's config is in "
+            f"{path.parent / 'attempts.jsonl'}), or start a new run with another --run"
+        ) from None
 
 
 def _append(run: Path, row: dict[str, Any]) -> None:

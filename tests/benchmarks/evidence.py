@@ -201,11 +201,8 @@ def _summary(name: str, figures: dict[str, Any]) -> str:
             for case, row in figures.items()
         )
     if name == "quickstart":
-        return "; ".join(
-            f"{key} {value}"
-            for key, value in figures.items()
-            if isinstance(value, (int, float, str))
-        )
+        numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
+        return "; ".join(f"{key} {value:.2f}" for key, value in numbers.items())
     text = (
         f"{figures['tokens']:,} tokens; validation loss {figures['val_loss_untrained']:.3f} -> "
         f"{figures['val_loss_trained']:.3f}; {figures['pretraining']['bits_per_byte']:.3f} bits "
@@ -219,12 +216,11 @@ def _summary(name: str, figures: dict[str, Any]) -> str:
 
 def _shown(argument: str) -> str:
     # Paths of this machine say nothing to a reader.
-    return (
-        "/".join(Path(argument).parts[-2:])
-        if argument.startswith("/")
-        else argument.split("=/")[0]
-        + ("=" + "/".join(Path(argument.split("=", 1)[1]).parts[-2:]) if "=/" in argument else "")
-    )
+    option, equals, path = argument.rpartition("=")
+    if not path.startswith("/"):
+        return argument
+    parts = [part for part in Path(path).parts[-2:] if not part.startswith("headrace-evidence-")]
+    return option + equals + "/".join(parts)
 
 
 def _commit() -> str:

@@ -39,6 +39,7 @@ def test_every_bad_key_is_named_at_once() -> None:
             "schedule.warmup_steps=10 must be shorter than the run",
         ),
         (["steps"], "is not of the form key=value"),
+        (["optim.lr=inf"], "optim.lr = inf: Input should be a finite number"),
     ],
 )
 def test_refusals_say_what_to_write(overrides: list[str], message: str) -> None:

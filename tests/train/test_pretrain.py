@@ -288,3 +288,40 @@ def test_a_torn_last_line_swallows_no_row(reference: Path, dataset: Path, tmp_pa
     run_ranks(1, train_run, config(dataset), run)
     assert losses(run) == losses(reference)
     assert [row["resumed_from"] for row in attempts(run) if row["event"] == "start"] == [None, 3]
+
+
+def fail(world: World, config: RunConfig, run: Path) -> str:
+    try:
+        train_run(world, config, run)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_a_foreign_tokenizer_beside_the_shards_is_refused(dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "dataset"
+    shutil.copytree(dataset, copy)
+    with (copy / "tokenizer.model").open("ab") as file:
+        file.write(b"\0")
+    message = run_ranks(1, fail, config(copy), tmp_path / "run")[0]
+    assert "is not the tokenizer that" in message and "headrace prepare" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_start_again(
+    reference: Path, dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    message = run_ranks(2, fail, config(dataset), run)[1]
+    assert "recorded step 8, but" in message and "with another --run" in message
+    assert len(list(run.glob("checkpoints/*/rank-*"))) == 3
+
+
+def test_a_damaged_config_is_named(reference: Path, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    (run / "config.json").write_text('{"kind": "pre')
+    assert "config.json is damaged" in run_ranks(1, fail, config(dataset), run)[0]
