@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from train.attempts import line_start
 from train.config import LogConfig
 
 log = logging.getLogger(__name__)
@@ -62,14 +62,6 @@ class Metrics:
             self._file.close()
         for view in self._views:
             _survives(view, view.close)
-
-
-def line_start(file: BinaryIO) -> bytes:
-    """What must come before a new row: a crash can leave a torn line, which would swallow it."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return b""
-    file.seek(-1, os.SEEK_END)
-    return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def _survives(view: View, call: Callable[[], None]) -> bool:

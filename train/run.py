@@ -1,4 +1,4 @@
-"""The run directory: one resolved config, and a line per attempt.
+"""The run directory: one resolved config, and a line per attempt (train/attempts.py).
 
     RUN/config.json   what every rank of every attempt reads
     RUN/attempts.jsonl   one row when an attempt starts, one when it ends, with its outcome
@@ -9,22 +9,19 @@ is refused.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import data.tokenizer
 from data.tokenizer import tokenizer_file
+from train.attempts import Outcome as Outcome
+from train.attempts import attempts as attempts
+from train.attempts import begin_attempt as begin_attempt
+from train.attempts import end_attempt as end_attempt
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig, decode, flat_keys
-from train.metrics import line_start
 from train.slices import fsync
-
-Outcome = Literal["complete", "stopped", "failed"]
 
 FREE = ("zero.", "checkpoint.", "log.", "micro_batch", "data.num_workers", "data.path")
 """Keys (or prefixes) that a resumed run may change: none of them changes which samples are seen or
@@ -83,58 +80,6 @@ def copy_tokenizer(source: Path, run: Path) -> None:
         data.tokenizer.copy_tokenizer(file, run)
 
 
-def attempts(run: Path) -> list[dict[str, Any]]:
-    """Rows of attempts.jsonl."""
-    path = run / "attempts.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        # A crash of the machine can tear the last line; the rows before it still count.
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def begin_attempt(
-    run: Path, *, world_size: int, resumed_from: int | None, config: JobConfig
-) -> int:
-    """Record that an attempt starts; returns its number, counted from 1. One rank only."""
-    number = 1 + max((row["attempt"] for row in attempts(run)), default=0)
-    _append(
-        run,
-        {
-            "attempt": number,
-            "event": "start",
-            "time": time.time(),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            "world_size": world_size,
-            "resumed_from": resumed_from,
-            "config": config.model_dump(mode="json"),
-        },
-    )
-    return number
-
-
-def end_attempt(
-    run: Path, number: int, *, outcome: Outcome, step: int | None, reason: str = ""
-) -> None:
-    """Record how an attempt ended; the launcher turns the outcome into its exit code. One rank
-    only.
-    """
-    _append(
-        run,
-        {
-            "attempt": number,
-            "event": "end",
-            "time": time.time(),
-            "outcome": outcome,
-            "step": step,
-            "reason": reason,
-        },
-    )
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
@@ -144,13 +89,6 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}; put back a copy (each attempt's config is in "
             f"{path.parent / 'attempts.jsonl'}), or start a new run with another --run"
         ) from None
-
-
-def _append(run: Path, row: dict[str, Any]) -> None:
-    with (run / "attempts.jsonl").open("a+b") as file:
-        file.write(line_start(file) + json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _kind(config: JobConfig) -> str:

@@ -1,0 +1,87 @@
+"""attempts.jsonl: a row when an attempt of a run starts, and a row when it ends, with its outcome.
+
+Rows are only appended and reach the disk before the call returns. Training writes them; the
+launcher reads the outcome, and closes the row of ranks that could not. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from train.config import JobConfig
+
+Outcome = Literal["complete", "stopped", "failed"]
+FILE = "attempts.jsonl"
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    """Rows of attempts.jsonl."""
+    path = run / FILE
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        # A crash of the machine can tear the last line; the rows before it still count.
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def begin_attempt(
+    run: Path, *, world_size: int, resumed_from: int | None, config: JobConfig
+) -> int:
+    """Record that an attempt starts; returns its number, counted from 1. One rank only."""
+    number = 1 + max((row["attempt"] for row in attempts(run)), default=0)
+    _append(
+        run,
+        {
+            "attempt": number,
+            "event": "start",
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "world_size": world_size,
+            "resumed_from": resumed_from,
+            "config": config.model_dump(mode="json"),
+        },
+    )
+    return number
+
+
+def end_attempt(
+    run: Path, number: int, *, outcome: Outcome, step: int | None, reason: str = ""
+) -> None:
+    """Record how an attempt ended; the launcher turns the outcome into its exit code. One process
+    only.
+    """
+    _append(
+        run,
+        {
+            "attempt": number,
+            "event": "end",
+            "time": time.time(),
+            "outcome": outcome,
+            "step": step,
+            "reason": reason,
+        },
+    )
+
+
+def line_start(file: BinaryIO) -> bytes:
+    """What must come before a new row: a crash can leave a torn line, which would swallow it."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
+
+
+def _append(run: Path, row: dict[str, Any]) -> None:
+    with (run / FILE).open("a+b") as file:
+        file.write(line_start(file) + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
