@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataUsageError
-from data.manifest import read_sealed, write_sealed
+from data.durable import read_sealed, write_sealed, writing
 
 LOCK = "headrace.lock.json"
 FORMAT = 1
@@ -49,7 +49,8 @@ def read_claim(folder: Path, kind: str) -> dict[str, Any] | None:
 
 def write_claim(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Begin a directory that is free to take."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_sealed(folder / LOCK, {**content, "kind": kind, "format": FORMAT})
 
 
@@ -59,7 +60,8 @@ def holding(folder: Path) -> Iterator[None]:
 
     Some network file systems know no such locks; there nobody is kept out.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -68,6 +70,17 @@ def holding(folder: Path) -> Iterator[None]:
                     f"another process is writing {folder}; wait until it has finished"
                 )
         yield
+    finally:
+        os.close(handle)
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether a directory was held by a process that is gone; False where nobody can tell."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        return _lock(handle)
+    except OSError:
+        return False
     finally:
         os.close(handle)
 

@@ -1,8 +1,8 @@
 """The manifest of a dataset: what it holds, proven by hashes; the commit point of a preparation.
 
-manifest.json is written last. It and every shard index are canonical JSON ending in their own
-sha256, so that a flipped bit anywhere in them is found before one value is believed. shards.npy
-repeats the list of shards as a table that processes map instead of parsing.
+manifest.json is written last. It and every shard index are sealed (data/durable.py), so that a
+flipped bit anywhere in them is found before one value is believed. shards.npy repeats the list of
+shards as a table that processes map instead of parsing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.config import DataError, DataUsageError
+from data.durable import is_sealed, read_sealed, write_durably, write_sealed
 
 MANIFEST = "manifest.json"
 TABLE = "shards.npy"
@@ -28,8 +27,6 @@ FORMAT = "headrace-dataset"
 VERSION = 1
 BLOCK_TOKENS = 2**19
 """Tokens per block of the sample order; a seq_len is at most this long."""
-
-_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
 
 Dtype = Literal["<u2", "<u4"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -156,7 +153,7 @@ def read_manifest(dataset: Path) -> Manifest:
     if not path.is_file():
         raise DataUsageError(_no_dataset(dataset))
     raw = path.read_bytes()
-    found = read_sealed(path) if _SEAL.search(raw) or FORMAT.encode() in raw else {}
+    found = read_sealed(path) if is_sealed(raw) or FORMAT.encode() in raw else {}
     if found.get("format") != FORMAT:
         raise DataUsageError(
             f"{dataset} is not a dataset: its {MANIFEST} was not written by `headrace prepare`; "
@@ -190,49 +187,6 @@ def read_table(dataset: Path) -> NDArray[np.void]:
     """The shards as a mapped table in manifest order; `read_manifest` has checked its hash."""
     table: NDArray[np.void] = np.load(dataset / TABLE, mmap_mode="r", allow_pickle=False)
     return table
-
-
-def write_sealed(path: Path, content: Mapping[str, Any]) -> str:
-    """Write canonical JSON that ends in its own sha256; returns the sha256 of the whole file."""
-    body = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    seal = hashlib.sha256(body).hexdigest()
-    sealed = body[:-1] + f',"sha256":"{seal}"}}\n'.encode()
-    write_durably(path, sealed)
-    return hashlib.sha256(sealed).hexdigest()
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. DataError when a single bit of the file has changed."""
-    raw = path.read_bytes()
-    seal = _SEAL.search(raw)
-    if seal is None or hashlib.sha256(raw[: seal.start()] + b"}").hexdigest() != seal[1].decode():
-        raise DataError(
-            f"{path} is damaged or was edited: its content does not match the sha256 at its end; "
-            "restore it from a copy, or run the same `headrace prepare` into a new directory"
-        )
-    content: dict[str, Any] = json.loads(raw)
-    del content["sha256"]
-    return content
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: after a crash it holds the old content or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Rename a synced file to its final name and sync the folder."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _no_dataset(dataset: Path) -> str:

@@ -15,6 +15,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,12 +25,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from data.config import DataError
+from data.durable import publish, read_sealed, write_sealed, writing
 from data.manifest import BLOCK_TOKENS as BLOCK_TOKENS
 from data.manifest import Dtype as Dtype
 from data.manifest import Manifest as Manifest
 from data.manifest import ShardEntry as ShardEntry
 from data.manifest import dtype_for as dtype_for
-from data.manifest import publish, read_sealed, write_sealed
 from data.manifest import read_manifest as read_manifest
 from data.manifest import write_manifest as write_manifest
 
@@ -143,8 +144,9 @@ class _OpenShard:
         # Imported here: webdataset imports torch, which neither readers nor a login node need.
         from webdataset.writer import TarWriter
 
-        # An index of an earlier attempt must not vouch for the new tar.
-        index_path(path).unlink(missing_ok=True)
+        with writing(path):
+            # An index of an earlier attempt must not vouch for the new tar.
+            index_path(path).unlink(missing_ok=True)
         self._path = path
         self._dtype = dtype
         self._temporary = path.with_name(path.name + ".tmp")
@@ -196,8 +198,9 @@ class _OpenShard:
         return _entry(self._path, index, write_sealed(index_path(self._path), content))
 
     def abandon(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._file.abandon()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
     def _write_chunk(self) -> None:
         lens = np.array([len(ids) for ids in self._documents], dtype="<u4")
@@ -239,20 +242,32 @@ class _HashingFile:
     """A file that is only written, with the sha256 of what was written."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb")
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb")
+        self._is_abandoned = False
         self.sha256 = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
+        if self._is_abandoned:
+            # tarfile ends its archive when it is collected, wherever that may go.
+            return len(data)
         self.sha256.update(data)
-        return self._file.write(data)
+        with writing(self._path):
+            return self._file.write(data)
 
     def close(self) -> None:
-        if self._file.closed:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def abandon(self) -> None:
+        self._is_abandoned = True
+        # A full disk refuses what is still buffered once more.
+        with suppress(OSError):
+            self._file.close()
 
 
 def _npy(array: NDArray[Any]) -> bytes:

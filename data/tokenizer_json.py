@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataError, DataUsageError
-from data.manifest import write_durably
+from data.durable import write_durably
 from data.piece_model import (
     CONTROL,
     NORMAL,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataUsageError, PrepareConfig
-from data.manifest import write_durably
+from data.durable import write_durably
 from data.piece_model import NORMAL, SPACE
 from data.survey import Survey
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+from data.durable import write_durably
 
 PACKAGES = (
     "asyncio", "email", "encodings", "http", "importlib", "multiprocessing", "unittest", "xml",
@@ -161,8 +162,4 @@ def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
+    write_durably(path, text.encode())

@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from data.config import DataError, DataUsageError
-from data.manifest import ShardEntry, read_manifest, read_sealed, read_table, write_sealed
+from data.durable import read_sealed, write_sealed
+from data.manifest import ShardEntry, read_manifest, read_table
 from tests.data.tiny import documents, flip_bit, write_dataset
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data import shards
 from data.config import DataError
+from data.durable import write_sealed
 from data.shards import (
     file_sha256,
     finished_shard,
@@ -158,7 +159,7 @@ def test_every_flipped_bit_of_an_index_is_found(shard: Path) -> None:
 
 def test_a_newer_index_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.idx.json"
-    shards.write_sealed(path, {"format": "headrace-shard-index", "version": 2})
+    write_sealed(path, {"format": "headrace-shard-index", "version": 2})
     with pytest.raises(DataError, match=r"no shard index that this headrace reads: .*version 2"):
         read_index(path)
 

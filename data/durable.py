@@ -1,0 +1,190 @@
+"""Writes that survive: after a crash a file is the old one or the new one, and never half of it.
+
+A file is written beside its place, synced, renamed, and its folder synced: two fsyncs per file. A
+sealed file is canonical JSON that ends in its own sha256, so that a flipped bit anywhere in it is
+found before one value is believed. A disk that is full, read-only or failing is a StorageError,
+which tells path, reason and remedy; what was finished before stays as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data.config import DataError
+
+RESTORE = "restore it from a copy, or run the same `headrace prepare` into a new directory"
+
+_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
+_SEAL_BYTES = len(',"sha256":""}\n') + 64
+
+_FULL = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within the quota there",
+    errno.EROFS: "have that file system mounted for writing, or name a folder on another one",
+}
+_ADVICE = _FULL | {
+    errno.EIO: "the disk or its server fails (`dmesg` may say more): mend it",
+    errno.ESTALE: "have that file system mounted again",
+    errno.EFBIG: "raise the limit of file sizes (`ulimit -f`)",
+    errno.EACCES: "get the right to write there",
+    errno.EPERM: "get the right to write there",
+}
+
+
+class StorageError(ValueError):
+    """Storage that takes no more: full, read-only, failing or not ours to write."""
+
+    exit_code: ClassVar[int] = 1
+
+
+def told(error: OSError) -> StorageError | None:
+    """The message for an error that came from anywhere; None when it need not be about writing."""
+    return _storage_error(error, "a file") if error.errno in _FULL else None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around code that only writes `path`: storage that refuses is a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ADVICE:
+            raise
+        raise _storage_error(error, str(path)) from error
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace a file as a whole. StorageError leaves the old content and nothing beside it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a synced file to its final name and sync the folder."""
+    with writing(path):
+        os.replace(temporary, path)
+        sync(path.parent)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Sync a folder of files and rename it; OSError when `path` holds something by now."""
+    with writing(path):
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        temporary.rename(path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Push a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> str:
+    """Write canonical JSON that ends in its own sha256; returns the sha256 of the whole file."""
+    body = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    seal = hashlib.sha256(body).hexdigest()
+    sealed = body[:-1] + f',"sha256":"{seal}"}}\n'.encode()
+    write_durably(path, sealed)
+    return hashlib.sha256(sealed).hexdigest()
+
+
+def read_sealed(
+    path: Path, *, remedy: str = RESTORE, error: type[ValueError] = DataError
+) -> dict[str, Any]:
+    """What `write_sealed` wrote. An `error` with `remedy` when a bit of the file has changed."""
+    try:
+        raw = path.read_bytes()
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror}; {remedy}") from failure
+    seal = _SEAL.match(raw[-_SEAL_BYTES:])
+    body = hashlib.sha256(memoryview(raw)[:-_SEAL_BYTES])
+    body.update(b"}")
+    if seal is None or body.hexdigest() != seal[1].decode():
+        raise error(
+            f"{path} is damaged or was edited: its content does not match the sha256 at its end; "
+            f"{remedy}"
+        )
+    content: dict[str, Any] = json.loads(raw)
+    del content["sha256"]
+    return content
+
+
+def is_sealed(raw: bytes) -> bool:
+    """Whether a file's bytes end like a sealed one; its content is not checked."""
+    return _SEAL.match(raw[-_SEAL_BYTES:]) is not None
+
+
+class RowFile:
+    """JSON lines that are only appended to. A row is there as a whole or, when storage refuses it,
+    not at all; a line that a crash has torn is ended before the next row, which it would swallow.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with writing(path):
+            # Unbuffered: what was refused must not be written later, at a close.
+            self._file = path.open("a+b", buffering=0)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append one row."""
+        with writing(self._path):
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                self._write(self._line_start(end) + json.dumps(row).encode() + b"\n")
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(end)
+                raise
+
+    def sync(self) -> None:
+        """Push all rows to the disk."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; rows that were not synced may still be refused by a server."""
+        with writing(self._path):
+            self._file.close()
+
+    def _line_start(self, end: int) -> bytes:
+        if end == 0:
+            return b""
+        self._file.seek(end - 1)
+        return b"" if self._file.read(1) == b"\n" else b"\n"
+
+    def _write(self, line: bytes) -> None:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+
+def _storage_error(error: OSError, path: str) -> StorageError:
+    where = error.filename if isinstance(error.filename, str) else path
+    return StorageError(
+        f"{where} cannot be written: {os.strerror(error.errno or 0)}; {_ADVICE[error.errno or 0]}, "
+        "then run the same command again: what was finished is kept"
+    )
