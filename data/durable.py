@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from data.config import DataError
 
-RESTORE = "restore it from a copy, or run the same `headrace prepare` into a new directory"
+RESTORE = "; restore it from a copy, or run the same `headrace prepare` into a new directory"
 
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
 _SEAL_BYTES = len(',"sha256":""}\n') + 64
@@ -115,17 +115,17 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> str:
 def read_sealed(
     path: Path, *, remedy: str = RESTORE, error: type[ValueError] = DataError
 ) -> dict[str, Any]:
-    """What `write_sealed` wrote. An `error` with `remedy` when a bit of the file has changed."""
+    """What `write_sealed` wrote. An `error` that ends in `remedy` when a bit has changed."""
     try:
         raw = path.read_bytes()
     except OSError as failure:
-        raise error(f"{path} cannot be read: {failure.strerror}; {remedy}") from failure
+        raise error(f"{path} cannot be read: {failure.strerror}{remedy}") from failure
     seal = _SEAL.match(raw[-_SEAL_BYTES:])
     body = hashlib.sha256(memoryview(raw)[:-_SEAL_BYTES])
     body.update(b"}")
     if seal is None or body.hexdigest() != seal[1].decode():
         raise error(
-            f"{path} is damaged or was edited: its content does not match the sha256 at its end; "
+            f"{path} is damaged or was edited: its content does not match the sha256 at its end"
             f"{remedy}"
         )
     content: dict[str, Any] = json.loads(raw)
