@@ -123,8 +123,12 @@ def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
         yield World(rank, size, local_rank, device, control)
         # Leaving while others still connect or reduce makes their collectives fail.
         dist.barrier(group=control)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # Hanging up would make the others fail too, of our silence; the process ends anyway.
+        if size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _place() -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.spawn import LaunchError, Role, last_outcome, rank_of, recognise, run_job
+from launcher.rank import Role, rank_of, recognise
+from launcher.spawn import LaunchError, run_job
 from launcher.spawn import thread_settings as threads
+from train.attempts import attempts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
@@ -55,18 +56,6 @@ def test_threads_are_shared_out_unless_somebody_decided() -> None:
     assert threads(2, {"OMP_NUM_THREADS": "7"}) == {}
 
 
-def test_the_outcome_is_that_of_the_last_attempt(tmp_path: Path) -> None:
-    assert last_outcome(tmp_path) is None
-    file = tmp_path / "attempts.jsonl"
-    rows = [{"event": "start"}, {"event": "end", "outcome": "stopped"}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert last_outcome(tmp_path) == "stopped"
-    file.write_text(file.read_text() + json.dumps({"event": "start"}) + "\n")
-    assert last_outcome(tmp_path) is None
-    file.write_text(file.read_text() + '{"event": "end", "outc')
-    assert last_outcome(tmp_path) is None
-
-
 @pytest.mark.parametrize(("outcome", "code"), [("complete", 0), ("failed", 1), ("stopped", 3)])
 def test_one_process_trains_in_place(outcome: str, code: int, tmp_path: Path) -> None:
     pids = []
@@ -90,23 +79,43 @@ def test_an_srun_rank_starts_no_processes(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("what", "code", "said"),
+    ("what", "code", "last"),
     [
         ("complete", 0, "torchrun rank 0 of 2"),
         ("refuse", 2, "error: steps=60 in the run, 61 now"),
-        ("crash", 1, "RuntimeError: out of luck"),
+        ("refuse alone", 2, "error: shard-000000.tar is damaged"),
+        (
+            "die",
+            1,
+            "error: training failed: rank 1 ended with SIGKILL (somebody killed it, or the system "
+            "did to reclaim memory: see `dmesg`); once the cause is mended, the same command goes "
+            "on from the beginning",
+        ),
     ],
 )
-def test_the_end_of_the_ranks_becomes_one_exit_code(
-    what: str, code: int, said: str, tmp_path: Path
+def test_the_end_of_the_ranks_becomes_one_exit_code_and_one_line(
+    what: str, code: int, last: str, tmp_path: Path
 ) -> None:
     with start(what, tmp_path) as job:
         _, stderr = job.communicate(timeout=60)
     assert job.returncode == code, stderr
-    assert stderr.count(said) == 1
-    if what == "refuse":
-        assert "Traceback" not in stderr
-        assert stderr.rstrip().endswith(said)
+    first = ["launcher: starting 2 processes with torchrun", "torchrun rank 0 of 2"]
+    assert stderr.splitlines() == first + [last] * (code > 0)
+    rows = attempts(tmp_path)
+    assert not rows or rows[-1]["outcome"] == ("complete" if code == 0 else "failed")
+
+
+def test_an_error_that_nobody_expected_shows_its_traceback_once(tmp_path: Path) -> None:
+    with start("crash", tmp_path) as job:
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert stderr.count("Traceback") == 1
+    assert stderr.count("\nRuntimeError: out of luck\n") == 1
+    assert stderr.splitlines()[-1] == (
+        "error: training failed: RuntimeError: out of luck; once the cause is mended, the same "
+        "command goes on from the beginning"
+    )
+    assert len(stderr.splitlines()) < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -116,17 +125,32 @@ def test_a_signal_reaches_the_ranks_and_the_code_is_3(number: int, tmp_path: Pat
         job.send_signal(number)
         _, stderr = job.communicate(timeout=60)
     assert job.returncode == 3, stderr
-    assert last_outcome(tmp_path) == "stopped"
+    assert attempts(tmp_path)[-1]["outcome"] == "stopped"
     assert "Traceback" not in stderr
 
 
-def test_a_signal_before_training_stops_at_once_with_3(tmp_path: Path) -> None:
+def test_the_same_signal_twice_ends_the_ranks_at_once_with_3(tmp_path: Path) -> None:
+    with start("wait", tmp_path) as job:
+        until(lambda: all((tmp_path / f"listening-{rank}").exists() for rank in (0, 1)))
+        job.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        job.send_signal(signal.SIGINT)
+        _, stderr = job.communicate(timeout=10)
+    assert job.returncode == 3, stderr
+    assert stderr.splitlines()[-1] == "asked again: stopping at once"
+    assert len(stderr.splitlines()) <= 4
+    assert attempts(tmp_path)[-1]["outcome"] == "stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_stops_at_once_with_3(number: int, tmp_path: Path) -> None:
     with start("wait", tmp_path) as job:
         assert job.stderr is not None
         assert "launcher: starting 2 processes" in job.stderr.readline()
-        job.send_signal(signal.SIGINT)
-        job.communicate(timeout=60)
+        job.send_signal(number)
+        _, stderr = job.communicate(timeout=60)
     assert job.returncode == 3
+    assert stderr == f"{signal.Signals(number).name}: stopping before training has begun\n"
     assert not (tmp_path / "attempts.jsonl").exists()
 
 

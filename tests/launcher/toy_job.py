@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,17 +36,26 @@ def main() -> None:
 
 
 def train(what: str, run: Path) -> str:
-    """Do WHAT: refuse, crash, complete, or wait to be stopped."""
+    """Do WHAT: refuse, crash, die, complete, or wait to be stopped."""
     rank = int(os.environ["RANK"])
     (run / f"rank-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
+    while not (run / "rank-0").exists():
+        time.sleep(0.01)
     if what == "refuse":
         raise ToyRefusal("steps=60 in the run, 61 now")
+    if what == "refuse alone" and rank == 1:
+        raise ToyRefusal("shard-000000.tar is damaged")
     if what == "crash" and rank == 1:
         raise RuntimeError("out of luck")
+    if what == "die" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     if what == "complete":
         return end(run, rank, "complete")
+    if rank == 0:
+        add_row(run, {"attempt": 1, "event": "start"})
     stop = StopRequest()
-    stop.listen()
+    if what == "wait":
+        stop.listen()
     (run / f"listening-{rank}").touch()
     for _ in range(600):
         if stop.reason is not None:
@@ -57,9 +67,14 @@ def train(what: str, run: Path) -> str:
 def end(run: Path, rank: int, outcome: str) -> str:
     """Record the outcome as a real run does."""
     if rank == 0:
-        with (run / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps({"attempt": 1, "event": "end", "outcome": outcome}) + "\n")
+        add_row(run, {"attempt": 1, "event": "end", "outcome": outcome})
     return outcome
+
+
+def add_row(run: Path, row: dict[str, object]) -> None:
+    """Append to attempts.jsonl."""
+    with (run / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
