@@ -79,7 +79,7 @@ def inspect(
     if step < 1:
         raise DataUsageError(f"step {step} does not exist; steps count from 1")
     stream = SampleStream(dataset, seq_len=seq_len, seed=seed)
-    decode = decode or _decoder(dataset)
+    decode = decode or _decoder(dataset, stream.tokenizer_sha256)
     first, last = (step - 1) * batch_samples, step * batch_samples
     total = 0
     samples = []
@@ -121,7 +121,9 @@ def _inspected(
     )
 
 
-def _decoder(dataset: Path) -> Callable[[Sequence[int]], str]:
+def _decoder(dataset: Path, tokenizer_sha256: str) -> Callable[[Sequence[int]], str]:
     from data.tokenizer import load_tokenizer
+    from data.verify import check_tokenizer
 
+    check_tokenizer(dataset, tokenizer_sha256)
     return load_tokenizer(dataset).decode

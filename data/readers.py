@@ -74,14 +74,19 @@ def find_files(inputs: Sequence[str]) -> list[InputFile]:
     """Every file that the inputs name, in a fixed order: inputs as given, folders by sorted path.
 
     Hidden files and folders inside a folder are left out. Raises DataUsageError for an input that
-    does not exist, a pattern without a match, an empty folder, a file that is named twice, and
-    kinds of file that cannot be read as text.
+    is empty or does not exist, a pattern without a match, an empty folder, a file that is named
+    twice, and kinds of file that cannot be read as text.
     """
     if not inputs:
         raise DataUsageError("no input given; name files, folders or patterns: --input PATH...")
     files: list[InputFile] = []
     seen: dict[Path, Path] = {}
     for named in inputs:
+        if not named.strip():
+            raise DataUsageError(
+                f"--input {named!r} names nothing, as when a variable is not set; write . for "
+                "the current folder"
+            )
         for path, name in _expand(named):
             real = path.resolve()
             if real in seen:

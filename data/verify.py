@@ -18,6 +18,7 @@ import numpy as np
 from data.config import DataError
 from data.manifest import Manifest, ShardEntry, read_manifest
 from data.shards import file_sha256, index_path, read_index
+from data.tokenizer import tokenizer_file
 from data.tokens import check_lens, check_tokens, open_shard
 
 
@@ -86,6 +87,18 @@ def verify(
         fingerprint=manifest.fingerprint,
         problems=tuple(problems),
     )
+
+
+def check_tokenizer(dataset: Path, expected: str) -> None:
+    """DataError when the tokenizer beside the shards is not the one that made them."""
+    file = tokenizer_file(dataset)
+    found = file_sha256(file)
+    if found != expected:
+        raise DataError(
+            f"{file} is not the tokenizer that {dataset} was made with: its sha256 is "
+            f"{found[:16]}, the manifest says {expected[:16]}; put the right file back, or prepare "
+            "the text again with `headrace prepare`"
+        )
 
 
 def _check_shard(

@@ -7,21 +7,27 @@ help, plan and submit answer without torch.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
 from typer.core import TyperGroup
 
+from data.durable import told
 from launcher import options, spawn
-from launcher.recipes import find_recipe
+from launcher.recipes import Recipe, find_recipe
+
+if TYPE_CHECKING:
+    from train.config import FinetuneConfig, RunConfig
 
 Config = TypeVar("Config", bound=BaseModel)
+Job = TypeVar("Job", "RunConfig", "FinetuneConfig")
 
 
 class _Contents(TyperGroup):
@@ -47,14 +53,16 @@ app.add_typer(data_app, name="data")
 def main() -> None:
     """Run the command line of this process and leave with its exit code."""
     _configure_logging(spawn.rank_of(os.environ))
+    _escape_what_cannot_be_printed()
     try:
         run_command()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # Errors meant for people carry their exit code; anything else keeps its traceback.
-        code = getattr(error, "exit_code", None)
+        failure = told(error) if isinstance(error, OSError) else error
+        code = getattr(failure, "exit_code", None)
         if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
         sys.exit(code)
 
 
@@ -173,18 +181,15 @@ def pretrain(
     stop_at: options.StopAt = None,
 ) -> None:
     """Train a GPT from nothing; the same command resumes it."""
-    from train.config import RunConfig, load_config
+    from train.config import RunConfig
 
-    found = find_recipe(recipe, "pretrain")
-    config = load_config(RunConfig, found.text, overrides or (), name=found.name)
-    folder = run or Path("runs") / found.name
-
-    def train() -> str:
+    def train(config: RunConfig, folder: Path) -> str:
         from train.pretrain import pretrain
 
         return pretrain(config, folder, stop_at=stop_at)
 
-    _leave(spawn.run_job(train, run=folder, num_processes=nproc))
+    found = find_recipe(recipe, "pretrain")
+    _train(RunConfig, train, found, overrides or (), run=run, nproc=nproc)
 
 
 @app.command()
@@ -244,18 +249,15 @@ def finetune(
     stop_at: options.StopAt = None,
 ) -> None:
     """Continue from a Hugging Face folder: model=DIR data=FILE. The result is RUN/hf."""
-    from train.config import FinetuneConfig, load_config
+    from train.config import FinetuneConfig
 
-    found = find_recipe(recipe, "finetune")
-    config = load_config(FinetuneConfig, found.text, overrides or (), name=found.name)
-    folder = run or Path("runs") / found.name
-
-    def train() -> str:
+    def train(config: FinetuneConfig, folder: Path) -> str:
         from train.finetune import finetune
 
         return finetune(config, folder, stop_at=stop_at)
 
-    _leave(spawn.run_job(train, run=folder, num_processes=nproc))
+    found = find_recipe(recipe, "finetune")
+    _train(FinetuneConfig, train, found, overrides or (), run=run, nproc=nproc)
 
 
 @app.command()
@@ -279,7 +281,7 @@ def evaluate(
 def generate(
     model: options.ModelFolder,
     prompt: options.Prompt,
-    max_tokens: options.MaxTokens = 128,
+    max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = 0.8,
     seed: options.Seed = 0,
 ) -> None:
@@ -288,6 +290,23 @@ def generate(
 
     text = generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
     print(text, end="\n" if sys.stdout.isatty() else "")
+
+
+def _train(
+    kind: type[Job],
+    train: Callable[[Job, Path], str],
+    recipe: Recipe,
+    overrides: Sequence[str],
+    *,
+    run: Path | None,
+    nproc: int,
+) -> None:
+    """Resolve the config of a job and run it, here or on `nproc` ranks."""
+    from train.config import load_config
+
+    config = load_config(kind, recipe.text, overrides, name=recipe.name)
+    folder = run or Path("runs") / recipe.name
+    _leave(spawn.run_job(lambda: train(config, folder), run=folder, num_processes=nproc))
 
 
 def _parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -303,6 +322,12 @@ def _parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
 def _leave(code: int) -> None:
     if code:
         raise typer.Exit(code)
+
+
+def _escape_what_cannot_be_printed() -> None:
+    # An ASCII locale, or a path that is not UTF-8, must not end a command that has its result.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _configure_logging(rank: int) -> None:

@@ -42,6 +42,12 @@ def inspect_step(
         config = load_config(RunConfig, found.text, overrides, name=found.name)
     else:
         config = _config_of(run)
+    if step > config.steps:
+        where = f"{run}" if run is not None else f"a run of {recipe}"
+        raise InspectUsageError(
+            f"step {step} does not exist: the last step of {where} is {config.steps}"
+            + ("" if run is not None else "; write steps=N to look at a longer one")
+        )
     inspection = inspect(
         dataset,
         step=step,

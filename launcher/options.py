@@ -5,9 +5,29 @@ long; each is declared once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+
+def _named(value: str | Path) -> Path:
+    """A path that was written: "" would be the current folder, as when a variable is not set."""
+    if not str(value).strip():
+        raise typer.BadParameter("it is empty, as when a variable is not set; write . for this one")
+    return Path(value)
+
+
+def _folder(value: str | Path) -> Path:
+    """A folder that is there, or may be made."""
+    path = _named(value)
+    blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise typer.BadParameter(f"{blocked} is a file, no folder; name another one")
+    return path
+
+
+PATH: Any = {"parser": _named, "metavar": "PATH"}
+FOLDER: Any = {"parser": _folder, "metavar": "FOLDER"}
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in name or a file.")]
 Overrides = Annotated[
@@ -15,7 +35,8 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, such as optim.lr=3e-4."),
 ]
 RunFolder = Annotated[
-    Path | None, typer.Option("--run", help="Run directory.", show_default="runs/RECIPE")
+    Path | None,
+    typer.Option("--run", help="Run directory.", show_default="runs/RECIPE", **FOLDER),
 ]
 NumProcesses = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine.")]
 StopAt = Annotated[
@@ -24,8 +45,12 @@ StopAt = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset directory.")]
-ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face folder.")]
+DatasetFolder = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="Dataset directory.", parser=_named)
+]
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Hugging Face folder.", parser=_named)
+]
 
 Inputs = Annotated[
     list[str],
@@ -34,12 +59,12 @@ Inputs = Annotated[
 MoreInputs = Annotated[
     list[str] | None, typer.Argument(metavar="[PATH]...", help="Further inputs.")
 ]
-Output = Annotated[Path, typer.Option("--output", help="Dataset directory to write.")]
+Output = Annotated[Path, typer.Option("--output", help="Dataset directory to write.", **PATH)]
 VocabSize = Annotated[
     int | None, typer.Option(min=1, help="Train a tokenizer with this many pieces.")
 ]
 TokenizerFile = Annotated[
-    Path | None, typer.Option(help="Use this tokenizer.model or tokenizer.json instead.")
+    Path | None, typer.Option(help="Use this tokenizer.model or tokenizer.json instead.", **PATH)
 ]
 ValFraction = Annotated[float | None, typer.Option(help="Share of the text that is held out.")]
 TextField = Annotated[str | None, typer.Option(help="Key of the text in a .jsonl line.")]
@@ -52,19 +77,25 @@ Step = Annotated[int, typer.Option(min=1, help="Optimizer step, counted from 1."
 StepRecipe = Annotated[str, typer.Option("--recipe", help="Gives seed, seq_len, batch_tokens.")]
 StepRun = Annotated[
     Path | None,
-    typer.Option("--run", help="A run gives them, and its own data_hash is compared."),
+    typer.Option("--run", help="A run gives them, and its own data_hash is compared.", **FOLDER),
 ]
 
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run directory of `headrace pretrain`.")
+    Path,
+    typer.Argument(metavar="RUN", help="Run directory of `headrace pretrain`.", parser=_folder),
 ]
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to write.", parser=_folder)
+]
 CheckpointStep = Annotated[
     int | None, typer.Option("--step", min=1, help="Checkpoint; the newest by default.")
 ]
 WeightType = Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")]
 EvaluationData = Annotated[
-    Path, typer.Option("--data", help="Dataset (its validation split), text, .jsonl or .csv file.")
+    Path,
+    typer.Option(
+        "--data", help="Dataset (its validation split), text, .jsonl or .csv file.", **PATH
+    ),
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the text.")]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label.")]
@@ -72,7 +103,10 @@ Split = Annotated[
     Literal["all", "train", "val"], typer.Option(help="Classifier: which examples of the file.")
 ]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to add at most.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens to add at most.", show_default="what fits, up to 128"),
+]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
 Seed = Annotated[int, typer.Option(min=0, help="Makes the sample repeatable.")]
 
@@ -88,4 +122,4 @@ SbatchOptions = Annotated[
     typer.Option("--sbatch", help="Further sbatch option, such as --sbatch=--partition=batch."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script, submit nothing.")]
-Workdir = Annotated[Path, typer.Option(help="Where everything is written.")]
+Workdir = Annotated[Path, typer.Option(help="Where everything is written.", **FOLDER)]

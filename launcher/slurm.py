@@ -25,6 +25,12 @@ class SlurmError(ValueError):
     exit_code: ClassVar[int] = 1
 
 
+class SlurmUsageError(SlurmError):
+    """A job that nobody can run as it was asked for."""
+
+    exit_code: ClassVar[int] = 2
+
+
 @dataclass(frozen=True)
 class Job:
     """One pretraining job."""
@@ -74,10 +80,11 @@ def render(job: Job) -> str:
 def submit(job: Job, dataset: Path) -> str:
     """Write the script into RUN/logs, hand it to sbatch and return the job id.
 
-    SlurmError when `dataset` is none: better here than after hours in the queue.
+    SlurmUsageError when `dataset` is none: better here than after hours in the queue.
     """
+    _check(job)
     if not (dataset / "manifest.json").is_file():
-        raise SlurmError(
+        raise SlurmUsageError(
             f"no dataset at {dataset} (it has no manifest.json); write data=DATASET, a directory "
             "made by `headrace prepare`, or add --dry-run to print the script"
         )
@@ -111,18 +118,18 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _check(job: Job) -> None:
     if not re.fullmatch(r"\d+|(\d+-)?\d+:\d\d(:\d\d)?", job.time):
-        raise SlurmError(
+        raise SlurmUsageError(
             f"--time {job.time!r} is no Slurm time; write MINUTES, HH:MM:SS or D-HH:MM:SS, "
             "such as --time 24:00:00"
         )
     if job.num_nodes < 1 or job.gpus_per_node < 0:
-        raise SlurmError(
+        raise SlurmUsageError(
             f"--nodes {job.num_nodes} --gpus-per-node {job.gpus_per_node}: "
             "a job needs at least one node and no negative number of GPUs"
         )
     for option in job.options:
         if not option.startswith("-") or "\n" in option:
-            raise SlurmError(
+            raise SlurmUsageError(
                 f"--sbatch {option!r} is no sbatch option; write it with its dashes, "
                 "such as --sbatch=--partition=batch"
             )

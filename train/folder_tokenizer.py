@@ -16,6 +16,12 @@ class ModelFolderError(ValueError):
     exit_code: ClassVar[int] = 1
 
 
+class NoModelFolder(ModelFolderError):
+    """Something else was named where a Hugging Face folder is needed."""
+
+    exit_code: ClassVar[int] = 2
+
+
 class FolderTokenizer:
     """The tokenizer of a Hugging Face folder."""
 

@@ -17,6 +17,11 @@ from train.device import best_device
 
 log = logging.getLogger(__name__)
 
+MAX_TOKENS = 128
+"""Tokens to add when nobody says how many."""
+TEMPERATURES = (0.001, 1000.0)
+"""Below, logits divided by it overflow."""
+
 
 class GenerateError(ValueError):
     """A request that the model cannot answer."""
@@ -28,23 +33,20 @@ def generate(
     model: str | Path,
     prompt: str,
     *,
-    max_tokens: int = 128,
+    max_tokens: int | None = None,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
     """The text that follows `prompt`, of at most `max_tokens` tokens, ended by the end-of-text id.
 
     An empty prompt asks for the beginning of a document. A prompt that leaves no room for
-    `max_tokens` in the model's context loses its left part, with a warning.
+    `max_tokens` in the model's context loses its left part, with a warning; by default it loses
+    only what does not fit into half of the context, and at most MAX_TOKENS are added.
     """
-    if max_tokens < 1 or temperature < 0:
-        raise GenerateError(
-            f"max_tokens={max_tokens}, temperature={temperature}: write at least 1 token and a "
-            "temperature of 0 (the likeliest token) or more"
-        )
+    _check(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
     folder = Path(model)
     tokenizer = hf.load_tokenizer(folder)
-    ids = _fit(tokenizer, prompt, context=hf.context_length(folder), max_tokens=max_tokens)
+    ids, max_tokens = _fit(tokenizer, prompt, hf.context_length(folder), max_tokens)
     device, dtype = best_device()
     module = hf.load_causal(folder, dtype=dtype).to(device)
     eos_id = module.generation_config.eos_token_id
@@ -69,14 +71,37 @@ def generate(
     return _after(tokenizer, ids, output[0].tolist())
 
 
+def _check(prompt: str, *, max_tokens: int | None, temperature: float, seed: int) -> None:
+    """GenerateError for what no model can do."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise GenerateError(
+            f"the prompt is not UTF-8 at its character {error.start + 1}; is the terminal or the "
+            "file that it comes from in another encoding?"
+        ) from None
+    if max_tokens is not None and max_tokens < 1:
+        raise GenerateError(f"max_tokens={max_tokens}: write at least 1")
+    low, high = TEMPERATURES
+    if temperature != 0 and not low <= temperature <= high:
+        raise GenerateError(
+            f"temperature={temperature}: write 0 for the likeliest token, or {low} to {high:g}"
+        )
+    if not 0 <= seed < 2**64:
+        raise GenerateError(f"seed={seed}: write a number from 0 to 2^64 - 1")
+
+
 def _fit(
-    tokenizer: hf.FolderTokenizer, prompt: str, *, context: int | None, max_tokens: int
-) -> list[int]:
+    tokenizer: hf.FolderTokenizer, prompt: str, context: int | None, max_tokens: int | None
+) -> tuple[list[int], int]:
+    """Ids to continue, and how many tokens to add at most."""
     prefix, ids = tokenizer.prefix_ids, tokenizer.encode(prompt)
     if not prefix + ids:
         prefix = tokenizer.context_ids()
     if context is None:
-        return prefix + ids
+        return prefix + ids, max_tokens or MAX_TOKENS
+    if max_tokens is None:
+        max_tokens = min(MAX_TOKENS, max(context - len(prefix) - len(ids), context // 2))
     room = context - max_tokens - len(prefix)
     if room < 0 or (ids and room == 0):
         raise GenerateError(
@@ -85,7 +110,7 @@ def _fit(
         )
     if len(ids) > room:
         log.warning("the prompt has %d tokens; its last %d are used", len(ids), room)
-    return prefix + ids[max(len(ids) - room, 0) :]
+    return prefix + ids[max(len(ids) - room, 0) :], max_tokens
 
 
 def _after(tokenizer: hf.FolderTokenizer, prompt: list[int], whole: list[int]) -> str:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from train.folder_tokenizer import FolderTokenizer as FolderTokenizer
 from train.folder_tokenizer import ModelFolderError as ModelFolderError
+from train.folder_tokenizer import NoModelFolder as NoModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -192,9 +193,14 @@ def _config(folder: Path) -> Any:
 
 
 def _existing(folder: Path) -> Path:
+    if (folder / "attempts.jsonl").is_file():
+        hint = f"`headrace export {folder} OUT` makes one: name OUT"
+        if (folder / "hf" / "config.json").is_file():
+            hint = f"its own is {folder / 'hf'}: name that"
+        raise NoModelFolder(f"{folder} is a run directory and no Hugging Face folder; {hint}")
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no directory"
-        raise ModelFolderError(
+        raise NoModelFolder(
             f"{folder} is no Hugging Face folder: it {what}; "
             "make one from a run with `headrace export RUN OUT`"
         )

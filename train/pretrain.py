@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from data.config import DataError, DataUsageError
+from data.config import DataUsageError
 from data.loader import SampleStream, accumulation, micro_batches
-from data.shards import file_sha256
-from data.tokenizer import tokenizer_file
+from data.verify import check_tokenizer
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import token_loss_sum
@@ -42,7 +41,7 @@ def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
     """
     require_data(config)
     stream = SampleStream(config.data.path, seq_len=config.seq_len, seed=config.seed)
-    _check_tokenizer(Path(config.data.path), stream.tokenizer_sha256)
+    check_tokenizer(Path(config.data.path), stream.tokenizer_sha256)
     config = resolve(config, vocab_size=stream.vocab_size)
     micro_batch = config.micro_batch or math.ceil(config.batch_samples / num_ranks)
 
@@ -151,18 +150,6 @@ class PretrainTask:
     def check_data_state(self, state: dict[str, Any]) -> None:
         """DataError when the checkpoint was trained on other data or in another order."""
         self._stream.check_state(state)
-
-
-def _check_tokenizer(dataset: Path, expected: str) -> None:
-    """DataError when the tokenizer beside the shards is not the one that made them."""
-    file = tokenizer_file(dataset)
-    found = file_sha256(file)
-    if found != expected:
-        raise DataError(
-            f"{file} is not the tokenizer that {dataset} was made with: its sha256 is "
-            f"{found[:16]}, the manifest says {expected[:16]}; put the right file back, or prepare "
-            "the text again with `headrace prepare`"
-        )
 
 
 def _validation(config: RunConfig) -> SampleStream | None:

@@ -18,6 +18,7 @@ from data.manifest import MANIFEST, Manifest, read_manifest
 from data.readers import LINE_SUFFIXES
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import TokenSource
+from data.verify import check_tokenizer
 from train import hf
 
 NUM_COMPARED = 64
@@ -75,6 +76,7 @@ def _dataset(dataset: Path, model: Path, tokenizer: hf.FolderTokenizer) -> Itera
             f"{dataset} has no validation split; prepare it with `--val-fraction` above 0, or "
             "evaluate a text file"
         )
+    check_tokenizer(dataset, manifest.tokenizer_sha256)
     own = load_tokenizer(dataset)
     if not _same_file(manifest, model):
         for text in islice(_documents(dataset, manifest, own), NUM_COMPARED):

@@ -82,6 +82,12 @@ def test_a_step_before_the_first_is_refused(dataset: Path) -> None:
         _inspect(dataset, step=0)
 
 
+def test_a_tokenizer_that_did_not_make_the_shards_is_refused(dataset: Path) -> None:
+    (dataset / "tokenizer.model").write_bytes(b"another one")
+    with pytest.raises(DataError, match=r"tokenizer\.model is not the tokenizer that .* was made"):
+        inspect(dataset, step=1, seed=3, seq_len=32, batch_samples=8)
+
+
 def test_damage_is_named(dataset: Path) -> None:
     path = dataset / read_manifest(dataset).shards[0].path
     flip_bit(path, path.stat().st_size // 3)

@@ -18,13 +18,13 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def headrace(*argv: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`headrace ARGV`."""
+def headrace(*argv: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`headrace ARGV`, with these environment variables."""
     environ = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
     return subprocess.run(
         [sys.executable, "-m", "launcher", *map(str, argv)],
         cwd=cwd,
-        env=environ | {"PYTHONPATH": str(ROOT)},
+        env=environ | {"PYTHONPATH": str(ROOT)} | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -58,6 +58,13 @@ def test_help_reads_like_a_table_of_contents(tmp_path: Path) -> None:
         (["finetune", "tiny-cpu"], "error: recipe 'tiny-cpu' is for `headrace pretrain`"),
         (["plan", "llama-7b", "--gpu", "v100"], "error: unknown GPU 'v100'; did you mean"),
         (["prepare", "--input", "x", "--output", "y", "--val-fraction", "2"], "--val-fraction 2"),
+        (["prepare", "--input", "", "--output", "y"], "error: --input '' names nothing, as when"),
+        (["prepare", "--input", "x", "--output", ""], "Invalid value for '--output': it is empty"),
+        (["pretrain", "tiny-cpu", "--run", ""], "Invalid value for '--run': it is empty"),
+        (["pretrain", "tiny-cpu", "--run", "/dev/null"], "/dev/null is a file, no folder; name"),
+        (["generate", "", "x"], "Invalid value for 'MODEL': it is empty, as when a variable is"),
+        (["submit", "llama-7b", "data=D", "--time", "xyz"], "error: --time 'xyz' is no Slurm time"),
+        (["submit", "llama-7b", "data=D", "--sbatch", "x"], "error: --sbatch 'x' is no sbatch"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -106,3 +113,15 @@ def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ValueError: our mistake" in done.stderr
+
+
+def test_an_ascii_terminal_gets_escapes(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("na\u00efve caf\u00e9 \u2014\n\n" * 400, encoding="utf-8")
+    made = headrace(
+        "prepare", "--input", "text.txt", "--output", "D", "--vocab-size", 280, cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = headrace("data", "inspect", "D", "--step", 1, cwd=tmp_path, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "na\\xefve caf\\xe9 \\u2014" in done.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.inspect import InspectError, inspect_step
+from launcher.inspect import InspectError, InspectUsageError, inspect_step
 from train.config import RunConfig
 from train.run import open_run
 
@@ -44,3 +44,16 @@ def test_a_hash_that_the_run_did_not_record_is_an_error(dataset: Path, tmp_path:
     inspect_step(dataset, step=2, run=run, recipe="tiny-cpu", overrides=())
     with pytest.raises(InspectError, match=r"it is not the dataset of that run, or it was changed"):
         inspect_step(dataset, step=1, run=run, recipe="tiny-cpu", overrides=())
+
+
+def test_a_step_after_the_last_one_is_refused(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run(run, CONFIG, {})
+    last = CONFIG.steps
+    with pytest.raises(InspectUsageError, match=f"the last step of {run} is {last}$") as refused:
+        inspect_step(dataset, step=last + 1, run=run, recipe="tiny-cpu", overrides=())
+    assert refused.value.exit_code == 2
+    with pytest.raises(InspectUsageError, match=r"of tiny-cpu is 9; write steps=N to look at a"):
+        inspect_step(
+            dataset, step=10, run=None, recipe="tiny-cpu", overrides=(*ARGUMENTS, "steps=9")
+        )

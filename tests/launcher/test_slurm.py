@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm import TEMPLATE, Job, SlurmError, render, rendezvous, submit
+from launcher.slurm import TEMPLATE, Job, SlurmError, SlurmUsageError, render, rendezvous, submit
 from train.config import RunConfig
 from train.run import open_run
 
@@ -69,8 +69,9 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
 def test_a_job_that_slurm_would_refuse_is_refused_here(
     changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(SlurmError, match=message):
+    with pytest.raises(SlurmUsageError, match=message) as refused:
         render(job(tmp_path, **changes))
+    assert refused.value.exit_code == 2
 
 
 def test_submit_says_what_to_do_where_slurm_is_missing(
@@ -84,7 +85,9 @@ def test_submit_says_what_to_do_where_slurm_is_missing(
 
 
 def test_a_job_without_a_dataset_is_not_submitted(tmp_path: Path) -> None:
-    with pytest.raises(SlurmError, match=r"no dataset at .*/gone \(it has no manifest\.json\); "):
+    with pytest.raises(
+        SlurmUsageError, match=r"no dataset at .*/gone \(it has no manifest\.json\); "
+    ):
         submit(job(tmp_path / "run"), tmp_path / "gone")
     assert not (tmp_path / "run").exists()
 

@@ -18,6 +18,7 @@ from data.instruct import Example, hold_out
 from data.prepare import prepare
 from data.split import HASH_RANGE, piece_hash
 from data.targets import NO_TARGET
+from tests.data.tiny import documents, write_dataset
 from tests.train.folders import CONTEXT, SHAPES, TEXT, make_folder, make_tokenizer
 from train import evaluate as evaluate_module
 from train import hf
@@ -250,6 +251,29 @@ def test_labels_and_files_that_do_not_fit_the_classifier_are_refused(
         evaluate(classifier, path, text_column="body", label_column="body")
     with pytest.raises(DataUsageError, match=r"is a classifier and .* is a directory"):
         evaluate(classifier, tmp_path)
+
+
+def test_a_dataset_whose_tokenizer_was_swapped_is_refused(tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    write_dataset(dataset, {"train/main": documents(5), "val/main": documents(5)})
+    (dataset / "tokenizer.model").write_bytes(b"another one")
+    with pytest.raises(DataError, match=r"tokenizer\.model is not the tokenizer that .* was made"):
+        evaluate(make_folder(tmp_path / "model"), dataset)
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_a_run_directory_is_no_model_and_the_message_says_which_is(
+    has_folder: bool, tmp_path: Path
+) -> None:
+    for name in ("config.json", "attempts.jsonl"):
+        (tmp_path / name).write_text("{}")
+    message = rf"is a run directory .*; `headrace export {tmp_path} OUT` makes one: name OUT"
+    if has_folder:
+        make_folder(tmp_path / "hf")
+        message = rf"is a run directory .*; its own is {tmp_path / 'hf'}: name that"
+    with pytest.raises(hf.NoModelFolder, match=message) as refused:
+        evaluate(tmp_path, tmp_path / "text.txt")
+    assert refused.value.exit_code == 2
 
 
 def test_tokenizers_of_tests_spell_every_text(tmp_path: Path) -> None:

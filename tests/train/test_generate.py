@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,5 +75,41 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     with pytest.raises(GenerateError, match=rf"context of {CONTEXT} tokens; write at most 63"):
         generate(folder, PROMPT, max_tokens=CONTEXT)
-    with pytest.raises(GenerateError, match=r"temperature=-1"):
-        generate(folder, PROMPT, temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0: write at least 1"),
+        ({"temperature": -1.0}, r"temperature=-1.0: write 0 for the likeliest token, or 0.001 to"),
+        ({"temperature": 1e-300}, r"temperature=1e-300: write 0 for the likeliest token"),
+        ({"temperature": float("nan")}, "temperature=nan: write 0"),
+        ({"seed": 2**64}, rf"seed={2**64}: write a number from 0 to 2\^64 - 1"),
+        ({"prompt": "a\udcff"}, "the prompt is not UTF-8 at its character 2; is the terminal"),
+    ],
+)
+def test_what_no_model_can_do_is_refused(
+    request_: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(GenerateError, match=message) as refused:
+        generate(tmp_path, **{"prompt": PROMPT, **request_})
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("temperature", [0.001, 1000.0])
+def test_the_extreme_temperatures_and_seeds_work(temperature: float, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    generate(folder, PROMPT, max_tokens=3, temperature=temperature, seed=2**64 - 1)
+
+
+def test_by_default_as_many_tokens_are_added_as_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_folder(tmp_path, eos_token_id=None)
+    tokenizer = hf.load_tokenizer(folder)
+    room = CONTEXT - len(tokenizer.encode(PROMPT))
+    assert generate(folder, PROMPT, temperature=0) == generate(
+        folder, PROMPT, max_tokens=room, temperature=0
+    )
+    generate(folder, PROMPT * 20, temperature=0)
+    assert f"its last {CONTEXT // 2} are used" in caplog.text
