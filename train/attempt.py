@@ -6,22 +6,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.durable import StorageError
 from train import run as run_directory
 from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
 from train.config import JobConfig
 from train.engine import DTYPES, DeepSpeedEngine
-from train.loop import Job, NonFiniteLoss, Task, train
+from train.loop import Job, Task, train
 from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
 from train.run import Outcome
 from train.state import load_newest
 from train.stop import StopRequest
-from train.world import RankError, World, exit_code_of
+from train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -82,17 +84,18 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
     first_step = 1 if saved is None else saved.step + 1
     resumed_from = None if saved is None else saved.step
     attempt = 0
-    if world.is_main:
-        attempt = run_directory.begin_attempt(
-            run, world_size=world.size, resumed_from=resumed_from, config=work.config
-        )
+    with world.together("recording the attempt"):
+        if world.is_main:
+            attempt = run_directory.begin_attempt(
+                run, world_size=world.size, resumed_from=resumed_from, config=work.config
+            )
+        metrics = _open_metrics(world, run, work, first_step)
     attempt = world.broadcast(attempt)
     log.info(
         "attempt %d starts %s",
         attempt,
         f"from step {resumed_from}" if resumed_from else "from nothing",
     )
-    metrics = _open_metrics(world, run, work, first_step)
     job = Job(
         task=work.task,
         engine=engine,
@@ -116,19 +119,17 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
         outcome, step = train(job)
     except BaseException as error:
         if world.is_main:
-            run_directory.end_attempt(
-                run, attempt, outcome="failed", step=None, reason=f"{type(error).__name__}: {error}"
-            )
-        shared = isinstance(error, (RankError, NonFiniteLoss))
-        if world.size > 1 and exit_code_of(error) is not None and not shared:
-            # Alone with its error: a traceback and a failing exit make the launcher end the others.
-            raise RuntimeError(f"rank {world.rank} failed") from error
+            reason = f"{type(error).__name__}: {error}"
+            # Storage that refuses this row most likely is the error.
+            with suppress(StorageError):
+                run_directory.end_attempt(run, attempt, outcome="failed", step=None, reason=reason)
         raise
     finally:
         metrics.close()
     reason = stop.reason or ("--stop-at" if outcome == "stopped" else "")
-    if world.is_main:
-        run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
+    with world.together("recording the end of the attempt"):
+        if world.is_main:
+            run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
     return outcome
 
 
@@ -143,20 +144,24 @@ def _open_metrics(world: World, run: Path, work: Work, first_step: int) -> Metri
 
 def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: int) -> Outcome:
     if world.is_main:
-        attempt = run_directory.begin_attempt(
-            run, world_size=world.size, resumed_from=step, config=work.config
-        )
-        run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason="nothing to do")
+        try:
+            attempt = run_directory.begin_attempt(
+                run, world_size=world.size, resumed_from=step, config=work.config
+            )
+            run_directory.end_attempt(
+                run, attempt, outcome=outcome, step=step, reason="nothing to do"
+            )
+        except StorageError as error:
+            log.info("this attempt is not recorded: %s", error)
     return outcome
 
 
 def _completed_steps(run: Path) -> int:
-    """Steps of the newest checkpoint whose files are there; one that is not is left to the load."""
+    """Steps of the newest checkpoint whose files are there; the load tells of others."""
     for step in committed(run):
         try:
             open_checkpoint(run, step).check_sizes()
-        except CheckpointError as error:
-            log.warning("checkpoint of step %d is not usable: %s", step, error)
+        except CheckpointError:
             continue
         return step
     return 0

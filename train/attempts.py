@@ -12,8 +12,9 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
+from data.durable import RowFile
 from train.config import JobConfig
 
 Outcome = Literal["complete", "stopped", "failed"]
@@ -72,16 +73,7 @@ def end_attempt(
     )
 
 
-def line_start(file: BinaryIO) -> bytes:
-    """What must come before a new row: a crash can leave a torn line, which would swallow it."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return b""
-    file.seek(-1, os.SEEK_END)
-    return b"" if file.read(1) == b"\n" else b"\n"
-
-
 def _append(run: Path, row: dict[str, Any]) -> None:
-    with (run / FILE).open("a+b") as file:
-        file.write(line_start(file) + json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with contextlib.closing(RowFile(run / FILE)) as rows:
+        rows.append(row)
+        rows.sync()

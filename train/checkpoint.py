@@ -5,27 +5,28 @@
 Each rank writes flat fp32 ranges of every parameter and optimizer state that it owns; ranges of all
 ranks tile every parameter exactly once, so a checkpoint loads at any ZeRO stage and world size.
 manifest.json is written last and is the only commit point: a folder without it is garbage, whatever
-else it holds. It carries its own sha256, and an xxh3 of every 16 MiB chunk of every file, checked
-while it is read. No torch here, so that the protocol can be killed a thousand times a minute in
-tests.
+else it holds. It is sealed (data/durable.py) and has an xxh3 of every 16 MiB chunk of every file,
+checked while it is read. No torch here, so that the protocol can be killed a thousand times a
+minute in tests.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.durable import read_sealed, sync, write_sealed, writing
 from train.slices import CheckpointError as CheckpointError
-from train.slices import FileReader, SliceReader, check_tiling, fsync
+from train.slices import FileReader, SliceReader, check_tiling
 
+MANIFEST = "manifest.json"
 FORMAT = "headrace-checkpoint"
 VERSION = 1
 
@@ -98,8 +99,9 @@ def begin(run: Path, step: int) -> Path:
     first. One rank only.
     """
     folder = step_folder(run, step)
-    _remove(folder)
-    folder.mkdir(parents=True)
+    with writing(folder):
+        _remove(folder)
+        folder.mkdir(parents=True)
     return folder
 
 
@@ -123,15 +125,18 @@ def commit(
         "state": dict(state),
         "files": list(files),
     }
-    body = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    temporary = folder / "manifest.json.tmp"
-    temporary.write_text(f'{{"manifest":{body},"sha256":"{digest}"}}\n')
-    fsync(temporary)
-    fsync(folder)
-    temporary.rename(folder / "manifest.json")
-    fsync(folder)
-    fsync(folder.parent)
+    with writing(folder):
+        # The names of the files and of their folder, before a manifest vouches for them.
+        for path in (folder, folder.parent, folder.parent.parent):
+            sync(path)
+    write_sealed(folder / MANIFEST, manifest)
+
+
+def discard(run: Path, step: int) -> None:
+    """Give back the room of a checkpoint that could not be committed. One rank only."""
+    folder = step_folder(run, step)
+    if not (folder / MANIFEST).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def committed(run: Path) -> list[int]:
@@ -161,7 +166,33 @@ def open_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
             f"{run} holds no committed checkpoint of step {step}; committed steps: {have}"
         )
     folder = step_folder(run, step)
-    return Checkpoint(folder, _read_manifest(folder / "manifest.json"))
+    return Checkpoint(folder, _read_manifest(folder / MANIFEST))
+
+
+def newest_intact(run: Path, *, but: int) -> int | None:
+    """The newest step but this one whose checkpoint verifies; reads all of it."""
+    for step in committed(run):
+        with suppress(CheckpointError, OSError):
+            if step != but:
+                open_checkpoint(run, step).verify()
+                return step
+    return None
+
+
+def retraining(run: Path, damaged: int, *, intact: int | None) -> str:
+    """What to do about a damaged checkpoint, when `newest_intact` has found that or no other."""
+    folder = step_folder(run, damaged)
+    if intact is None:
+        return (
+            f"no other checkpoint of {run} is intact: put back a copy of {folder}, or train again "
+            "with another --run"
+        )
+    if intact > damaged:
+        return f"the checkpoint of step {intact} is intact"
+    return (
+        f"the checkpoint of step {intact} is intact: remove {folder}, and the same training "
+        f"command goes on from step {intact}"
+    )
 
 
 def prune(run: Path, keep: int, *, newest: int) -> None:
@@ -171,21 +202,14 @@ def prune(run: Path, keep: int, *, newest: int) -> None:
     earlier one) and go too, as do uncommitted leftovers.
     """
     kept = {step_folder(run, step) for step in [s for s in committed(run) if s <= newest][:keep]}
-    for folder in (run / "checkpoints").glob("step-*"):
-        if folder not in kept:
-            _remove(folder)
+    with writing(run / "checkpoints"):
+        for folder in (run / "checkpoints").glob("step-*"):
+            if folder not in kept:
+                _remove(folder)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-        outer = json.loads(text)
-        manifest, digest = outer["manifest"], outer["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    body = text[len('{"manifest":') : text.rindex(',"sha256":')]
-    if hashlib.sha256(body.encode()).hexdigest() != digest:
-        raise CheckpointError(f"{path} is damaged: its sha256 does not match its text")
+    manifest = read_sealed(path, error=CheckpointError, remedy="")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has format {manifest.get('format')!r} version {manifest.get('version')!r}, "
@@ -194,12 +218,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for entry in manifest["files"]:
         if Path(entry["name"]).name != entry["name"]:
             raise CheckpointError(f"{path} names a file outside its folder: {entry['name']!r}")
-    result: dict[str, Any] = manifest
-    return result
+    return manifest
 
 
 def _remove(folder: Path) -> None:
     if folder.exists():
         # Without its manifest the folder is garbage at once, even if the removal is interrupted.
-        (folder / "manifest.json").unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)

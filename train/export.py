@@ -9,6 +9,7 @@ disagreement nothing is published.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -26,15 +27,24 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 
+from data.claim import holding, is_abandoned
+from data.durable import publish_folder, writing
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file, write_huggingface_tokenizer
 from model.config import ModelConfig, parameter_shapes
 from model.flops import num_parameters
 from model.hf_names import hf_config
-from train.checkpoint import Checkpoint, open_checkpoint
+from train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    committed,
+    newest_intact,
+    open_checkpoint,
+    retraining,
+)
 from train.config import RunConfig
 from train.export_weights import DTYPES, Dtype, reference_logits, write_weights
 from train.run import read_config
-from train.slices import fsync
+from train.slices import writing_tensors
 
 log = logging.getLogger(__name__)
 
@@ -92,26 +102,30 @@ def export(
     """
     _refuse_occupied(run, out)
     config = _model_config(run)
-    saved = open_checkpoint(run, step)
+    saved = _open(run, out, step)
     _check_model(saved, config)
     source = tokenizer_file(run)
     _check_tokenizer(saved, source)
+    _remove_leftovers(out)
     unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        bos = bool(saved.state.get("bos", False))
-        write_huggingface_tokenizer(source, unfinished, bos=bos)
-        _write_configs(unfinished, config, load_tokenizer(source), dtype)
-        weights = write_weights(unfinished, saved, config, dtype, max_shard_bytes=max_shard_bytes)
-        log.info("step %d is written; comparing it with transformers", saved.step)
-        probe_ids = _probe_ids(config)
-        logits = reference_logits(saved, config, dtype, probe_ids)
-        agreement = compare(unfinished, probe_ids, logits, tokenizer=source, bos=bos)
-        _write_provenance(unfinished, run, saved, dtype, probe_ids, agreement)
-        _publish(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with holding(unfinished):
+        try:
+            bos = bool(saved.state.get("bos", False))
+            write_huggingface_tokenizer(source, unfinished, bos=bos)
+            _write_configs(unfinished, config, load_tokenizer(source), dtype)
+            weights = write_weights(
+                unfinished, saved, config, dtype, max_shard_bytes=max_shard_bytes
+            )
+            log.info("step %d is written; comparing it with transformers", saved.step)
+            probe_ids = _probe_ids(config)
+            logits = reference_logits(saved, config, dtype, probe_ids)
+            agreement = compare(unfinished, probe_ids, logits, tokenizer=source, bos=bos)
+            _write_provenance(unfinished, run, saved, dtype, probe_ids, agreement)
+            _publish(unfinished, out)
+        except CheckpointError as error:
+            raise _with_remedy(error, run, out, saved.step) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     size = num_parameters(config, padded=False)
     return ExportSummary(out, saved.step, size, weights, agreement)
 
@@ -126,7 +140,8 @@ def compare(
     """
     with tempfile.TemporaryDirectory(prefix="headrace-export-") as exchange:
         probe, verdict = Path(exchange, "probe.safetensors"), Path(exchange, "verdict.json")
-        save_file({"input_ids": probe_ids, "logits": logits}, probe)
+        with writing_tensors(probe):
+            save_file({"input_ids": probe_ids, "logits": logits}, probe)
         command = [sys.executable, "-m", "train.export_check", str(folder.resolve())]
         command += [str(probe), str(tokenizer.resolve()), "bos" if bos else "plain", str(verdict)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -155,6 +170,34 @@ def _refuse_occupied(run: Path, out: Path) -> None:
             f"{out} {what}, and an export overwrites nothing; remove it with `rm -r {out}`, or "
             f"name another folder: `headrace export {run} {out.with_name(out.name + '-2')}`"
         )
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed exports to the same place have left; a living one holds its folder."""
+    for folder in out.parent.glob(f"{glob.escape(out.name)}.tmp-*"):
+        if folder.suffix.removeprefix(".tmp-").isdigit() and is_abandoned(folder):
+            log.info("removing %s, which a killed export has left", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open(run: Path, out: Path, step: int | None) -> Checkpoint:
+    try:
+        return open_checkpoint(run, step)
+    except CheckpointError as error:
+        steps = committed(run)
+        damaged = step if step is not None else max(steps, default=None)
+        if damaged not in steps:
+            raise
+        raise _with_remedy(error, run, out, damaged) from error
+
+
+def _with_remedy(error: CheckpointError, run: Path, out: Path, step: int) -> CheckpointError:
+    """The error of a damaged checkpoint, with the commands that help; reads the others."""
+    other = newest_intact(run, but=step)
+    remedy = retraining(run, step, intact=other)
+    if other is not None:
+        remedy += f"; to export that one: `headrace export {run} {out} --step {other}`"
+    return CheckpointError(f"{error}\n{remedy}")
 
 
 def _model_config(run: Path) -> ModelConfig:
@@ -241,16 +284,13 @@ def _publish(unfinished: Path, out: Path) -> None:
     for path in unfinished.iterdir():
         # safetensors makes files that only their owner may read.
         shutil.copymode(unfinished / "config.json", path)
-        fsync(path)
-    fsync(unfinished)
     try:
         # Onto an empty folder, too; one that was filled meanwhile is left alone.
-        unfinished.rename(out)
+        publish_folder(unfinished, out)
     except OSError as error:
         raise ExportError(
             f"{out} cannot be published: {error.strerror}; was it filled meanwhile?"
         ) from None
-    fsync(out.parent)
 
 
 def _sha256(path: Path) -> str:
@@ -259,4 +299,5 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    with writing(path):
+        path.write_text(json.dumps(value, indent=2) + "\n")

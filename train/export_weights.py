@@ -14,12 +14,13 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
+from data.durable import writing
 from model.config import ModelConfig, parameter_shapes
 from model.flops import num_parameters
 from model.gpt import GPT
 from model.hf_names import hf_name, to_hf_array
 from train.checkpoint import Checkpoint
-from train.slices import SliceReader
+from train.slices import SliceReader, writing_tensors
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,7 +38,8 @@ def write_weights(
     reader = SliceReader(saved.folder, saved.manifest["files"])
     for file, names in zip(files, plan, strict=True):
         tensors = dict(_exported(reader, names, config, dtype))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with writing_tensors(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(files) > 1:
         weight_map = {
             hf_name(name): file for file, names in zip(files, plan, strict=True) for name in names
@@ -45,7 +47,8 @@ def write_weights(
         size = num_parameters(config, padded=False) * DTYPES[dtype].itemsize
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n")
+        with writing(path):
+            path.write_text(json.dumps(index, indent=2) + "\n")
     return tuple(files)
 
 

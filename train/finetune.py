@@ -12,26 +12,37 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.durable import publish_folder
 from data.loader import accumulation
 from train import hf
 from train.attempt import Work, run_attempt
-from train.checkpoint import CheckpointError, open_checkpoint
+from train.checkpoint import (
+    CheckpointError,
+    committed,
+    newest_intact,
+    open_checkpoint,
+    retraining,
+)
 from train.config import ConfigError, FinetuneConfig, decode
 from train.examples import Examples, read_files, tokenize
 from train.examples_task import ExamplesTask
 from train.run import Outcome
-from train.slices import fsync
+from train.slices import writing_tensors
 from train.world import World, join_world
 
 log = logging.getLogger(__name__)
 
 RESULT = "hf"
 """Folder of a run that holds the trained model."""
+PROVENANCE = "headrace.json"
+"""Written last; lists the other files of the folder with their sizes."""
 
 
 def finetune(config: FinetuneConfig, run: Path, *, stop_at: int | None = None) -> Outcome:
@@ -139,16 +150,57 @@ def _load(config: FinetuneConfig, examples: Examples, *, dtype: torch.dtype | No
 
 
 def _write_result(world: World, run: Path, config: FinetuneConfig, examples: Examples) -> None:
-    """Collective. Publish RUN/hf, unless it is there."""
+    """Collective. Publish RUN/hf, unless it is there; CheckpointError when it lacks a file."""
     with world.together(f"writing {run / RESULT}"):
-        if world.is_main and not (run / RESULT).exists():
+        if world.is_main and (run / RESULT).exists():
+            _check_whole(run / RESULT)
+        elif world.is_main:
             _publish(run, config, examples)
     log.info("the model is in %s", run / RESULT)
 
 
+def _check_whole(folder: Path) -> None:
+    try:
+        files = json.loads((folder / PROVENANCE).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        lost = [PROVENANCE]
+    else:
+        # Sizes of the weights alone: of the other files a person may edit one.
+        lost = [
+            name
+            for name, size in files.items()
+            if not (path := folder / name).is_file()
+            or (path.suffix == ".safetensors" and path.stat().st_size != size)
+        ]
+    if lost:
+        raise CheckpointError(
+            f"{folder} is not whole, missing or cut is {', '.join(lost[:3])}; remove {folder} and "
+            "give the same `headrace finetune` again: the last checkpoint writes it anew"
+        )
+
+
 def _publish(run: Path, config: FinetuneConfig, examples: Examples) -> None:
-    saved = open_checkpoint(run)
     model = _load(config, examples, dtype=None)
+    step = _fill(model, run, config)
+    temporary = run / f"{RESULT}.tmp"
+    source = Path(config.model.path)
+    overlay = _overlay(config)
+    try:
+        with writing_tensors(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            hf.save_folder(model, temporary, tokenizer_from=source, tokenizer_config=overlay)
+            _write_provenance(temporary / PROVENANCE, step, config, examples)
+        publish_folder(temporary, run / RESULT)
+    finally:
+        # A full disk gets its room back.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(model: Any, run: Path, config: FinetuneConfig) -> int:
+    """Give the model the weights of the last checkpoint; returns its step."""
+    with _telling_remedy(run):
+        saved = open_checkpoint(run)
     parameters = dict(model.named_parameters())
     if parameters.keys() != saved.parameters.keys():
         differing = sorted(parameters.keys() ^ saved.parameters.keys())
@@ -156,20 +208,21 @@ def _publish(run: Path, config: FinetuneConfig, examples: Examples) -> None:
             f"{saved.folder} does not hold the parameters of {config.model.path}: "
             f"{', '.join(differing[:3])}; is that folder still the model the run started from?"
         )
-    with torch.no_grad():
+    with _telling_remedy(run), torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(saved.read(name)))
-    temporary = run / f"{RESULT}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    source = Path(config.model.path)
-    hf.save_folder(model, temporary, tokenizer_from=source, tokenizer_config=_overlay(config))
-    _write_provenance(temporary / "headrace.json", saved.step, config, examples)
-    for file in temporary.iterdir():
-        fsync(file)
-    fsync(temporary)
-    temporary.rename(run / RESULT)
-    fsync(run)
+    return saved.step
+
+
+@contextmanager
+def _telling_remedy(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        if not (steps := committed(run)):
+            raise
+        remedy = retraining(run, steps[0], intact=newest_intact(run, but=steps[0]))
+        raise CheckpointError(f"{error}\n{remedy}") from error
 
 
 def _overlay(config: FinetuneConfig) -> dict[str, Any]:
@@ -190,5 +243,6 @@ def _write_provenance(path: Path, step: int, config: FinetuneConfig, examples: E
         "num_val_examples": len(examples.val),
         "prompt_template": examples.template,
         "labels": examples.labels,
+        "files": {file.name: file.stat().st_size for file in sorted(path.parent.iterdir())},
     }
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -149,6 +149,9 @@ def save(job: Job, step: int) -> None:
         "data": job.task.data_state(step),
         **job.describe(),
     }
+    with job.world.together("writing metrics.jsonl"):
+        # No checkpoint is ahead of the rows that lead to it.
+        job.metrics.sync()
     save_checkpoint(
         job.engine, job.world, job.run, step=step, state=state, keep=job.config.checkpoint.keep
     )
@@ -172,6 +175,8 @@ def _record(
 ) -> bool:
     """Write the row of a step; returns whether the ranks agreed to stop after it."""
     asked = job.stop.reason is not None or (job.stop_at is not None and step >= job.stop_at)
+    # All ranks stop to save, and there learn why rank 0 could not write the row before.
+    asked = asked or job.metrics.failure is not None
     loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
     counts = job.world.sum(
         torch.stack(

@@ -12,14 +12,15 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.attempts import line_start
+from data.durable import RowFile, StorageError
 from train.config import LogConfig
 
 log = logging.getLogger(__name__)
@@ -41,25 +42,38 @@ class Metrics:
     """Appends rows to RUN/metrics.jsonl and passes them on; on ranks but 0 it does nothing."""
 
     def __init__(self, run: Path, *, enabled: bool, views: list[View]) -> None:
-        self._file: BinaryIO | None = (run / "metrics.jsonl").open("a+b") if enabled else None
-        if self._file is not None:
-            self._file.write(line_start(self._file))
+        self._rows = RowFile(run / "metrics.jsonl") if enabled else None
         self._views = views if enabled else []
+        self.failure: StorageError | None = None
+        """Why no more rows are written."""
 
     def write(self, row: Row) -> None:
-        """Append one row."""
-        if self._file is None:
+        """Append one row. Storage that refuses it is no error before `sync`, where all ranks hear
+        of it; until then nothing more is written.
+        """
+        if self._rows is None or self.failure is not None:
             return
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._rows.append(row)
+        except StorageError as error:
+            self.failure = error
         for view in list(self._views):
             if not _survives(view, lambda view=view: view.show(row)):  # type: ignore[misc]
                 self._views.remove(view)
 
+    def sync(self) -> None:
+        """Push all rows to the disk; StorageError when it has refused one."""
+        if self.failure is not None:
+            raise self.failure
+        if self._rows is not None:
+            self._rows.sync()
+
     def close(self) -> None:
         """Close the file and every view."""
-        if self._file is not None:
-            self._file.close()
+        if self._rows is not None:
+            # Rows behind the last checkpoint are written again by whoever resumes.
+            with suppress(StorageError):
+                self._rows.close()
         for view in self._views:
             _survives(view, view.close)
 

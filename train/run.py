@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import data.tokenizer
+from data.durable import write_durably, writing
 from data.tokenizer import tokenizer_file
 from train.attempts import Outcome as Outcome
 from train.attempts import attempts as attempts
 from train.attempts import begin_attempt as begin_attempt
 from train.attempts import end_attempt as end_attempt
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig, decode, flat_keys
-from train.slices import fsync
 
 FREE = ("zero.", "checkpoint.", "log.", "micro_batch", "data.num_workers", "data.path")
 """Keys (or prefixes) that a resumed run may change: none of them changes which samples are seen or
 what a step means.
 The dataset may move: its content is compared by fingerprint instead."""
 
-MAY_BE_FIRST = {"logs", "config.tmp"}
+MAY_BE_FIRST = {"logs", "config.json.tmp"}
 """What a run directory may hold before its config: a batch job's logs, a start that was killed."""
 
 
@@ -50,12 +50,9 @@ def open_run(run: Path, config: JobConfig, identity: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{run} is not empty and no run of ours (it has no config.json); choose another --run"
         )
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    fsync(temporary)
-    temporary.rename(path)
-    fsync(run)
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_config(run: Path) -> RunConfig | FinetuneConfig:

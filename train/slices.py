@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +19,8 @@ import numpy as np
 import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from data.durable import sync, writing
 
 CHUNK_BYTES = 16 << 20
 ITEM_BYTES = 4  # fp32
@@ -39,15 +43,13 @@ def write_slices(
     `arrays[key]` is 1-D float32: the concatenation of `ranges[key]` in order.
     """
     path = folder / f"rank-{rank:05d}.safetensors"
-    try:
+    with writing_tensors(path):
         save_file(
             {key: np.ascontiguousarray(array, dtype="<f4") for key, array in arrays.items()}, path
         )
-    except SafetensorError as error:
-        # It is no OSError, even when the disk is full.
-        raise OSError(f"{path}: {error}") from error
-    # safetensors makes files that only their owner may read.
-    path.chmod(0o666 & ~_umask())
+        # safetensors makes files that only their owner may read.
+        path.chmod(0o666 & ~_umask())
+        sync(path)
     tables: list[list[Range]] = []
     tensors = {}
     for key, offset in _data_offsets(path).items():
@@ -56,7 +58,6 @@ def write_slices(
             tables.append(table)
         tensors[key] = {"offset": offset, "table": tables.index(table)}
     chunks = [xxhash.xxh3_64_hexdigest(data) for data in _chunks(path)]
-    fsync(path)
     return {
         "name": path.name,
         "bytes": path.stat().st_size,
@@ -64,6 +65,19 @@ def write_slices(
         "tensors": tensors,
         "tables": tables,
     }
+
+
+@contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """`writing` around safetensors, whose errors are no OSErrors, even when the disk is full."""
+    with writing(path):
+        try:
+            yield
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def check_tiling(
@@ -184,15 +198,6 @@ class FileReader:
                 )
             self._held = (index, data)
         return self._held[1]
-
-
-def fsync(path: Path) -> None:
-    """Push a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -27,7 +27,21 @@ log = logging.getLogger(__name__)
 def save_checkpoint(
     engine: Engine, world: World, run: Path, *, step: int, state: dict[str, Any], keep: int
 ) -> None:
-    """Collective. Commit a checkpoint of this step, then remove all but the newest `keep`."""
+    """Collective. Commit a checkpoint of this step, then remove all but the newest `keep`.
+
+    RankError on every rank when one of them cannot write; what it wrote is removed again.
+    """
+    try:
+        _save(engine, world, run, step=step, state=state, keep=keep)
+    except RankError:
+        if world.is_main:
+            checkpoint.discard(run, step)
+        raise
+
+
+def _save(
+    engine: Engine, world: World, run: Path, *, step: int, state: dict[str, Any], keep: int
+) -> None:
     with world.together(f"making room for the checkpoint of step {step}"):
         if world.is_main:
             checkpoint.begin(run, step)
@@ -76,8 +90,8 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
 
 
 def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
-    """Collective. Load the newest checkpoint that verifies; each one passed over is reported with
-    its reason.
+    """Collective. Load the newest checkpoint that verifies; each one passed over is reported once,
+    with its reason.
 
     Returns None when the run has no checkpoint at all; raises CheckpointError when it has some and
     none is usable, because starting again from nothing would throw away the run.
@@ -91,8 +105,9 @@ def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
             load_checkpoint(engine, world, saved)
         except RankError as failure:
             reasons.append(f"step {step}: {failure}")
-            log.warning("checkpoint of step %d is not usable: %s", step, failure)
             continue
+        for reason in reasons if world.is_main else ():
+            log.warning("checkpoint not usable, going on from step %d: %s", saved.step, reason)
         return saved
     if reasons:
         raise CheckpointError(
