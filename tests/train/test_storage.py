@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,13 @@ import pytest
 
 from tests.disks import fill, make_room, read_only, small_disk
 from tests.ranks import run_ranks
+from tests.train.folders import make_folder
 from tests.train.test_pretrain import config, losses, train_run
 from train.attempts import attempts
 from train.checkpoint import CheckpointError, committed, open_checkpoint, step_folder
-from train.config import RunConfig
+from train.config import FinetuneConfig, RunConfig, load_config
 from train.export import _remove_leftovers, export
+from train.finetune import finetune_on
 from train.world import RankError, World
 
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
@@ -99,6 +102,21 @@ def test_a_row_that_cannot_be_written_stops_all_ranks_and_no_checkpoint_is_ahead
     make_room(disk)
     assert run_ranks(2, train_run, config(dataset), run) == ["complete"] * 2
     assert losses(run) == losses(whole)
+
+
+def refused_on_one(world: World, made: RunConfig, run: Path) -> str:
+    """`refused`, with only the last rank unable to write its file."""
+    if world.rank == world.size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    return refused(world, made, run)
+
+
+def test_a_rank_that_alone_cannot_write_stops_all(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    messages = run_ranks(3, refused_on_one, config(dataset), run)
+    assert len(set(messages)) == 1
+    assert "rank-00002.safetensors cannot be written: File too large; raise the" in messages[0]
+    assert committed(run) == [] and not step_folder(run, 3).exists()
 
 
 def test_a_finished_run_on_read_only_or_full_storage_is_complete(
@@ -229,3 +247,40 @@ def test_a_checkpoint_that_is_passed_over_is_told_once(
     assert silent == []
     (line,) = told
     assert "going on from step 6" in line and "rank-00001.safetensors is missing" in line
+
+
+def tune(world: World, made: FinetuneConfig, run: Path) -> str:
+    try:
+        return finetune_on(world, made, run)
+    except RankError as error:
+        assert error.exit_code == 1
+        return str(error)
+
+
+def test_a_tuned_folder_that_lost_a_file_or_met_a_full_disk_is_written_again(
+    tmp_path: Path, disk: Path
+) -> None:
+    data = tmp_path / "labelled.csv"
+    data.write_text("text,label\n" + "the hill,up\nthe river,down\n" * 8)
+    overrides = [f"model={make_folder(tmp_path / 'model')}", f"data={data}", "steps=2"]
+    made = load_config(FinetuneConfig, 'task = "classify"\nbatch_size = 4', overrides)
+    run = disk / "run"
+    assert run_ranks(1, tune, made, run) == ["complete"]
+    written = (run / "hf" / "model.safetensors").read_bytes()
+    (run / "hf" / "tokenizer.json").unlink()
+    (message,) = run_ranks(1, tune, made, run)
+    assert f"{run}/hf is not whole, missing or cut is tokenizer.json; remove {run}/hf" in message
+    (run / "hf" / "model.safetensors").write_bytes(written[:-1])
+    assert "cut is model.safetensors, tokenizer.json" in run_ranks(1, tune, made, run)[0]
+    shutil.rmtree(run / "hf")
+    fill(disk, leave_kilobytes=len(written) // 2048)
+    (message,) = run_ranks(1, tune, made, run)
+    assert f"{run}/hf.tmp" in message and "No space left on device; make room" in message
+    assert not list(run.glob("hf*"))
+    make_room(disk)
+    assert run_ranks(1, tune, made, run) == ["complete"]
+    assert (run / "hf" / "model.safetensors").read_bytes() == written
+    shutil.rmtree(run / "hf")
+    flip(next((run / "checkpoints").glob("*/rank-00000.safetensors")))
+    (message,) = run_ranks(1, tune, made, run)
+    assert "is not what was written\nno other checkpoint of" in message
