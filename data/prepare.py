@@ -25,7 +25,7 @@ from data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest, write_m
 from data.pool import Pool, Progress
 from data.readers import InputFile, cut_parts, find_files
 from data.split import SIDES
-from data.survey import Survey, Surveyed, listed, survey
+from data.survey import Survey, Surveyed, listed, share_warnings, survey
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import MODEL_FILE
 
@@ -185,7 +185,7 @@ def _commit(
     """Write the manifest with the account of what came in, was dropped and is stored."""
     total, tokenizer = surveyed.total, load_tokenizer(file)
     fit = vocabulary.coverage(file, total, is_trained=command["tokenizer"] is None)
-    warnings = list(fit.warnings)
+    warnings = [*fit.warnings, *share_warnings(surveyed.rule, total)]
     if total.bad_lines:
         warnings.append(
             f"{total.bad_lines.total()} JSON lines were skipped: {listed(total.bad_lines)}"

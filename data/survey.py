@@ -22,9 +22,24 @@ from data.readers import (
     line_number,
     read_extent,
 )
-from data.split import HASH_RANGE, SIDES, Override, Run, Side, SplitRule, join
+from data.split import (
+    CLOSE_ENOUGH,
+    HASH_RANGE,
+    MAX_MISS,
+    SIDES,
+    Override,
+    Run,
+    Side,
+    SplitRule,
+    fit,
+    join,
+    miss,
+    piece_bytes_for,
+)
 
 _EXAMPLES = 5
+_LOW = 4
+"""Small input may be fitted with a limit up to this many times the expected one."""
 _SPACE_BYTES = SPACE.encode()
 
 
@@ -64,6 +79,8 @@ class Survey:
     smallest: tuple[int, InputFile, int] | None = None
     """Hash and place of the piece with the smallest hash; the first one of equals."""
     largest: tuple[int, InputFile, int] | None = None
+    low: list[tuple[int, int]] = field(default_factory=list)
+    """Hash and bytes of the pieces of small input among which the limit for hashes may lie."""
     sample: list[tuple[int, bytes]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     """The stored runs of a part that is one text file, by their bytes in the file."""
@@ -78,6 +95,7 @@ class Survey:
         self.dropped += other.dropped
         self.bad_lines += other.bad_lines
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
+        self.low += other.low
         self.sample += other.sample
         self._extremes(other.smallest, other.largest)
 
@@ -96,11 +114,14 @@ class Survey:
         rule = job.rule
         self.num_documents += 1
         self.num_spaces += document.text.count(_SPACE_BYTES)
+        lowest = _LOW * rule.val_fraction * HASH_RANGE if rule.is_small else 0
         sampled = rule.first_train_hash + job.sample_share * (HASH_RANGE - rule.first_train_hash)
         sides = rule.sides(file, document)
         for piece, side in sides:
             place = (piece.hash, file, document.offset + piece.start)
             self._extremes(place, place)
+            if piece.hash < lowest:
+                self.low.append((piece.hash, piece.stop - piece.start))
             if side == "train" and piece.hash < sampled:
                 self.sample.append((piece.hash, document.text[piece.start : piece.stop]))
         self.num_pieces += len(sides)
@@ -131,14 +152,15 @@ def survey(
     """
     num_bytes = sum(_size(part) for part in parts)
     share = min(1.0, sample_bytes / max(1, num_bytes))
-    rule: SplitRule | None = SplitRule(config.val_fraction, config.seed)
+    piece_bytes = piece_bytes_for(num_bytes, config.val_fraction)
+    rule: SplitRule | None = SplitRule(config.val_fraction, config.seed, piece_bytes)
     while rule is not None:
         surveyed = Surveyed(rule, Survey(), [])
         jobs = [SurveyJob(part, config.text_field, rule, share) for part in parts]
         done = 0
         for part, found in zip(parts, pool.map(survey_part, jobs), strict=True):
             surveyed.total.add(found)
-            surveyed.parts.append((part, replace(found, sample=[])))
+            surveyed.parts.append((part, replace(found, sample=[], low=[])))
             done += _size(part)
             progress("survey", done, num_bytes)
         _check(surveyed.total, config)
@@ -175,8 +197,14 @@ def _check(found: Survey, config: PrepareConfig) -> None:
 
 
 def next_rule(rule: SplitRule, found: Survey) -> SplitRule | None:
-    """The rule to survey with again when a side stays empty under this one, else None."""
-    if rule.val_fraction == 0 or all(found.documents[side] for side in SIDES):
+    """The rule to survey with again when this one misses its share, or a side stays empty."""
+    if rule.val_fraction == 0:
+        return None
+    if rule.is_small and rule.fitted is None and _miss(rule, found) > CLOSE_ENOUGH:
+        fitted = fit(rule, found.low, found.text_bytes.total())
+        if fitted is not None:
+            return replace(rule, fitted=fitted)
+    if all(found.documents[side] for side in SIDES):
         return None
     if found.num_pieces > 1:
         side: Side = "train" if found.documents["val"] else "val"
@@ -191,6 +219,24 @@ def next_rule(rule: SplitRule, found: Survey) -> SplitRule | None:
             "out for validation; give more text, or --val-fraction 0"
         )
     return replace(rule, piece_bytes=tenth)
+
+
+def share_warnings(rule: SplitRule, found: Survey) -> list[str]:
+    """What a person should know of the share that was held out; nothing where it came out."""
+    if rule.val_fraction == 0 or _miss(rule, found) <= MAX_MISS:
+        return []
+    return [
+        f"{_share(found):.2%} of the text is held out for validation, not {rule.val_fraction:.2%}: "
+        "the input has too few different pieces; give more text, or another --val-fraction"
+    ]
+
+
+def _share(found: Survey) -> float:
+    return found.text_bytes["val"] / found.text_bytes.total()
+
+
+def _miss(rule: SplitRule, found: Survey) -> float:
+    return miss(_share(found), rule.val_fraction)
 
 
 def _bad_lines(found: Survey, config: PrepareConfig) -> str:

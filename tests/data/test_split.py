@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.readers import Document, InputFile
-from data.split import HASH_RANGE, Override, SplitRule, piece_hash
+from data.split import HASH_RANGE, Override, SplitRule, fit, piece_bytes_for, piece_hash
 from tests.data.texts import prose
 
 FILE = InputFile(Path("a.txt"), "a.txt", 1)
@@ -87,6 +87,33 @@ def test_an_override_moves_exactly_one_piece() -> None:
 def test_nothing_is_held_out_at_fraction_zero() -> None:
     assert SplitRule(0.0, 0).first_train_hash == 0
     assert SplitRule(0.5, 0).first_train_hash == HASH_RANGE // 2
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "fraction", "expected"),
+    [
+        (2**40, 0.01, 2**16),
+        (2**16 * 2000, 0.01, 2**16),
+        (2**16 * 2000 - 1, 0.01, 2**15),
+        (2_000_000, 0.05, 2**12),
+        (100_000, 0.01, 2**10),
+        (5_000, 0.01, 500),
+        (1, 0.01, 1),
+        (100_000, 0.0, 2**16),
+    ],
+)
+def test_small_input_has_small_pieces(num_bytes: int, fraction: float, expected: int) -> None:
+    assert piece_bytes_for(num_bytes, fraction) == expected
+
+
+def test_the_limit_is_fitted_to_the_nearest_share() -> None:
+    rule = SplitRule(0.1, 0, piece_bytes=2**10)
+    assert fit(rule, [(30, 50), (10, 60), (20, 50)], 1000) == 21
+    assert fit(rule, [(7, 500), (7, 500)], 1000) is None, "equal pieces stay together"
+    assert fit(rule, [], 1000) is None
+    fitted = SplitRule(0.1, 0, 2**10, fitted=21)
+    assert fitted.first_train_hash == 21
+    assert "is below 21, fitted to this small input for a share of 0.1;" in fitted.describe()
 
 
 def test_the_rule_is_described_with_its_numbers() -> None:

@@ -10,7 +10,7 @@ from data.config import DataError, DataUsageError, PrepareConfig
 from data.pool import Pool
 from data.readers import cut_parts, find_files
 from data.split import PIECE_BYTES
-from data.survey import Surveyed, survey
+from data.survey import Surveyed, share_warnings, survey
 from tests.data.texts import prose, write_lines
 
 
@@ -110,13 +110,44 @@ def test_one_small_text_is_cut_into_tenths(tmp_path: Path) -> None:
 
 
 def test_one_long_text_is_cut_into_pieces_of_64_kib(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(prose(200_000))
-    surveyed = look(tmp_path / "a.txt", part_bytes=1000)
-    assert surveyed.rule.piece_bytes == PIECE_BYTES
-    assert surveyed.total.num_pieces == 4
+    (tmp_path / "a.txt").write_text(prose(200_000) * 14)
+    surveyed = look(tmp_path / "a.txt", part_bytes=1000, val_fraction=0.5)
+    assert (surveyed.rule.piece_bytes, surveyed.rule.fitted) == (PIECE_BYTES, None)
+    assert surveyed.total.num_pieces == 43
     assert surveyed.total.text_bytes["val"] > 0
     ((_, found),) = surveyed.parts
     assert sum(run.stop - run.start for run in found.runs) == found.text_bytes.total()
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05])
+@pytest.mark.parametrize("num_bytes", [100_000, 250_000, 640_000, 2_000_000])
+def test_the_share_of_one_small_text_comes_out(
+    num_bytes: int, fraction: float, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(prose(num_bytes))
+    for seed in range(4):
+        surveyed = look(tmp_path / "a.txt", val_fraction=fraction, seed=seed)
+        share = surveyed.total.text_bytes["val"] / surveyed.total.text_bytes.total()
+        assert fraction / 2 < share < 2 * fraction
+        assert share_warnings(surveyed.rule, surveyed.total) == []
+
+
+def test_a_limit_that_was_fitted_does_not_depend_on_the_order(tmp_path: Path) -> None:
+    texts = [prose(2000, seed=seed) for seed in range(60)]
+    forward = look(write_lines(tmp_path / "a.jsonl", texts), part_bytes=5000)
+    backward = look(write_lines(tmp_path / "b.jsonl", texts[::-1]), part_bytes=900)
+    assert forward.rule == backward.rule
+    assert forward.rule.fitted is not None
+    assert forward.total.text_bytes == backward.total.text_bytes
+
+
+def test_a_share_that_does_not_come_out_is_told(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [prose(3000)] + ["the same text"] * 9)
+    surveyed = look(path, val_fraction=0.0001)
+    (warning,) = share_warnings(surveyed.rule, surveyed.total)
+    assert "of the text is held out for validation, not 0.01%: the input has too few" in warning
+    nothing = look(path, val_fraction=0)
+    assert share_warnings(nothing.rule, nothing.total) == []
 
 
 def test_a_text_that_cannot_be_cut_is_refused_unless_nothing_is_held_out(tmp_path: Path) -> None:
