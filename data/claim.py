@@ -76,7 +76,10 @@ def holding(folder: Path) -> Iterator[None]:
 
 def is_abandoned(folder: Path) -> bool:
     """Whether a directory was held by a process that is gone; False where nobody can tell."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
     try:
         return _lock(handle)
     except OSError:

@@ -152,7 +152,7 @@ def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: in
                 run, attempt, outcome=outcome, step=step, reason="nothing to do"
             )
         except StorageError as error:
-            log.info("this attempt is not recorded: %s", error)
+            log.info("this attempt is not recorded: %s", error.__cause__)
     return outcome
 
 

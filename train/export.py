@@ -2,9 +2,9 @@
 
 Weights are read from the checkpoint's slices tensor by tensor, without DeepSpeed or a GPU; writing
 holds two weight files in memory at most, the proof one copy of the model in fp32. The folder is
-built as OUT.tmp-PID. A clean process then loads it with transformers, which must give our logits on
-random token ids and our token ids on awkward texts. Only then is it renamed to OUT; on any
-disagreement nothing is published.
+built as OUT.tmp-PID, which the next export removes when this one is killed. A clean process then
+loads it with transformers, which must give our logits on random token ids and our token ids on
+awkward texts. Only then is it renamed to OUT; on any disagreement nothing is published.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def export(
     _check_tokenizer(saved, source)
     _remove_leftovers(out)
     unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    # Nobody else has our number; on storage without locks a dead export of it was left above.
+    shutil.rmtree(unfinished, ignore_errors=True)
     with holding(unfinished):
         try:
             bos = bool(saved.state.get("bos", False))

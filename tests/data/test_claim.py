@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.claim import LOCK, differences, holding, read_claim, write_claim
+from data.claim import LOCK, differences, holding, is_abandoned, read_claim, write_claim
 from data.config import DataError, DataUsageError
 
 
@@ -50,6 +50,13 @@ def test_a_directory_is_held_by_one_at_a_time(tmp_path: Path) -> None:
         pass
     with holding(folder):
         pass
+
+
+def test_a_directory_is_abandoned_when_nobody_holds_it(tmp_path: Path) -> None:
+    with holding(tmp_path / "made"):
+        assert not is_abandoned(tmp_path / "made")
+    assert is_abandoned(tmp_path / "made")
+    assert not is_abandoned(tmp_path / "gone")
 
 
 def test_differences_name_the_key_and_both_values() -> None:
