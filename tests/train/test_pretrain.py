@@ -162,10 +162,12 @@ def train_shifted(world: World, config: RunConfig, run: Path) -> None:
 
 def test_a_shift_by_one_sample_is_noticed(reference: Path, dataset: Path, tmp_path: Path) -> None:
     run_ranks(1, train_shifted, config(dataset), tmp_path / "run")
-    for row, wanted in zip(losses(tmp_path / "run"), losses(reference), strict=True):
-        assert row[1] != wanted[1]
-        assert row[2] != wanted[2]
-        assert row[3] != pytest.approx(wanted[3], rel=2e-4)
+    found, wanted = losses(tmp_path / "run"), losses(reference)
+    for row, other in zip(found, wanted, strict=True):
+        assert row[1] != other[1]
+        assert row[2] != other[2]
+    # One step alone may come close by chance.
+    assert [row[3] for row in found] != pytest.approx([row[3] for row in wanted], rel=2e-4)
 
 
 def die_while_saving(world: World, config: RunConfig, run: Path, step: int) -> None:
