@@ -17,7 +17,7 @@ from model.pointwise import rotate
 # B batch, T tokens, D model, H heads, G key and value heads, K head size
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and sin of shape [T, 1, K/2] or [B, T, 1, K/2]."""
+"""cos and sin of shape [T, H, K/2] or [B, T, H, K/2], or with 1 in the place of H."""
 
 
 class Attention(nn.Module):
@@ -26,6 +26,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
+        self.kv_heads = config.kv_heads
         self.grouped = config.kv_heads != config.num_heads
         kv_size = config.kv_heads * config.head_size
         self.query = Linear(config.hidden_size, config.hidden_size)
@@ -36,7 +37,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
         heads = (-1, self.head_size)
         q_BTHK = rotate(self.query(x_BTD).unflatten(-1, heads), *rotary)
-        k_BTGK = rotate(self.key(x_BTD).unflatten(-1, heads), *rotary)
+        cos, sin = (table[..., : self.kv_heads, :] for table in rotary)
+        k_BTGK = rotate(self.key(x_BTD).unflatten(-1, heads), cos, sin)
         v_BTGK = self.value(x_BTD).unflatten(-1, heads)
         y_BHTK = F.scaled_dot_product_attention(
             q_BTHK.transpose(1, 2),
@@ -50,7 +52,7 @@ class Attention(nn.Module):
 
 
 def rotary_tables(
-    position_ids: Tensor, *, head_size: int, theta: float, dtype: torch.dtype
+    position_ids: Tensor, *, num_heads: int, head_size: int, theta: float, dtype: torch.dtype
 ) -> Rotary:
     """Tables for positions of shape [T] or [B, T] (arXiv 2104.09864).
 
@@ -60,4 +62,9 @@ def rotary_tables(
         torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
     )
     angles = position_ids[..., None, None].float() * (1.0 / theta**exponents)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    if position_ids.is_cuda:
+        return cos, sin
+    # CPU kernels work along contiguous runs: a row of all heads, not K/2 values, halves their time.
+    heads = (*position_ids.shape, num_heads, head_size // 2)
+    return cos.expand(heads).contiguous(), sin.expand(heads).contiguous()

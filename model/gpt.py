@@ -58,7 +58,11 @@ class GPT(nn.Module):
             position_ids_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
         x_BTD = self.embedding(input_ids_BT)
         rotary = rotary_tables(
-            position_ids_BT, head_size=config.head_size, theta=config.rope_theta, dtype=x_BTD.dtype
+            position_ids_BT,
+            num_heads=config.num_heads,
+            head_size=config.head_size,
+            theta=config.rope_theta,
+            dtype=x_BTD.dtype,
         )
         for block in self.blocks:
             if config.activation_checkpointing and self.training:

@@ -34,7 +34,7 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + K/2]) by the angle of their position, as Llama does.
 
-    cos and sin have shape [T, 1, K/2] or [B, T, 1, K/2]; nothing but them is kept.
+    cos and sin broadcast to [B, T, H, K/2]; nothing but them is kept.
     """
     y_BTHK: Tensor = _Rotation.apply(x_BTHK, cos, sin)  # type: ignore[no-untyped-call]
     return y_BTHK

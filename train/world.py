@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train.device import keep_freed_memory
+
 log = logging.getLogger(__name__)
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -111,6 +113,7 @@ def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     # DeepSpeed refuses to start without it, even in a world of one.
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     _quiet()

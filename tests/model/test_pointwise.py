@@ -16,7 +16,9 @@ def _random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def _tables(num_tokens: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(num_tokens)
-    return rotary_tables(positions, head_size=head_size, theta=100.0, dtype=torch.float64)
+    return rotary_tables(
+        positions, num_heads=2, head_size=head_size, theta=100.0, dtype=torch.float64
+    )
 
 
 def test_gradients_equal_finite_differences() -> None:
@@ -56,9 +58,8 @@ def test_rotation_depends_on_distances_alone() -> None:
     q, k = _random(1, 1, 1, 16), _random(1, 1, 16).view(1, 1, 1, 16)
     products = []
     for shift in (0, 5, 1000):
-        tables = rotary_tables(
-            torch.tensor([shift, shift + 3]), head_size=16, theta=1e4, dtype=torch.float64
-        )
+        positions = torch.tensor([shift, shift + 3])
+        tables = rotary_tables(positions, num_heads=1, head_size=16, theta=1e4, dtype=torch.float64)
         turned_q = rotate(q, *(table[1:] for table in tables))
         turned_k = rotate(k, *(table[:1] for table in tables))
         products.append(float((turned_q * turned_k).detach().sum()))
