@@ -122,7 +122,12 @@ def _start_torchrun(
     command += [f"--log-dir={folder}"]
     # Without the bare -- it would take --run for a prefix of its own options.
     command += [f"--nproc-per-node={num_processes}", "-m", "--", *program]
-    settings = thread_settings(num_processes, os.environ) | {mailbox.VARIABLE: str(folder)}
+    # What the loaders of a rank that was ended have left is cleaned up, with a warning each.
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    settings = thread_settings(num_processes, os.environ) | {
+        mailbox.VARIABLE: str(folder),
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet])),
+    }
 
     def in_child() -> None:
         # torchrun would die of USR1, which srun sends to every process of a step.
