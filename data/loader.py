@@ -19,20 +19,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.config import DataError
+from data.order import accumulation
 from data.stream import SampleStream as SampleStream
 from data.stream import sample_hash as sample_hash
+from data.targets import NO_TARGET
 
 # B samples of a micro-batch, T tokens of a sample
-IGNORED = -100
 PREFETCHED = 4
 """Micro-batches that a loader process keeps ready."""
 
 Batch = dict[str, torch.Tensor]
-
-
-def accumulation(batch_samples: int, num_ranks: int, micro_batch: int) -> int:
-    """Micro-batches per rank and step: as many as the batch needs, the last ones part dummies."""
-    return -(-batch_samples // (num_ranks * micro_batch))
 
 
 def micro_batches(
@@ -101,7 +97,7 @@ class _Plan(Dataset[Any]):
         tokens = self.stream.batch(samples)
         seq_len = self.stream.seq_len
         input_ids_BT = np.zeros((self.micro_batch, seq_len), dtype=np.int64)
-        labels_BT = np.full((self.micro_batch, seq_len), IGNORED, dtype=np.int64)
+        labels_BT = np.full((self.micro_batch, seq_len), NO_TARGET, dtype=np.int64)
         input_ids_BT[: len(real)] = tokens[:, :-1]
         labels_BT[: len(real)] = tokens[:, 1:]
         positions_BT = np.tile(np.arange(seq_len, dtype=np.int64), (self.micro_batch, 1))

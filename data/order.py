@@ -83,6 +83,11 @@ def locate(
     return epochs, offsets
 
 
+def accumulation(batch_samples: int, num_ranks: int, micro_batch: int) -> int:
+    """Micro-batches per rank and step: as many as the batch needs, the last ones part dummies."""
+    return -(-batch_samples // (num_ranks * micro_batch))
+
+
 @lru_cache(maxsize=256)
 def key(seed: int, purpose: str, source: str, epoch: int) -> int:
     """The 64-bit key of one permutation. Everything that it depends on is spelled out here."""

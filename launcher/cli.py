@@ -164,7 +164,8 @@ def plan(
 ) -> None:
     """Say what a run needs and how long it takes, before any GPU is allocated."""
     from launcher.plan import make_plan, show_plan
-    from train.config import RunConfig, load_config
+    from train.config import RunConfig
+    from train.decode import load_config
 
     found = find_recipe(recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides or (), name=found.name)
@@ -205,7 +206,8 @@ def submit(
 ) -> None:
     """Hand a pretraining run to Slurm as one readable batch script."""
     from launcher import slurm
-    from train.config import RunConfig, load_config, require_data
+    from train.config import RunConfig, require_data
+    from train.decode import load_config
 
     found = find_recipe(recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides or (), name=found.name)
@@ -302,7 +304,7 @@ def _train(
     nproc: int,
 ) -> None:
     """Resolve the config of a job and run it, here or on `nproc` ranks."""
-    from train.config import load_config
+    from train.decode import load_config
 
     config = load_config(kind, recipe.text, overrides, name=recipe.name)
     folder = run or Path("runs") / recipe.name

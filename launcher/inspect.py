@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from data.inspect import Inspection, inspect
 from launcher.recipes import find_recipe
-from train.config import RunConfig, load_config
+from train.config import RunConfig
+from train.decode import load_config
 
 
 class InspectError(ValueError):

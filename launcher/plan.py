@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -160,8 +159,7 @@ def _parameter_formula(model: ModelConfig) -> str:
 
 def _batch(config: RunConfig, ranks: int) -> Iterator[Figure]:
     samples = config.batch_samples
-    micro_batch = config.micro_batch or math.ceil(samples / ranks)
-    accumulation = math.ceil(samples / (ranks * micro_batch))
+    micro_batch, accumulation = config.layout(samples, num_ranks=ranks)
     places = accumulation * ranks * micro_batch
     yield _count("micro_batch", micro_batch, "micro_batch, or the rank's whole share when it is 0")
     yield _count(

@@ -23,7 +23,7 @@ from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, 
 from train.run import Outcome
 from train.state import load_newest
 from train.stop import StopRequest
-from train.world import World
+from train.world import World, slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,31 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
         return _end_at_once(world, run, work, "complete", done)
     stop = StopRequest()
     stop.listen()
-    return _train(world, run, work, stop, stop_at)
+    attempt = 0
+    with world.together("recording the attempt"):
+        if world.is_main:
+            attempt = _begin(world, run, work, done or None)
+    attempt = world.broadcast(attempt)
+    try:
+        outcome, step = _train(world, run, work, stop, stop_at, attempt)
+    except BaseException as error:
+        if world.is_main:
+            reason = f"{type(error).__name__}: {error}"
+            # Storage that refuses this row most likely is the error.
+            with suppress(StorageError):
+                run_directory.end_attempt(run, attempt, outcome="failed", step=None, reason=reason)
+        raise
+    reason = stop.reason or ("--stop-at" if outcome == "stopped" else "")
+    with world.together("recording the end of the attempt"):
+        if world.is_main:
+            run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
+    return outcome
 
 
-def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int | None) -> Outcome:
+def _train(
+    world: World, run: Path, work: Work, stop: StopRequest, stop_at: int | None, attempt: int
+) -> tuple[Outcome, int]:
+    """Collective. From the newest checkpoint to the outcome and the last completed step."""
     engine = DeepSpeedEngine(
         work.module(),
         work.config,
@@ -82,20 +103,11 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
     if saved is not None:
         _check_data(saved, work)
     first_step = 1 if saved is None else saved.step + 1
-    resumed_from = None if saved is None else saved.step
-    attempt = 0
-    with world.together("recording the attempt"):
-        if world.is_main:
-            attempt = run_directory.begin_attempt(
-                run, world_size=world.size, resumed_from=resumed_from, config=work.config
-            )
-        metrics = _open_metrics(world, run, work, first_step)
-    attempt = world.broadcast(attempt)
     log.info(
-        "attempt %d starts %s",
-        attempt,
-        f"from step {resumed_from}" if resumed_from else "from nothing",
+        "attempt %d starts %s", attempt, f"from step {saved.step}" if saved else "from nothing"
     )
+    with world.together("opening the metrics"):
+        metrics = _open_metrics(world, run, work, first_step)
     job = Job(
         task=work.task,
         engine=engine,
@@ -112,25 +124,23 @@ def _train(world: World, run: Path, work: Work, stop: StopRequest, stop_at: int 
         peak_flops=_peak_flops(world, work),
         stop_at=stop_at,
         stop=stop,
-        resumed_from=resumed_from,
-        describe=lambda: work.identity,
+        resumed_from=None if saved is None else saved.step,
+        identity=work.identity,
     )
     try:
-        outcome, step = train(job)
-    except BaseException as error:
-        if world.is_main:
-            reason = f"{type(error).__name__}: {error}"
-            # Storage that refuses this row most likely is the error.
-            with suppress(StorageError):
-                run_directory.end_attempt(run, attempt, outcome="failed", step=None, reason=reason)
-        raise
+        return train(job)
     finally:
         metrics.close()
-    reason = stop.reason or ("--stop-at" if outcome == "stopped" else "")
-    with world.together("recording the end of the attempt"):
-        if world.is_main:
-            run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
-    return outcome
+
+
+def _begin(world: World, run: Path, work: Work, resumed_from: int | None) -> int:
+    return run_directory.begin_attempt(
+        run,
+        world_size=world.size,
+        resumed_from=resumed_from,
+        config=work.config,
+        slurm_job=slurm_job(),
+    )
 
 
 def _open_metrics(world: World, run: Path, work: Work, first_step: int) -> Metrics:
@@ -145,9 +155,7 @@ def _open_metrics(world: World, run: Path, work: Work, first_step: int) -> Metri
 def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: int) -> Outcome:
     if world.is_main:
         try:
-            attempt = run_directory.begin_attempt(
-                run, world_size=world.size, resumed_from=step, config=work.config
-            )
+            attempt = _begin(world, run, work, step)
             run_directory.end_attempt(
                 run, attempt, outcome=outcome, step=step, reason="nothing to do"
             )
@@ -181,12 +189,12 @@ def _check_history(run: Path) -> None:
 def _check_data(saved: Checkpoint, work: Work) -> None:
     found, expected = saved.state["data"], work.task.data_state(saved.step)
     work.task.check_data_state(found)
-    for key in ("consumed_samples",):
-        if found.get(key) != expected.get(key):
-            raise CheckpointError(
-                f"{saved.folder} stands at {key}={found.get(key)}, but its step {saved.step} ends "
-                f"at {expected.get(key)}; going on would repeat or skip samples"
-            )
+    there, here = found.get("consumed_samples"), expected.get("consumed_samples")
+    if there != here:
+        raise CheckpointError(
+            f"{saved.folder} stands at sample {there}, but its step {saved.step} ends at {here}; "
+            "going on would repeat or skip samples"
+        )
 
 
 def _peak_flops(world: World, work: Work) -> float:

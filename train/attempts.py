@@ -33,9 +33,18 @@ def attempts(run: Path) -> list[dict[str, Any]]:
 
 
 def begin_attempt(
-    run: Path, *, world_size: int, resumed_from: int | None, config: JobConfig
+    run: Path,
+    *,
+    world_size: int,
+    resumed_from: int | None,
+    config: JobConfig,
+    slurm_job: str | None = None,
 ) -> int:
-    """Record that an attempt starts; returns its number, counted from 1. One rank only."""
+    """Record that an attempt starts; returns its number, counted from 1. One rank only.
+
+    `resumed_from` is the newest step whose files are there; should those turn out damaged, the
+    first row of metrics.jsonl says from where the run went on.
+    """
     number = 1 + max((row["attempt"] for row in attempts(run)), default=0)
     _append(
         run,
@@ -45,7 +54,7 @@ def begin_attempt(
             "time": time.time(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_job": slurm_job,
             "world_size": world_size,
             "resumed_from": resumed_from,
             "config": config.model_dump(mode="json"),

@@ -19,18 +19,19 @@ import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from data.loader import Batch as Batch
 from train.config import ConfigError, JobConfig, OptimConfig, Precision
+from train.deepspeed_json import deepspeed_json
 from train.optim import adamw
 from train.world import World
 from train.zero_state import Flat, deepspeed_flats, plain_flats, refresh_deepspeed
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, torch.Tensor]
 LossSum = Callable[[torch.nn.Module, Batch], torch.Tensor]
 MakeOptimizer = Callable[[torch.nn.Module, OptimConfig], torch.optim.Optimizer]
 
@@ -139,7 +140,7 @@ class DeepSpeedEngine:
             # Else DeepSpeed compiles a C++ all-reduce for inference at start: 86 s, and a failure
             # without a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        ds_config = deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation)
+        ds_config = deepspeed_json(config, micro_batch=micro_batch, accumulation=accumulation)
         if config.zero.stage == 0:
             # DeepSpeed forgets the norm when it clips at stage 0; the engine clips by itself there.
             ds_config["gradient_clipping"] = 0.0
@@ -203,26 +204,6 @@ class DeepSpeedEngine:
             refresh_deepspeed(self.engine.optimizer)
 
 
-def deepspeed_config(config: JobConfig, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run, a pure function; ConfigError when the raw [deepspeed] table
-    contradicts a key of ours.
-    """
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": config.zero.stage,
-            "stage3_param_persistence_threshold": config.zero.persistence_threshold,
-        },
-        "steps_per_print": 10**9,
-    }
-    return _merge(ours, config.deepspeed, "deepspeed")
-
-
 def check_precision(precision: Precision, device: torch.device) -> None:
     """ConfigError for a precision that cannot be trusted on this device."""
     if precision == "fp16":
@@ -234,22 +215,6 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         raise ConfigError(
             f"precision='fp16' is refused {where}; write precision=bf16, or precision=fp32"
         )
-
-
-def _merge(ours: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
-    merged = dict(ours)
-    for key, value in raw.items():
-        if isinstance(value, dict) and isinstance(ours.get(key), dict):
-            merged[key] = _merge(ours[key], value, f"{path}.{key}")
-        elif key in ours and ours[key] != value:
-            raise ConfigError(
-                f"{path}.{key}={value!r} contradicts {ours[key]!r}, which follows from the other "
-                "keys; "
-                "remove it from the [deepspeed] table and set our own key"
-            )
-        else:
-            merged[key] = value
-    return merged
 
 
 class _MasterCopy(torch.nn.Module):

@@ -17,7 +17,7 @@ from data.config import DataError
 from data.instruct import order
 from data.padding import padded_batches
 from data.targets import Tokenized, fingerprint
-from model.loss import token_loss_sum
+from model.loss import IGNORED, token_loss_sum
 from train.config import FinetuneConfig
 from train.engine import Batch
 from train.world import World
@@ -94,7 +94,7 @@ class ExamplesTask:
             labels = batch["labels"]
             logits = _logits(module, batch)
             loss = float(_loss_sum(logits, labels))
-            total += torch.tensor([loss, int((labels != -100).sum())], dtype=torch.float64)
+            total += torch.tensor([loss, int((labels != IGNORED).sum())], dtype=torch.float64)
             if self._labels:
                 confusion_LL += confusion(logits, labels)
         loss_sum, num_targets = world.sum(total).tolist()
@@ -140,7 +140,7 @@ class ExamplesTask:
 def confusion(logits_BL: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     """[L,L] counts on the CPU: true label, then predicted label; labels of -100 do not count."""
     size = logits_BL.shape[-1]
-    real = labels_B != -100
+    real = labels_B != IGNORED
     cells = labels_B[real] * size + logits_BL.argmax(-1)[real]
     return torch.bincount(cells.cpu(), minlength=size * size).reshape(size, size)
 

@@ -20,10 +20,10 @@ from model.flops import num_parameters
 from model.gpt import GPT
 from model.hf_names import hf_name, to_hf_array
 from train.checkpoint import Checkpoint
+from train.engine import DTYPES as DTYPES
 from train.slices import SliceReader, writing_tensors
 
 Dtype = Literal["fp32", "bf16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def write_weights(

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from data.durable import publish_folder
-from data.loader import accumulation
 from train import hf
 from train.attempt import Work, run_attempt
 from train.checkpoint import (
@@ -30,7 +29,8 @@ from train.checkpoint import (
     open_checkpoint,
     retraining,
 )
-from train.config import ConfigError, FinetuneConfig, decode
+from train.config import ConfigError, FinetuneConfig
+from train.decode import decode
 from train.examples import Examples, read_files, tokenize
 from train.examples_task import ExamplesTask
 from train.run import Outcome
@@ -118,7 +118,7 @@ def resolve(
 
 def finetuning(config: FinetuneConfig, examples: Examples, *, num_ranks: int) -> Work:
     """The work of a fine-tuning run on `num_ranks` ranks."""
-    micro_batch = config.micro_batch or math.ceil(config.batch_size / num_ranks)
+    micro_batch, accumulation = config.layout(config.batch_size, num_ranks=num_ranks)
 
     def module() -> torch.nn.Module:
         model = _load(config, examples, dtype=torch.float32)
@@ -139,7 +139,7 @@ def finetuning(config: FinetuneConfig, examples: Examples, *, num_ranks: int) ->
         module=module,
         steps=config.steps,
         micro_batch=micro_batch,
-        accumulation=accumulation(config.batch_size, num_ranks, micro_batch),
+        accumulation=accumulation,
     )
 
 

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,8 +91,8 @@ class Job:
     stop_at: int | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     resumed_from: int | None = None
-    describe: Callable[[], dict[str, Any]] = dict
-    """Identity that every checkpoint carries: hashes of config and tokenizer."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What every checkpoint of the run carries, such as the hashes of data and tokenizer."""
 
 
 def train(job: Job) -> tuple[Outcome, int]:
@@ -147,7 +147,7 @@ def save(job: Job, step: int) -> None:
         "tokens": job.tokens,
         "attempt": job.attempt,
         "data": job.task.data_state(step),
-        **job.describe(),
+        **job.identity,
     }
     with job.world.together("writing metrics.jsonl"):
         # No checkpoint is ahead of the rows that lead to it.
@@ -187,9 +187,10 @@ def _record(
     loss = float(loss_sum) / num_valid
     if not (math.isfinite(loss) and math.isfinite(stats.grad_norm)):
         raise NonFiniteLoss(
-            f"step {step}: loss {loss}, gradient norm {stats.grad_norm}; the run's last "
-            "checkpoint is untouched. "
-            "Lower optim.lr, or look at these samples with `headrace data inspect`"
+            f"step {step}: loss {loss}, gradient norm {stats.grad_norm}; nothing of this step is "
+            "saved, and the same command goes on from the last checkpoint. If it fails here again, "
+            "lower optim.lr in a new --run, or look at the samples: headrace data inspect DATASET "
+            f"--step {step} --run {job.run}"
         )
     job.tokens += num_valid
     seconds = time.perf_counter() - started

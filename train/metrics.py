@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,9 @@ from train.config import LogConfig
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+FINISH_SECONDS = 60
+"""How long the end of a run waits for wandb."""
 
 
 class View(Protocol):
@@ -165,8 +169,12 @@ class WandbView:
         self._run.log({key: value for key, value in row.items() if isinstance(value, (int, float))})
 
     def close(self) -> None:
-        """Finish the wandb run."""
-        self._run.finish()
+        """Finish the wandb run; after FINISH_SECONDS it is left to `wandb sync`."""
+        ending = threading.Thread(target=self._run.finish, daemon=True)
+        ending.start()
+        ending.join(FINISH_SECONDS)
+        if ending.is_alive():
+            log.warning("wandb has not finished in %d s; send RUN/wandb later", FINISH_SECONDS)
 
 
 def wandb_views(run: Path, config: LogConfig, settings: Row) -> list[View]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from data.config import DataUsageError
-from data.loader import SampleStream, accumulation, micro_batches
+from data.loader import SampleStream, micro_batches
 from data.verify import check_tokenizer
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
@@ -43,7 +42,7 @@ def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
     stream = SampleStream(config.data.path, seq_len=config.seq_len, seed=config.seed)
     check_tokenizer(Path(config.data.path), stream.tokenizer_sha256)
     config = resolve(config, vocab_size=stream.vocab_size)
-    micro_batch = config.micro_batch or math.ceil(config.batch_samples / num_ranks)
+    micro_batch, accumulation = config.layout(config.batch_samples, num_ranks=num_ranks)
 
     def module() -> torch.nn.Module:
         gpt = GPT(config.model)
@@ -56,7 +55,7 @@ def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
         module=module,
         steps=config.steps,
         micro_batch=micro_batch,
-        accumulation=accumulation(config.batch_samples, num_ranks, micro_batch),
+        accumulation=accumulation,
         tokenizer=Path(config.data.path),
         flops_per_token=flops_per_token(config.model, config.seq_len),
         identity={

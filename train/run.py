@@ -21,7 +21,8 @@ from train.attempts import Outcome as Outcome
 from train.attempts import attempts as attempts
 from train.attempts import begin_attempt as begin_attempt
 from train.attempts import end_attempt as end_attempt
-from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig, decode, flat_keys
+from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig
+from train.decode import decode, flat_keys
 
 FREE = ("zero.", "checkpoint.", "log.", "micro_batch", "data.num_workers", "data.path")
 """Keys (or prefixes) that a resumed run may change: none of them changes which samples are seen or

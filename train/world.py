@@ -134,6 +134,11 @@ def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def slurm_job() -> str | None:
+    """The id of the Slurm job that this process belongs to."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
 def _place() -> tuple[int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from data.config import DataError
-from data.loader import Batch, SampleStream, accumulation, micro_batches, sample_hash
+from data.loader import Batch, SampleStream, micro_batches, sample_hash
 from data.manifest import read_manifest
+from data.order import accumulation
 from data.shards import index_path, read_index
 from tests.data.tiny import documents, flip_bit, write_dataset
 

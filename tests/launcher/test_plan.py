@@ -8,7 +8,8 @@ import pytest
 
 from launcher.plan import GB, PlanError, make_plan, show_plan
 from launcher.recipes import find_recipe
-from train.config import RunConfig, load_config
+from train.config import RunConfig
+from train.decode import load_config
 
 
 def config(recipe: str, *overrides: str) -> RunConfig:

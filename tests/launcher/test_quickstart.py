@@ -10,7 +10,8 @@ import pytest
 from launcher.corpus import Corpus
 from launcher.quickstart import Findings, Folders, QuickstartError, _check, _stages
 from launcher.recipes import find_recipe
-from train.config import FinetuneConfig, RunConfig, load_config
+from train.config import FinetuneConfig, RunConfig
+from train.decode import load_config
 
 LEARNED = Findings(
     bits_before=4.0,

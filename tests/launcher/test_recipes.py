@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.recipes import RecipeError, find_recipe, recipe_names
-from train.config import FinetuneConfig, RunConfig, load_config
+from train.config import FinetuneConfig, RunConfig
+from train.decode import load_config
 
 COMMANDS = {
     "tiny-cpu": "pretrain",

@@ -2,7 +2,8 @@
 
 import pytest
 
-from train.config import ConfigError, FinetuneConfig, RunConfig, load_config
+from train.config import ConfigError, FinetuneConfig, RunConfig
+from train.decode import load_config
 
 
 def test_overrides_win_and_are_typed() -> None:

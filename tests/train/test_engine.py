@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from tests.ranks import run_ranks
 from tests.train.toy import Toy, loss_sum, make_engine, micro_batches, run_steps
 from train.config import ConfigError, JobConfig, OptimConfig
-from train.engine import PlainEngine, check_precision, deepspeed_config
+from train.engine import PlainEngine, check_precision
 from train.world import World
 from train.zero_state import PRIVATE
 
@@ -117,29 +115,6 @@ def test_one_sgd_step_is_w_minus_lr_times_gradient(world_of_one: World) -> None:
         found = dict(module.named_parameters())[name]
         # float64, so only the order of 60 additions differs.
         torch.testing.assert_close(found.detach(), updated, rtol=1e-12, atol=1e-14)
-
-
-def test_deepspeed_config_is_what_it_was() -> None:
-    assert deepspeed_config(job("bf16", 2), micro_batch=4, accumulation=3) == {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 3,
-        "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {"stage": 2, "stage3_param_persistence_threshold": 100_000},
-        "steps_per_print": 10**9,
-    }
-
-
-def test_raw_deepspeed_keys_may_add_but_not_contradict() -> None:
-    raw: dict[str, Any] = {"zero_optimization": {"reduce_bucket_size": 1000}}
-    config = job("fp32", 1).model_copy(update={"deepspeed": raw})
-    merged = deepspeed_config(config, micro_batch=1, accumulation=1)
-    assert merged["zero_optimization"]["reduce_bucket_size"] == 1000
-    config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 3}}})
-    with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stage=3 contradicts 1"):
-        deepspeed_config(config, micro_batch=1, accumulation=1)
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:

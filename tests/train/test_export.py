@@ -24,7 +24,8 @@ from tests.train.folders import make_tokenizer
 from train import checkpoint
 from train.attempt import run_attempt
 from train.checkpoint import CheckpointError, open_checkpoint
-from train.config import FinetuneConfig, RunConfig, load_config
+from train.config import FinetuneConfig, RunConfig
+from train.decode import load_config
 from train.export import ExportError, ExportSummary, ExportUsageError, export
 from train.export_check import check
 from train.export_weights import reference_logits

@@ -17,7 +17,8 @@ from data.targets import NO_TARGET
 from tests.ranks import run_ranks
 from tests.train.folders import CONTEXT, SHAPES, make_folder
 from train import hf
-from train.config import ConfigError, FinetuneConfig, load_config
+from train.config import ConfigError, FinetuneConfig
+from train.decode import load_config
 from train.evaluate import evaluate
 from train.examples import read_files, tokenize
 from train.finetune import finetune_on, finetuning, learning_rate_for, prepare_examples

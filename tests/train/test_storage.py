@@ -22,7 +22,8 @@ from tests.train.folders import make_folder
 from tests.train.test_pretrain import config, losses, train_run
 from train.attempts import attempts
 from train.checkpoint import CheckpointError, committed, open_checkpoint, step_folder
-from train.config import FinetuneConfig, RunConfig, load_config
+from train.config import FinetuneConfig, RunConfig
+from train.decode import load_config
 from train.export import _remove_leftovers, export
 from train.finetune import finetune_on
 from train.world import RankError, World
