@@ -22,7 +22,7 @@ bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks.train_speed $(BENCH)
 
 evidence: .venv/installed
-	$(BIN)/python -m tests.benchmarks.evidence $(if $(CORPORA),--corpora $(CORPORA)) $(EVIDENCE)
+	$(BIN)/python -m tests.benchmarks.evidence $(if $(CORPORA),--corpora $(CORPORA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(EVIDENCE)
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; on Debian or Ubuntu run: sudo apt-get install python3 python3-venv" >&2; exit 1; }

@@ -2,11 +2,13 @@
 then the table.
 
     make evidence                      quickstart and training speed
+    make evidence NANOGPT=CHECKOUT     with nanoGPT's step beside ours
     make evidence CORPORA=FOLDER       and the corpora in FOLDER (tinyshakespeare, gutenberg-en,
     ...)
 
-Each docs/evidence/NAME.json holds the commands, the commit, the seed, the machine and the figures;
-the README's table is rewritten between its two markers from those files alone.
+Each docs/evidence/NAME.json holds the commands, the commit, the seed, the machine and the figures.
+Two parts of the README are rewritten between their markers: the table, from those files alone, and
+what quickstart printed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
-BEGIN, END = "<!-- evidence: written by `make evidence` -->", "<!-- end of evidence -->"
+TABLE = "<!-- evidence: written by `make evidence` -->", "<!-- end of evidence -->"
+OUTPUT = (
+    "<!-- quickstart output: written by `make evidence` -->",
+    "<!-- end of quickstart output -->",
+)
 SEED = 0
 
 
@@ -65,7 +71,7 @@ class Recorder:
         self.commands: list[str] = []
         self._started = time.monotonic()
 
-    def headrace(self, *arguments: str) -> str:
+    def headrace(self, *arguments: str, folder: Path | None = None) -> str:
         """stdout of one command; the commands are kept as a person would type them."""
         self.commands.append(" ".join(["headrace", *map(_shown, arguments)]))
         print("$", self.commands[-1], file=sys.stderr, flush=True)
@@ -74,6 +80,8 @@ class Recorder:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
+            cwd=folder,
+            env={**os.environ, "COLUMNS": "120"},
         )
         return done.stdout
 
@@ -85,7 +93,7 @@ class Recorder:
             "commands": self.commands,
             "commit": _commit(),
             "seed": SEED,
-            "machine": f"{os.cpu_count()} cores, {_cpu()}, Python {platform.python_version()}",
+            "machine": _machine(),
             "seconds": round(time.monotonic() - self._started, 1),
             "figures": figures,
         }
@@ -161,18 +169,27 @@ def finetuned(
 def quickstart(work: Path) -> None:
     """The life cycle on the standard library's source."""
     recorder = Recorder()
-    recorder.headrace("quickstart", "--workdir", str(work / "quickstart"))
-    recorder.write("quickstart", json.loads((work / "quickstart" / "summary.json").read_text()))
+    printed = recorder.headrace("quickstart", "--workdir", "quickstart", folder=work)
+    figures = json.loads((work / "quickstart" / "summary.json").read_text())
+    recorder.write("quickstart", figures)
+    # The paths of the next commands are those of this machine.
+    shown = printed.partition("next:")[0].rstrip()
+    rewrite(
+        OUTPUT,
+        f"What `headrace quickstart` printed ({figures['seconds']:.0f} s, {_machine()}, commit "
+        f"{_commit()}, seed {SEED}):\n\n```\n{shown}\n```",
+    )
 
 
-def train_speed() -> None:
+def train_speed(nanogpt: Path | None) -> None:
     """Tokens per CPU-second of the benchmark job."""
     recorder = Recorder()
-    recorder.commands.append("make bench")
+    beside = ["--nanogpt", str(nanogpt)] if nanogpt else []
+    recorder.commands.append('make bench BENCH="--nanogpt CHECKOUT"' if nanogpt else "make bench")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.train_speed", "--json", str(path)],
+            [sys.executable, "-m", "tests.benchmarks.train_speed", "--json", str(path), *beside],
             cwd=ROOT,
             check=True,
         )
@@ -234,6 +251,18 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
+def rewrite(markers: tuple[str, str], text: str) -> None:
+    """Put `text` between two markers of the README."""
+    readme = ROOT / "README.md"
+    content = readme.read_text()
+    start, stop = content.index(markers[0]) + len(markers[0]), content.index(markers[1])
+    readme.write_text(f"{content[:start]}\n{text}\n{content[stop:]}")
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {_cpu()}, Python {platform.python_version()}"
+
+
 def _cpu() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -245,11 +274,15 @@ def main() -> None:
     """Run what was asked for, then rewrite the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpora", type=Path, help="folder of real corpora")
+    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT to measure beside ours")
     parser.add_argument("--only", nargs="*", help="names; default: everything that can run here")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="headrace-evidence-"))
     try:
-        jobs: dict[str, Any] = {"quickstart": lambda: quickstart(work), "train_speed": train_speed}
+        jobs: dict[str, Any] = {
+            "quickstart": lambda: quickstart(work),
+            "train_speed": lambda: train_speed(options.nanogpt),
+        }
         for corpus in CORPORA if options.corpora else ():
             jobs[corpus.name] = lambda corpus=corpus: life_of(
                 corpus, options.corpora, work / corpus.name
@@ -259,10 +292,7 @@ def main() -> None:
                 job()
     finally:
         shutil.rmtree(work)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    readme.write_text(f"{text[:start]}\n{table()}\n{text[stop:]}")
+    rewrite(TABLE, table())
 
 
 if __name__ == "__main__":

@@ -122,20 +122,23 @@ def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
 def measure(engine_name: str, precision: Precision, steps: int, checkout: Path | None) -> Figures:
     """One case in this process: speed, peak memory, and the fraction of the matmul rate."""
     torch.set_num_threads(1)
+    if engine_name == "nanogpt":
+        assert checkout is not None
+        # As it is: what our world does to the process, such as the allocator's settings, is ours.
+        return _time(nanogpt(checkout), precision, steps)
     with join_world() as world:
-        if engine_name == "nanogpt":
-            assert checkout is not None
-            trained = nanogpt(checkout)
-        else:
-            trained = ours(engine_name, precision, world)
-        for _ in range(2):
-            trained.step()
-        clock = time.perf_counter if trained.device.type == "cuda" else time.process_time
-        started = clock()
-        for _ in range(steps):
-            trained.step()
-        rate = steps * BATCH * SEQ_LEN / (clock() - started)
-        peak = matmul_flops_per_second(trained.device, DTYPES[precision], seconds=1.0)
+        return _time(ours(engine_name, precision, world), precision, steps)
+
+
+def _time(trained: Trained, precision: Precision, steps: int) -> Figures:
+    for _ in range(2):
+        trained.step()
+    clock = time.perf_counter if trained.device.type == "cuda" else time.process_time
+    started = clock()
+    for _ in range(steps):
+        trained.step()
+    rate = steps * BATCH * SEQ_LEN / (clock() - started)
+    peak = matmul_flops_per_second(trained.device, DTYPES[precision], seconds=1.0)
     return {
         "tokens_per_second": rate,
         "matmul_fraction": rate * trained.flops_per_token / peak,
