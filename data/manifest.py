@@ -172,6 +172,11 @@ def read_manifest(dataset: Path) -> Manifest:
         raise DataError(
             f"{path} holds what no headrace writes: {key}: {first['msg']}; restore it from a copy"
         ) from error
+    if manifest.fingerprint != _fingerprint(manifest, manifest.shards):
+        raise DataError(
+            f"{path} was edited and sealed again: its fingerprint is not the one of what it lists; "
+            "restore it from a copy of the dataset"
+        )
     table = dataset / TABLE
     if not table.is_file() or hashlib.sha256(table.read_bytes()).hexdigest() != (
         manifest.table_sha256

@@ -162,7 +162,14 @@ class TokenSource:
     def _open_index(self, shard: int) -> _Index:
         row = self._table[self._row + shard]
         path = index_path(self._dataset / self._path(shard))
-        return _Index(read_index(path, sha256=row["idx_sha256"].tobytes().hex()))
+        index = read_index(path, sha256=row["idx_sha256"].tobytes().hex())
+        expected = int(self._ends[shard] - (self._ends[shard - 1] if shard else 0))
+        if index.tokens != expected:
+            raise DataError(
+                f"{path} lists {index.tokens} tokens, the manifest {expected}: one of them was "
+                "edited; restore both from a copy of the dataset"
+            )
+        return _Index(index)
 
     def _open_file(self, shard: int) -> int:
         path = self._dataset / self._path(shard)
