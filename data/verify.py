@@ -112,7 +112,7 @@ def _check_shard(
         file = open_shard(path, entry.bytes)
     except DataError as error:
         return [Problem(entry.path, None, str(error))], 0
-    problems = []
+    problems: list[Problem] = []
     num_chunks = 0
     try:
         index = read_index(index_path(path), sha256=entry.idx_sha256)
