@@ -5,9 +5,9 @@ Nothing here imports more than pydantic, so that commands on a login node answer
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class DataError(ValueError):
@@ -47,12 +47,48 @@ class PrepareConfig(BaseModel):
     """Chooses which text is held out."""
 
 
+class DataSource(BaseModel):
+    """One [[data.sources]] entry of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=r"^[^/.\x00][^/\x00]*$")]
+    """What the source is called; it is part of the keys of the sample order, so it must stay."""
+    path: Annotated[str, Field(min_length=1)]
+    """Dataset directory written by `headrace prepare`."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Share of the samples, on any positive scale."""
+
+
 class DataConfig(BaseModel):
     """The [data] table of a pretraining recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: str = ""
-    """Dataset directory written by `headrace prepare`."""
+    """Dataset directory written by `headrace prepare`; the short form for one dataset."""
+    sources: tuple[DataSource, ...] = ()
+    """Several datasets of one tokenizer, mixed by weight, instead of `path`."""
+    max_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Epochs of any source that the whole run may need; more is refused at the start, 0 allows it.
+    """
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank; 0 reads in the training process."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every dataset directory that is named."""
+        return tuple(source.path for source in self.sources) or (self.path,) * bool(self.path)
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        if self.path and self.sources:
+            raise ValueError(
+                f"path={self.path} and {len(self.sources)} sources are both given; list the "
+                "dataset as one of [[data.sources]], or leave the sources out"
+            )
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {twice[0]!r}; give each a name of its own")
+        return self

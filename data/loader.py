@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.config import DataError
-from data.order import accumulation
+from data.order import Ints, accumulation
 from data.stream import SampleStream as SampleStream
 from data.stream import sample_hash as sample_hash
 from data.targets import NO_TARGET
@@ -40,9 +40,12 @@ def micro_batches(
     rank: int,
     num_ranks: int,
     micro_batch: int,
+    num_micro: int | None = None,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
     """The micro-batches of one rank in training order, accumulation * num_steps of them.
+
+    `num_micro` asks for more micro-batches per step than the batch needs; those are dummies.
 
     Each holds int64 tensors: input_ids, labels and position_ids [B,T], labels already shifted
     (labels[t] is the target of input t; -100 where there is none), and data_hash, a scalar: the sum
@@ -50,14 +53,14 @@ def micro_batches(
     DataError when the data is damaged, also when a loader process found it.
     """
     assert 0 <= rank < num_ranks, "a rank of the data-parallel group"
-    plan = _Plan(
+    plan = Plan(
         stream=stream,
         first_sample=first_sample,
         batch_samples=batch_samples,
         rank=rank,
         num_ranks=num_ranks,
         micro_batch=micro_batch,
-        num_micro=accumulation(batch_samples, num_ranks, micro_batch),
+        num_micro=num_micro or accumulation(batch_samples, num_ranks, micro_batch),
         num_steps=num_steps,
     )
     if num_workers == 0:
@@ -66,7 +69,7 @@ def micro_batches(
 
 
 @dataclass(frozen=True)
-class _Plan(Dataset[Any]):
+class Plan(Dataset[Any]):
     """Micro-batches by number, counted over the steps: a map-style torch dataset."""
 
     stream: SampleStream
@@ -88,18 +91,22 @@ class _Plan(Dataset[Any]):
         except DataError as error:
             return error
 
-    def batch(self, number: int) -> Batch:
+    def samples(self, number: int) -> Ints:
+        """The samples of a micro-batch; fewer than micro_batch at the end of a step."""
         step, micro = divmod(number, self.num_micro)
         first = (micro * self.num_ranks + self.rank) * self.micro_batch
         places = np.arange(first, first + self.micro_batch, dtype=np.int64)
-        real = places[places < self.batch_samples]
-        samples = real + (self.first_sample + step * self.batch_samples)
+        real: Ints = places[places < self.batch_samples]
+        return real + (self.first_sample + step * self.batch_samples)
+
+    def batch(self, number: int) -> Batch:
+        samples = self.samples(number)
         tokens = self.stream.batch(samples)
         seq_len = self.stream.seq_len
         input_ids_BT = np.zeros((self.micro_batch, seq_len), dtype=np.int64)
         labels_BT = np.full((self.micro_batch, seq_len), NO_TARGET, dtype=np.int64)
-        input_ids_BT[: len(real)] = tokens[:, :-1]
-        labels_BT[: len(real)] = tokens[:, 1:]
+        input_ids_BT[: len(samples)] = tokens[:, :-1]
+        labels_BT[: len(samples)] = tokens[:, 1:]
         positions_BT = np.tile(np.arange(seq_len, dtype=np.int64), (self.micro_batch, 1))
         total = sum(map(sample_hash, samples.tolist(), tokens)) % 2**64
         return {
@@ -110,7 +117,7 @@ class _Plan(Dataset[Any]):
         }
 
 
-def _from_workers(plan: _Plan, num_workers: int) -> Iterator[Batch]:
+def _from_workers(plan: Plan, num_workers: int) -> Iterator[Batch]:
     # A fork server is a fresh process: workers inherit neither threads nor a GPU from the trainer.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
