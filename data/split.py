@@ -1,11 +1,11 @@
 """Which text is validation: long documents are cut into pieces, and the hash of a piece decides.
 
-The rule sees content and seed alone, never order or path, and equal pieces stay on one side. In
-large input (130 MB at 1 %) pieces have 64 KiB, and text that is added later does not move what is
-there. Small input would have too few of them for its share to come out: there the size of pieces
-follows from the size of the input, and the limit for hashes from the hashes, so more text can move
-some. Pieces serve the split only; neighbours on the same side are joined again, so a document is
-stored in as few runs as its sides allow.
+The rule sees content and seed alone, never order or path, and equal pieces stay on one side. Pieces
+have 64 KiB, and text that is added later does not move what is there. Small input can have too few
+of them for its share to come out: where it misses by more than a factor of 2, the size of pieces
+follows from the size of the input, and where that is not enough the limit for hashes from the
+hashes, so there more text can move some. Pieces serve the split only; neighbours on the same side
+are joined again, so a document is stored in as few runs as its sides allow.
 Cost: one blake2b of the text, about 1 s per GB.
 """
 
@@ -26,7 +26,7 @@ MIN_PIECE_BYTES = 2**10
 VAL_PIECES = 20
 """Pieces that should be held out: their number is random, and 20 are rarely 10 or 40."""
 MIN_PIECES = 10
-CLOSE_ENOUGH = 1.5
+CLOSE_ENOUGH = 2.0
 MAX_MISS = 3.0
 """Factors between the share that is held out and the one that was asked for: what needs no fitting,
 and what a person is told of."""

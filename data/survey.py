@@ -26,6 +26,7 @@ from data.split import (
     CLOSE_ENOUGH,
     HASH_RANGE,
     MAX_MISS,
+    PIECE_BYTES,
     SIDES,
     Override,
     Run,
@@ -152,8 +153,7 @@ def survey(
     """
     num_bytes = sum(_size(part) for part in parts)
     share = min(1.0, sample_bytes / max(1, num_bytes))
-    piece_bytes = piece_bytes_for(num_bytes, config.val_fraction)
-    rule: SplitRule | None = SplitRule(config.val_fraction, config.seed, piece_bytes)
+    rule: SplitRule | None = SplitRule(config.val_fraction, config.seed)
     while rule is not None:
         surveyed = Surveyed(rule, Survey(), [])
         jobs = [SurveyJob(part, config.text_field, rule, share) for part in parts]
@@ -200,8 +200,14 @@ def next_rule(rule: SplitRule, found: Survey) -> SplitRule | None:
     """The rule to survey with again when this one misses its share, or a side stays empty."""
     if rule.val_fraction == 0:
         return None
+    total = found.text_bytes.total()
+    if rule.piece_bytes == PIECE_BYTES and _miss(rule, found) > CLOSE_ENOUGH:
+        finer = piece_bytes_for(total, rule.val_fraction)
+        # Short documents stay whole: to cut them would make few more pieces.
+        if finer < PIECE_BYTES and total > 2 * finer * found.num_documents:
+            return replace(rule, piece_bytes=finer)
     if rule.is_small and rule.fitted is None and _miss(rule, found) > CLOSE_ENOUGH:
-        fitted = fit(rule, found.low, found.text_bytes.total())
+        fitted = fit(rule, found.low, total)
         if fitted is not None:
             return replace(rule, fitted=fitted)
     if all(found.documents[side] for side in SIDES):

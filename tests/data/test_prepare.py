@@ -117,12 +117,12 @@ def test_the_dataset_verifies_and_states_how_it_was_made(dataset: Path) -> None:
     manifest = read_manifest(dataset)
     assert manifest.special_ids == {"unk": 0, "bos": 1, "eos": 2, "pad": 3}
     assert (manifest.vocab_size, manifest.dtype) == (400, "<u2")
-    assert "0.2 * 2^64" in manifest.split_rule and "2048 bytes" in manifest.split_rule
+    assert "0.2 * 2^64" in manifest.split_rule and "65536 bytes" in manifest.split_rule
     preparation = manifest.preparation
     assert preparation["config"]["vocab_size"] == 400
     assert preparation["tokenizer"]["differ_after_decoding"] == 0
     assert preparation["tokenizer"]["character_coverage"] == 1.0
-    assert len(manifest.source_shards("train", "main")) == 7
+    assert len(manifest.source_shards("train", "main")) == 3
     assert "corpus" not in (dataset / "manifest.json").read_text(), "no path is in the manifest"
 
 

@@ -133,12 +133,21 @@ def test_the_share_of_one_small_text_comes_out(
 
 
 def test_a_limit_that_was_fitted_does_not_depend_on_the_order(tmp_path: Path) -> None:
-    texts = [prose(2000, seed=seed) for seed in range(60)]
-    forward = look(write_lines(tmp_path / "a.jsonl", texts), part_bytes=5000)
-    backward = look(write_lines(tmp_path / "b.jsonl", texts[::-1]), part_bytes=900)
+    texts = [prose(30_000, seed=seed) for seed in range(5)]
+    forward = look(write_lines(tmp_path / "a.jsonl", texts), part_bytes=5000, val_fraction=0.02)
+    backward = look(
+        write_lines(tmp_path / "b.jsonl", texts[::-1]), part_bytes=900, val_fraction=0.02
+    )
     assert forward.rule == backward.rule
     assert forward.rule.fitted is not None
     assert forward.total.text_bytes == backward.total.text_bytes
+
+
+def test_documents_stay_whole_where_they_are_enough(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [prose(2000, seed=seed) for seed in range(200)])
+    surveyed = look(path, val_fraction=0.05)
+    assert surveyed.rule.piece_bytes == 2**16
+    assert surveyed.total.documents.total() == surveyed.total.num_documents == 200
 
 
 def test_a_share_that_does_not_come_out_is_told(tmp_path: Path) -> None:
