@@ -13,6 +13,8 @@ import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +47,7 @@ class Mixture:
         self._starts = np.array(starts, dtype=np.int64)
         self._slots = [quotas(phase.weights) for phase in phases]
         self._tables = [
-            _Table([slots.get(name, 0) for name in self.names]) for slots in self._slots
+            _table(tuple(slots.get(name, 0) for name in self.names)) for slots in self._slots
         ]
         base = np.zeros(len(self.names), dtype=np.int64)
         self._bases = [base]
@@ -64,7 +66,33 @@ class Mixture:
             indices[chosen] = self._bases[phase][source] + index
         return sources, indices
 
-    def state(self) -> list[dict[str, object]]:
+    def counts(self, num_samples: int) -> dict[str, int]:
+        """How many of the first `num_samples` samples each source gives."""
+        phase = max(int(np.searchsorted(self._starts, num_samples, side="right")) - 1, 0)
+        length = num_samples - int(self._starts[phase])
+        counts = self._bases[phase] + self._tables[phase].counts_before(length)
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
+    def counts(self, num_samples: int) -> dict[str, int]:
+        """Samples of each source among the first `num_samples`."""
+        phase = int(np.searchsorted(self._starts, num_samples, side="right")) - 1
+        inside = self._tables[phase].counts_before(num_samples - int(self._starts[phase]))
+        return dict(zip(self.names, (self._bases[phase] + inside).tolist(), strict=True))
+
+    def samples_of(self, source: int, indices: Ints) -> Ints:
+        """The samples that `locate` takes to these (sorted) samples of a source; those that the
+        phases never reach are left out.
+        """
+        found = []
+        for phase, table in enumerate(self._tables):
+            base = int(self._bases[phase][source])
+            own = indices[indices >= base]
+            if phase < len(self._tables) - 1:
+                own = own[own < self._bases[phase + 1][source]]
+            found.append(self._starts[phase] + table.places_of(source, own - base))
+        return np.concatenate(found)
+
+    def state(self) -> list[dict[str, Any]]:
         """The phases in whole numbers, for a checkpoint."""
         return [
             {"start": start, "slots": slots}
@@ -97,6 +125,11 @@ def quotas(weights: Mapping[str, float]) -> dict[str, int]:
     return slots
 
 
+@lru_cache(maxsize=8)
+def _table(slots: tuple[int, ...]) -> _Table:
+    return _Table(slots)
+
+
 class _Table:
     """One period of a phase: the source of each slot, and how many slots it had before."""
 
@@ -124,6 +157,17 @@ class _Table:
             counts[self._only] += slots
             return counts
         return counts + np.bincount(self._sources[:slots], minlength=len(counts))
+
+    def places_of(self, source: int, indices: Ints) -> Ints:
+        """Where in this phase these samples of a source are; none when it has no slot."""
+        count = int(self._counts[source])
+        if count == 0:
+            return indices[:0]
+        if self._only is not None:
+            return indices
+        periods, ranks = np.divmod(indices, np.int64(count))
+        slots: Ints = np.flatnonzero(self._sources == source)[ranks]
+        return periods * NUM_SLOTS + slots
 
 
 def _spread(slots: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A dataset split as an endless, permuted stream of samples.
+"""A dataset split, or several mixed, as an endless, permuted stream of samples.
 
 Sample i depends on the dataset, the seed and i alone: phase and mixture choose the source, the
 order the place in it, the reader brings the tokens. So the state of a run's data is the number
@@ -8,7 +8,6 @@ of consumed samples, and whoever holds the dataset can recompute what any step w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from data.config import DataError, DataUsageError
-from data.manifest import read_manifest
-from data.mixture import Mixture, Phase
-from data.order import Geometry, Ints, locate
-from data.tokens import Document, TokenSource
+from data.mixture import Mixture
+from data.order import Ints
+from data.order import locate as place
+from data.phases import Phases, first_phase
+from data.sources import Data, Datasets, Source, check_continues, open_datasets
+from data.tokens import Document
 
 PACKING = "concat"
 
@@ -48,51 +49,36 @@ class SampleStream:
 
     def __init__(
         self,
-        dataset: str | Path,
+        data: Data | Datasets,
         *,
         seq_len: int,
         seed: int,
         split: str = "train",
         shuffle: bool = True,
+        phases: Phases | None = None,
     ) -> None:
-        folder = Path(dataset)
-        manifest = read_manifest(folder)
-        names = manifest.source_names(split)
-        if not names:
-            found = sorted({entry.split for entry in manifest.shards})
-            raise DataUsageError(
-                f"{folder} has no split {split!r}, only {', '.join(found)}; prepare it with "
-                "`--val-fraction` above 0"
-            )
-        if seq_len > manifest.block_tokens:
-            raise DataUsageError(
-                f"seq_len={seq_len} is longer than a block of {folder}, which holds "
-                f"{manifest.block_tokens} tokens; lower seq_len"
-            )
+        datasets = (
+            data
+            if isinstance(data, Datasets)
+            else open_datasets(data, seq_len=seq_len, split=split)
+        )
         self.seq_len = seq_len
-        self.vocab_size = manifest.vocab_size
-        self.fingerprint = manifest.fingerprint
-        self.tokenizer_sha256 = manifest.tokenizer_sha256
-        self.bos = bool(manifest.preparation.get("config", {}).get("bos", False))
+        self.vocab_size = datasets.vocab_size
+        self.fingerprint = datasets.fingerprint
+        self.tokenizer_sha256 = datasets.tokenizer_sha256
+        self.bos = datasets.bos
         """Whether every document begins with BOS."""
         self._seed = seed
         self._shuffle = shuffle
-        self._sources = [TokenSource(folder, manifest, split, name) for name in names]
-        self._geometries = [
-            Geometry(source.num_tokens, manifest.block_tokens, seq_len) for source in self._sources
-        ]
-        for source, geometry in zip(self._sources, self._geometries, strict=True):
-            if geometry.num_samples == 0:
-                raise DataUsageError(
-                    f"{folder}: source {source.name!r} of split {split!r} holds "
-                    f"{source.num_tokens} tokens, but one sample of seq_len={seq_len} needs "
-                    f"{seq_len + 1}; lower seq_len or prepare more text"
-                )
-        self.num_samples_per_epoch = sum(geometry.num_samples for geometry in self._geometries)
-        # Each source by its size, so that sources come to the end of their epochs together.
-        sizes = {n: g.num_samples for n, g in zip(names, self._geometries, strict=True)}
-        self._mixture = Mixture([Phase(0, sizes)])
-        self._fingerprints = {name: manifest.source_fingerprint(split, name) for name in names}
+        self.sources = {source.name: source for source in datasets.sources}
+        geometries = [source.geometry for source in datasets.sources]
+        self.num_samples_per_epoch = sum(geometry.num_samples for geometry in geometries)
+        fingerprints = datasets.fingerprints()
+        if phases is None:
+            phases = Phases([first_phase(1, datasets.slots(), fingerprints)])
+        self.mixture = Mixture(phases.mixture())
+        self._fingerprints = {name: phases.fingerprints[name] for name in self.mixture.names}
+        check_continues(self._fingerprints, fingerprints)
 
     def tokens(self, sample: int) -> NDArray[np.uint32]:
         """The tokens of a sample, uint32 [seq_len + 1]. DataError when they are damaged."""
@@ -102,16 +88,16 @@ class SampleStream:
     def batch(self, samples: Ints) -> NDArray[np.uint32]:
         """The tokens of several samples, uint32 [len(samples), seq_len + 1]."""
         rows = np.empty((len(samples), self.seq_len + 1), dtype=np.uint32)
-        sources, _, offsets = self._locate(samples)
+        sources, _, offsets = self.locate(samples)
         for row, source, offset in zip(rows, sources.tolist(), offsets.tolist(), strict=True):
-            row[:] = self._sources[source].read(offset, offset + self.seq_len + 1)
+            row[:] = self.source(source).tokens.read(offset, offset + self.seq_len + 1)
         return rows
 
     def placement(self, sample: int) -> Placement:
         """Where a sample comes from."""
-        sources, epochs, offsets = self._locate(np.array([sample], dtype=np.int64))
-        source, offset = self._sources[int(sources[0])], int(offsets[0])
-        shard, chunk, token_offset = source.place(offset)
+        sources, epochs, offsets = self.locate(np.array([sample], dtype=np.int64))
+        source, offset = self.source(int(sources[0])), int(offsets[0])
+        shard, chunk, token_offset = source.tokens.place(offset)
         return Placement(
             sample=sample,
             source=source.name,
@@ -119,12 +105,20 @@ class SampleStream:
             shard=shard,
             chunk=chunk,
             token_offset=token_offset,
-            documents=tuple(source.documents(offset, offset + self.seq_len + 1)),
+            documents=tuple(source.tokens.documents(offset, offset + self.seq_len + 1)),
         )
 
     def documents(self, sample: int) -> tuple[Document, ...]:
         """The documents, whole or in part, that make up a sample."""
         return self.placement(sample).documents
+
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """Passes over each source that the first `num_samples` samples make."""
+        counts = self.mixture.counts(num_samples)
+        return {
+            source.name: counts[source.name] / geometry.num_samples
+            for source, geometry in zip(self._sources, self._geometries, strict=True)
+        }
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """What a checkpoint says of its data, as plain values."""
@@ -132,13 +126,21 @@ class SampleStream:
             "consumed_samples": consumed_samples,
             "seed": self._seed,
             "packing": PACKING,
-            "phases": [{"seq_len": self.seq_len, **phase} for phase in self._mixture.state()],
-            "fingerprints": self._fingerprints,
+            "phases": [{"seq_len": self.seq_len, **phase} for phase in self.mixture.state()],
+            "fingerprints": dict(self._fingerprints),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """DataError when a checkpoint was trained on other data, or in another order."""
+        """DataError when a checkpoint was trained on other data, or in another order.
+
+        Phases that began after the checkpoint are none of its business.
+        """
         own = self.state(0)
+        consumed = max(state.get("consumed_samples", 0), 1)
+        own["phases"] = [phase for phase in own["phases"] if phase["start"] < consumed]
+        names = {name for phase in own["phases"] for name in phase["slots"]}
+        known = own["fingerprints"].items()
+        own["fingerprints"] = {name: value for name, value in known if name in names}
         for name, mine in own.items():
             if name not in state:
                 raise DataError(f"the checkpoint's data state has no {name!r}; it is incomplete")
@@ -148,17 +150,27 @@ class SampleStream:
                     f"{mine}; going on would repeat or skip samples. {_CURE[name]}"
                 )
 
-    def _locate(self, samples: Ints) -> tuple[Ints, Ints, Ints]:
-        """Source index, epoch and token offset of each sample."""
-        sources, indices = self._mixture.locate(samples)
+    def source(self, number: int) -> Source:
+        """A source by its number in the mixture. DataUsageError when its dataset is not named."""
+        name = self.mixture.names[number]
+        if name not in self.sources:
+            raise DataUsageError(
+                f"source {name!r} was read in an earlier phase of this run, and its dataset is "
+                "not named; name it again to look at those steps"
+            )
+        return self.sources[name]
+
+    def locate(self, samples: Ints) -> tuple[Ints, Ints, Ints]:
+        """Number of the source in the mixture, epoch and token offset of each sample."""
+        sources, indices = self.mixture.locate(samples)
         epochs, offsets = np.empty_like(samples), np.empty_like(samples)
         for k in np.unique(sources).tolist():
             chosen = sources == k
-            epochs[chosen], offsets[chosen] = locate(
+            epochs[chosen], offsets[chosen] = place(
                 indices[chosen],
-                self._geometries[k],
+                self.source(k).geometry,
                 seed=self._seed,
-                source=self._sources[k].name,
+                source=self.mixture.names[k],
                 shuffle=self._shuffle,
             )
         return sources, epochs, offsets

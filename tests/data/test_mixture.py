@@ -49,6 +49,15 @@ def test_a_new_phase_goes_on_where_every_source_stood() -> None:
     assert again[1].tolist() == indices[some].tolist()
 
 
+def test_counts_are_those_of_the_samples() -> None:
+    mixture = Mixture([Phase(0, {"a": 3, "b": 1}), Phase(1000, {"b": 1, "c": 2})])
+    sources, _ = mixture.locate(np.arange(150_000))
+    for end in (0, 1, 999, 1000, 1001, 70_000, 150_000):
+        expected = np.bincount(sources[:end], minlength=3).tolist()
+        assert list(mixture.counts(end).values()) == expected
+    assert list(mixture.counts(0)) == ["a", "b", "c"]
+
+
 def test_one_source_is_passed_through() -> None:
     sources, indices = Mixture([Phase(0, {"text": 7.0})]).locate(np.array([0, 5, 10**12]))
     assert sources.tolist() == [0, 0, 0]

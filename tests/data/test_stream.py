@@ -26,6 +26,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_epochs_of_a_run_are_counted_per_source(tmp_path: Path) -> None:
+    write_dataset(tmp_path, {"train/a": documents(40), "train/b": documents(20, seed=1)})
+    stream = SampleStream(tmp_path, seq_len=16, seed=0)
+    count = 2 * stream.num_samples_per_epoch
+    read = Counter(stream.placement(sample).source for sample in range(count))
+    epochs = stream.epochs(count)
+    per_epoch = {name: read[name] / epochs[name] for name in ("a", "b")}
+    assert sum(per_epoch.values()) == pytest.approx(stream.num_samples_per_epoch)
+    assert epochs == pytest.approx({"a": 2, "b": 2}, rel=0.01)
+
+
 @pytest.mark.parametrize("seq_len", [1, 7, 32, 512])
 def test_an_epoch_brings_every_sample_exactly_once(dataset: Path, seq_len: int) -> None:
     straight = _epoch(SampleStream(dataset, seq_len=seq_len, seed=0, shuffle=False), 0)
