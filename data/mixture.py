@@ -73,12 +73,6 @@ class Mixture:
         counts = self._bases[phase] + self._tables[phase].counts_before(length)
         return dict(zip(self.names, counts.tolist(), strict=True))
 
-    def counts(self, num_samples: int) -> dict[str, int]:
-        """Samples of each source among the first `num_samples`."""
-        phase = int(np.searchsorted(self._starts, num_samples, side="right")) - 1
-        inside = self._tables[phase].counts_before(num_samples - int(self._starts[phase]))
-        return dict(zip(self.names, (self._bases[phase] + inside).tolist(), strict=True))
-
     def samples_of(self, source: int, indices: Ints) -> Ints:
         """The samples that `locate` takes to these (sorted) samples of a source; those that the
         phases never reach are left out.

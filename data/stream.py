@@ -116,8 +116,9 @@ class SampleStream:
         """Passes over each source that the first `num_samples` samples make."""
         counts = self.mixture.counts(num_samples)
         return {
-            source.name: counts[source.name] / geometry.num_samples
-            for source, geometry in zip(self._sources, self._geometries, strict=True)
+            name: counts[name] / source.geometry.num_samples
+            for name, source in self.sources.items()
+            if name in counts
         }
 
     def state(self, consumed_samples: int) -> dict[str, Any]:

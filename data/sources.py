@@ -1,0 +1,194 @@
+"""The datasets of a run, opened together: what each source holds, and that one tokenizer made them.
+
+A dataset given alone keeps the names of its own sources. One that is listed under a name gives its
+only source that name (`web`), or puts the name before several (`web/main`). Names are part of the
+keys of the sample order. Cost: one manifest per dataset; no token is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.config import DataConfig, DataError, DataSource, DataUsageError
+from data.manifest import Manifest, read_manifest
+from data.mixture import quotas
+from data.order import Geometry
+from data.tokens import TokenSource
+
+Data = str | Path | Sequence[DataSource]
+"""A dataset directory, or several by name and weight."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a split: a name in the keys of the order, and the tokens behind it."""
+
+    name: str
+    dataset: Path
+    tokens: TokenSource
+    geometry: Geometry
+    fingerprint: str
+    """sha256 over what decides its samples."""
+    weight: float
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Every source of a split, sorted by name, and what all their datasets share."""
+
+    sources: tuple[Source, ...]
+    vocab_size: int
+    tokenizer_sha256: str
+    bos: bool
+    """Whether every document begins with BOS."""
+    fingerprint: str | dict[str, str]
+    """Of the dataset, or of every dataset by its name."""
+
+    def slots(self) -> dict[str, int]:
+        """The mixture by the weights of the sources, out of NUM_SLOTS."""
+        return quotas({source.name: source.weight for source in self.sources})
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of every source."""
+        return {source.name: source.fingerprint for source in self.sources}
+
+
+def data_of(config: DataConfig) -> Data:
+    """What a [data] table names."""
+    return config.sources or config.path
+
+
+def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets:
+    """Open the sources of a split.
+
+    Training needs all that are named; of another split each dataset gives what it has, by size.
+    DataUsageError when the datasets do not fit each other or give no sample of seq_len.
+    """
+    if isinstance(data, str | Path):
+        listed = [DataSource(name="dataset", path=str(data), weight=1)]
+    else:
+        listed = list(data)
+    alone = isinstance(data, str | Path)
+    manifests = [read_manifest(Path(entry.path)) for entry in listed]
+    _check_alike(listed, manifests)
+    sources: list[Source] = []
+    refused: DataUsageError | None = None
+    for entry, manifest in zip(listed, manifests, strict=True):
+        try:
+            sources += _sources(entry, manifest, split, seq_len, alone=alone)
+        except DataUsageError as error:
+            if split == "train":
+                raise
+            refused = refused or error
+    if not sources:
+        assert refused is not None, "a dataset gives sources or a reason"
+        raise refused
+    _check_distinct(sources)
+    by_name = {e.name: m.fingerprint for e, m in zip(listed, manifests, strict=True)}
+    return Datasets(
+        sources=tuple(sorted(sources, key=lambda source: source.name)),
+        vocab_size=manifests[0].vocab_size,
+        tokenizer_sha256=manifests[0].tokenizer_sha256,
+        bos=_bos(manifests[0]),
+        fingerprint=manifests[0].fingerprint if alone else by_name,
+    )
+
+
+def _sources(
+    entry: DataSource, manifest: Manifest, split: str, seq_len: int, *, alone: bool
+) -> list[Source]:
+    folder = Path(entry.path)
+    names = manifest.source_names(split)
+    if not names:
+        found = sorted({shard.split for shard in manifest.shards})
+        raise DataUsageError(
+            f"{folder} has no split {split!r}, only {', '.join(found)}; prepare it with "
+            "`--val-fraction` above 0"
+        )
+    if seq_len > manifest.block_tokens:
+        raise DataUsageError(
+            f"seq_len={seq_len} is longer than a block of {folder}, which holds "
+            f"{manifest.block_tokens} tokens; lower seq_len"
+        )
+    tokens = [TokenSource(folder, manifest, split, name) for name in names]
+    geometries = [Geometry(t.num_tokens, manifest.block_tokens, seq_len) for t in tokens]
+    for source, geometry in zip(tokens, geometries, strict=True):
+        if geometry.num_samples == 0:
+            raise DataUsageError(
+                f"{folder}: source {source.name!r} of split {split!r} holds {source.num_tokens} "
+                f"tokens, but one sample of seq_len={seq_len} needs {seq_len + 1}; lower seq_len "
+                "or prepare more text"
+            )
+    total = sum(geometry.num_samples for geometry in geometries)
+    # By size, sources come to the end of their epochs together.
+    scale = 1.0 if alone or split != "train" else entry.weight / total
+    return [
+        Source(
+            name=_name(entry.name, name, alone=alone, only=len(names) == 1),
+            dataset=folder,
+            tokens=source,
+            geometry=geometry,
+            fingerprint=manifest.source_fingerprint(split, name),
+            weight=geometry.num_samples * scale,
+        )
+        for name, source, geometry in zip(names, tokens, geometries, strict=True)
+    ]
+
+
+def _name(entry: str, inner: str, *, alone: bool, only: bool) -> str:
+    if alone:
+        return inner
+    return entry if only else f"{entry}/{inner}"
+
+
+def _bos(manifest: Manifest) -> bool:
+    return bool(manifest.preparation.get("config", {}).get("bos", False))
+
+
+def _check_alike(listed: list[DataSource], manifests: list[Manifest]) -> None:
+    first, reference = listed[0], manifests[0]
+    for entry, manifest in zip(listed, manifests, strict=True):
+        there, here = reference.tokenizer_sha256, manifest.tokenizer_sha256
+        if here != there:
+            raise DataUsageError(
+                f"sources {first.name!r} and {entry.name!r} were made with different tokenizers: "
+                f"{first.path} has sha256 {there}, {entry.path} has {here}; prepare one of them "
+                f"again with `--tokenizer {Path(first.path) / reference.tokenizer_file}`"
+            )
+        if _bos(manifest) != _bos(reference):
+            with_bos, without = (first, entry) if _bos(reference) else (entry, first)
+            raise DataUsageError(
+                f"source {with_bos.name!r} was prepared with --bos and {without.name!r} without "
+                "it; prepare one of them again like the other"
+            )
+
+
+def _check_distinct(sources: list[Source]) -> None:
+    seen: dict[str, str] = {}
+    for source in sources:
+        other = seen.setdefault(source.fingerprint, source.name)
+        if other != source.name:
+            raise DataUsageError(
+                f"sources {other!r} and {source.name!r} are the same data; name it once, with the "
+                "sum of both weights"
+            )
+
+
+def check_continues(known: dict[str, str], found: dict[str, str]) -> None:
+    """DataError when a source of a run has become other data, or came back under another name."""
+    names = {fingerprint: name for name, fingerprint in known.items()}
+    for name, fingerprint in found.items():
+        if known.get(name, fingerprint) != fingerprint:
+            raise DataError(
+                f"source {name!r} was data of fingerprint {known[name]} in this run and is "
+                f"{fingerprint} now; give new data a name of its own, so that no place in the old "
+                "one is taken for a place in the new"
+            )
+        if names.get(fingerprint, name) != name:
+            raise DataUsageError(
+                f"source {name!r} is the data that this run reads as {names[fingerprint]!r}; call "
+                f"it {names[fingerprint]!r}, or its samples would be trained on again from the "
+                "first"
+            )
