@@ -1,0 +1,54 @@
+"""What only a GPU can show, through real commands; skipped where there is none (`pytest -m gpu`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.test_pretrain import RECIPE, losses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+def pretrain(
+    tmp_path: Path, dataset: Path, run: str, *arguments: str, hide_gpu: bool = False
+) -> int:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    # The other tests' ranks are told to stay on the CPU.
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    if hide_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "launcher", "pretrain", str(recipe), f"data={dataset}"]
+    command += ["--run", str(tmp_path / run), *arguments]
+    return subprocess.run(command, env=environment, timeout=300).returncode
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_run_goes_on_where_it_stood(dataset: Path, tmp_path: Path, stage: int) -> None:
+    layout = ("precision=bf16", f"zero.stage={stage}")
+    assert pretrain(tmp_path, dataset, "whole", *layout) == 0
+    assert pretrain(tmp_path, dataset, "parts", *layout, "--stop-at", "4") == 3
+    assert pretrain(tmp_path, dataset, "parts", *layout) == 0
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert [row[:3] for row in parts] == [row[:3] for row in whole]
+    # The embedding's gradient is summed by atomic additions, whose order is not fixed.
+    for row, wanted in zip(parts, whole, strict=True):
+        assert row[3:] == pytest.approx(wanted[3:], rel=1e-3)
+
+
+def test_a_gpu_trains_what_a_cpu_trains(dataset: Path, tmp_path: Path) -> None:
+    assert pretrain(tmp_path, dataset, "gpu") == 0
+    assert pretrain(tmp_path, dataset, "cpu", hide_gpu=True) == 0
+    gpu, cpu = losses(tmp_path / "gpu"), losses(tmp_path / "cpu")
+    assert [row[:3] for row in gpu] == [row[:3] for row in cpu]
+    # fp32 on both, up to the order of sums; matrix products in TF32 would be off by 1e-3.
+    assert [row[3] for row in gpu] == pytest.approx([row[3] for row in cpu], rel=2e-4)
