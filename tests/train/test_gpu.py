@@ -1,4 +1,4 @@
-"""What only a GPU can show, through real commands; skipped where there is none (`pytest -m gpu`)."""
+"""What only a GPU can show, through real commands; `pytest -m gpu` runs it where there is one."""
 
 from __future__ import annotations
 
