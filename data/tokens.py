@@ -57,6 +57,8 @@ class TokenSource:
         shards = manifest.source_shards(split, source)
         self._row = manifest.shards.index(shards[0])
         self._ends = np.cumsum([entry.tokens for entry in shards], dtype=np.int64)
+        self.bytes_read = 0
+        """Bytes of tokens that were asked of files."""
         self._reset()
 
     @property
@@ -133,6 +135,7 @@ class TokenSource:
         path, file = self._dataset / self._path(shard), self._file(shard)
         checked = self._checked.setdefault(shard, bytearray(len(self._index(shard).chunks)))
         if not checked[number]:
+            self.bytes_read += chunk.tokens * self._dtype.itemsize
             whole = check_tokens(file, path, chunk, self._dtype, self._vocab_size)
             checked[number] = 1
             if whole is not None:
@@ -140,6 +143,7 @@ class TokenSource:
                 return whole[first:last]
         width = self._dtype.itemsize
         offset = chunk.tokens_offset + first * width
+        self.bytes_read += (last - first) * width
         raw = _read_exactly(file, path, chunk, offset, (last - first) * width)
         return np.frombuffer(raw, dtype=self._dtype)
 
@@ -257,6 +261,19 @@ def check_tokens(
             "dataset again"
         )
     return tokens if keep else None
+
+
+def hash_tokens(
+    file: int, path: Path, chunk: Chunk, dtype: np.dtype[Any], begin: int, length: int
+) -> xxhash.xxh3_128:
+    """The hash over `length` tokens of a chunk from `begin` on, read in pieces."""
+    digest = xxhash.xxh3_128()
+    offset, end = (chunk.tokens_offset + n * dtype.itemsize for n in (begin, begin + length))
+    while offset < end:
+        size = min(_PIECE_BYTES, end - offset)
+        digest.update(_read_exactly(file, path, chunk, offset, size))
+        offset += size
+    return digest
 
 
 def check_lens(file: int, path: Path, chunk: Chunk) -> NDArray[Any]:

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from data.durable import told
 from launcher import options, spawn
+from launcher.data_cli import data_app
 from launcher.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look into a dataset.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -119,36 +119,6 @@ def prepare(
             progress=progress,
         )
     show_preparation(summary, as_json=as_json)
-
-
-@data_app.command()
-def verify(
-    dataset: options.DatasetFolder, full: options.Full = False, as_json: options.AsJson = False
-) -> None:
-    """Check a dataset against its manifest."""
-    from data.verify import verify
-    from launcher.show import show_verification
-
-    result = verify(dataset, full=full)
-    show_verification(result, as_json=as_json)
-    _leave(0 if result.ok else 1)
-
-
-@data_app.command()
-def inspect(
-    dataset: options.DatasetFolder,
-    step: options.Step,
-    overrides: options.Overrides = None,
-    recipe: options.StepRecipe = "tiny-cpu",
-    run: options.StepRun = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Show the samples of a training step and recompute its data_hash."""
-    from launcher.inspect import inspect_step
-    from launcher.show import show_inspection
-
-    found = inspect_step(dataset, step=step, run=run, recipe=recipe, overrides=overrides or ())
-    show_inspection(found, as_json=as_json)
 
 
 @app.command()

@@ -42,7 +42,7 @@ def inspect_step(
         found = find_recipe(recipe, "pretrain")
         config = load_config(RunConfig, found.text, overrides, name=found.name)
     else:
-        config = _config_of(run)
+        config = config_of(run)
     if step > config.steps:
         where = f"{run}" if run is not None else f"a run of {recipe}"
         raise InspectUsageError(
@@ -65,7 +65,8 @@ def inspect_step(
     return inspection
 
 
-def _config_of(run: Path) -> RunConfig:
+def config_of(run: Path) -> RunConfig:
+    """The config of a pretraining run."""
     from train.run import read_config
 
     config = read_config(run)

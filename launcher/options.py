@@ -80,6 +80,15 @@ StepRun = Annotated[
     typer.Option("--run", help="A run gives them, and its own data_hash is compared.", **FOLDER),
 ]
 
+StatsRun = Annotated[
+    Path | None,
+    typer.Option("--run", help="A run gives seq_len and seed; its epochs are shown.", **FOLDER),
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", min=1, help="Tokens per sample.", show_default="the run's, or 2048"),
+]
+
 RunArgument = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Run directory of `headrace pretrain`.", parser=_folder),

@@ -1,0 +1,56 @@
+"""The `headrace data` commands: look into a dataset, or index one that others wrote.
+
+What a command needs is imported inside it, as in launcher/cli.py.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from launcher import options
+
+data_app = typer.Typer(help="Look into a dataset.", no_args_is_help=True)
+
+
+@data_app.command()
+def verify(
+    dataset: options.DatasetFolder, full: options.Full = False, as_json: options.AsJson = False
+) -> None:
+    """Check a dataset against its manifest."""
+    from data.verify import verify
+    from launcher.show import show_verification
+
+    result = verify(dataset, full=full)
+    show_verification(result, as_json=as_json)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def inspect(
+    dataset: options.DatasetFolder,
+    step: options.Step,
+    overrides: options.Overrides = None,
+    recipe: options.StepRecipe = "tiny-cpu",
+    run: options.StepRun = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show the samples of a training step and recompute its data_hash."""
+    from launcher.inspect import inspect_step
+    from launcher.show import show_inspection
+
+    found = inspect_step(dataset, step=step, run=run, recipe=recipe, overrides=overrides or ())
+    show_inspection(found, as_json=as_json)
+
+
+@data_app.command()
+def stats(
+    dataset: options.DatasetFolder,
+    run: options.StatsRun = None,
+    seq_len: options.SeqLen = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what a dataset is made of: lengths, copies, sources, disk, and what reading costs."""
+    from launcher.stats import show_stats, stats
+
+    show_stats(stats(dataset, run=run, seq_len=seq_len), as_json=as_json)

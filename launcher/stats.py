@@ -1,0 +1,103 @@
+"""`headrace data stats`: what a dataset is made of, and how often a run passes over it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data.stats import Stats, dataset_stats
+from data.stream import SampleStream
+from launcher.inspect import config_of
+from launcher.show import stage_progress
+
+DEFAULT_SEQ_LEN = 2048
+MAX_BAR = 40
+"""Characters of the longest bar of the histogram."""
+
+
+def stats(dataset: Path, *, run: Path | None, seq_len: int | None) -> Stats:
+    """What `dataset` holds; `run` gives seq_len, seed and the epochs that it makes in all."""
+    config = None if run is None else config_of(run)
+    length = seq_len or (config.seq_len if config else DEFAULT_SEQ_LEN)
+    with stage_progress() as progress:
+        found = dataset_stats(
+            dataset, seq_len=length, seed=config.seed if config else 0, progress=progress
+        )
+    if config is None:
+        return found
+    # A run of one dataset finds it where it is now; sources of several are where its config says.
+    stream = SampleStream(config.data.sources or dataset, seq_len=config.seq_len, seed=config.seed)
+    return replace(found, epochs=stream.epochs(config.steps * config.batch_samples))
+
+
+def show_stats(found: Stats, *, as_json: bool) -> None:
+    """Print the counts, the sources, and a histogram of document lengths."""
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    console = Console()
+    console.print(_totals(found))
+    console.print(_sources(found))
+    console.print(_histogram(found))
+
+
+def _totals(found: Stats) -> Table:
+    repeats = found.repeats
+    table = Table(box=None, show_header=False, pad_edge=False)
+    rows = {
+        "dataset": f"{found.dataset}, fingerprint {found.fingerprint[:16]}",
+        "tokens": f"{found.tokens:,} in {found.documents:,} documents, vocabulary "
+        f"{found.vocab_size:,}",
+        "bytes per token": "unknown: the preparation did not count the text's bytes"
+        if found.bytes_per_token is None
+        else f"{found.bytes_per_token:.3f} ({found.text_bytes:,} bytes of text)",
+        "document length": f"mean {found.tokens / found.documents:,.1f}, longest "
+        f"{found.longest_document:,} tokens; {_share(found.longer_than_seq_len, found.documents)} "
+        f"longer than seq_len {found.seq_len:,}",
+        "exact copies": f"{repeats.documents:,} documents "
+        f"({_share(repeats.documents, found.documents)}), {_share(repeats.tokens, found.tokens)} "
+        f"of the tokens; {repeats.val_documents_in_train:,} validation documents are also in "
+        "the training side",
+        "disk": f"{found.disk_bytes:,} bytes, {found.disk_over_tokens:.4f}x the bytes of the "
+        "tokens",
+    }
+    if found.epochs:
+        passes = (f"{name} {count:,.3f}" for name, count in found.epochs.items())
+        rows["epochs of the run"] = ", ".join(passes)
+    for name, text in rows.items():
+        table.add_row(name, escape(text))
+    return table
+
+
+def _sources(found: Stats) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("source")
+    names = ["shards", "documents", "tokens", "samples", "unused tokens", "read / used"]
+    for name in names:
+        table.add_column(name, justify="right")
+    for s in found.sources:
+        numbers = [s.shards, s.documents, s.tokens, s.samples_per_epoch, s.unused_tokens]
+        row = [f"{number:,}" for number in numbers] + [f"{s.read_amplification:.2f}"]
+        table.add_row(escape(f"{s.split}/{s.source}"), *row)
+    return table
+
+
+def _histogram(found: Stats) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tokens", justify="right")
+    table.add_column("documents", justify="right")
+    table.add_column("")
+    most = max(found.length_histogram.values())
+    for first, count in found.length_histogram.items():
+        bar = "#" * -(-MAX_BAR * count // most)
+        table.add_row(f"{first:,} - {2 * first - 1:,}", f"{count:,}", bar)
+    return table
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}"
