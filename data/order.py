@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,6 +69,12 @@ class Geometry:
         """Windows of an epoch, one at least."""
         return max(-(-self.num_blocks // self.window_blocks), 1)
 
+    def window(self, number: int) -> tuple[int, int]:
+        """First place of a window, and its size; the last one takes all that is left."""
+        size = self.window_blocks * self.samples_per_block
+        start = number * size
+        return start, self.num_samples - start if number == self.num_windows - 1 else size
+
 
 def locate(
     samples: Ints, geometry: Geometry, *, seed: int, source: str, shuffle: bool = True
@@ -103,12 +110,34 @@ def permute(index: Ints, size: int, permutation_key: int) -> Ints:
     """
     num_bits = (size - 1).bit_length()
     keys = _round_keys(permutation_key)
-    result = index.astype(np.uint64)
-    outside = np.arange(len(result))
-    while len(outside):
-        result[outside] = _feistel(result[outside], num_bits, keys)
-        outside = outside[result[outside] >= size]
-    return result.astype(np.int64)
+    return _walk(index, size, lambda x: _feistel(x, num_bits, keys))
+
+
+def unpermute(place: Ints, size: int, permutation_key: int) -> Ints:
+    """Which index `permute` takes to each place: the rounds backwards, and as many of them."""
+    num_bits = (size - 1).bit_length()
+    keys = _round_keys(permutation_key)
+    return _walk(place, size, lambda x: _unfeistel(x, num_bits, keys))
+
+
+def where(
+    start: int,
+    stop: int,
+    geometry: Geometry,
+    *,
+    epoch: int,
+    seed: int,
+    source: str,
+    shuffle: bool = True,
+) -> Ints:
+    """The samples of an epoch of a source, sorted, that hold some of tokens [start, stop): the
+    inverse of `locate`. None where the range lies in what a block or the tail cannot fill.
+    """
+    slots = _slots_of(start, stop, geometry)
+    if shuffle and len(slots):
+        slots = _places(slots, geometry, seed, source, epoch)
+    samples: Ints = np.sort(slots) + np.int64(epoch * geometry.num_samples)
+    return samples
 
 
 def _shuffled_offsets(places: Ints, geometry: Geometry, seed: int, source: str, epoch: int) -> Ints:
@@ -119,9 +148,7 @@ def _shuffled_offsets(places: Ints, geometry: Geometry, seed: int, source: str, 
     slots = np.empty_like(turned)
     for window in np.unique(windows).tolist():
         chosen = windows == window
-        start = window * window_samples
-        last = window == geometry.num_windows - 1
-        size = geometry.num_samples - start if last else window_samples
+        start, size = geometry.window(window)
         inside = permute(turned[chosen] - start, size, key(seed, f"window {window}", source, epoch))
         slots[chosen] = start + inside
     # `slots` counts samples of permuted blocks, with the tail at its end; the tail stays in place.
@@ -129,6 +156,37 @@ def _shuffled_offsets(places: Ints, geometry: Geometry, seed: int, source: str, 
     full = blocks < geometry.num_blocks
     blocks[full] = permute(blocks[full], geometry.num_blocks, key(seed, "blocks", source, epoch))
     return _offsets(blocks * geometry.samples_per_block + within, geometry)
+
+
+def _slots_of(start: int, stop: int, geometry: Geometry) -> Ints:
+    """Samples, counted in the order of the text, that hold some of tokens [start, stop).
+
+    A sample covers seq_len + 1 tokens: the token before one block's end is also in the next.
+    """
+    per_block, size = geometry.samples_per_block, geometry.block_tokens
+    low = max(start - size, 0) // size * per_block
+    high = min((stop - 1) // size * per_block + per_block, geometry.num_samples)
+    slots = np.arange(low, high, dtype=np.int64)
+    offsets = _offsets(slots, geometry)
+    return slots[(offsets < stop) & (offsets + geometry.seq_len >= start)]
+
+
+def _places(slots: Ints, geometry: Geometry, seed: int, source: str, epoch: int) -> Ints:
+    """What `_shuffled_offsets` does, backwards: from slots in text order to places of an epoch."""
+    blocks, within = np.divmod(slots, np.int64(geometry.samples_per_block))
+    full = blocks < geometry.num_blocks
+    blocks[full] = unpermute(blocks[full], geometry.num_blocks, key(seed, "blocks", source, epoch))
+    inside = blocks * geometry.samples_per_block + within
+    window_samples = geometry.window_blocks * geometry.samples_per_block
+    windows = np.minimum(inside // window_samples, geometry.num_windows - 1)
+    turned = np.empty_like(inside)
+    for window in np.unique(windows).tolist():
+        chosen = windows == window
+        start, size = geometry.window(window)
+        own = key(seed, f"window {window}", source, epoch)
+        turned[chosen] = start + unpermute(inside[chosen] - start, size, own)
+    first = key(seed, "rotation", source, epoch) % geometry.num_windows
+    return (turned - first * window_samples) % geometry.num_samples
 
 
 def _offsets(slots: Ints, geometry: Geometry) -> Ints:
@@ -151,6 +209,30 @@ def _feistel(
         else:
             low ^= _mix(high + round_key) & low_mask
     return (high << np.uint64(low_bits)) | low
+
+
+def _unfeistel(
+    x: NDArray[np.uint64], num_bits: int, keys: tuple[np.uint64, ...]
+) -> NDArray[np.uint64]:
+    low_bits = num_bits - num_bits // 2
+    low_mask, high_mask = np.uint64(2**low_bits - 1), np.uint64(2 ** (num_bits - low_bits) - 1)
+    high, low = x >> np.uint64(low_bits), x & low_mask
+    for r, round_key in reversed(list(enumerate(keys))):
+        if r % 2 == 0:
+            high ^= _mix(low + round_key) & high_mask
+        else:
+            low ^= _mix(high + round_key) & low_mask
+    return (high << np.uint64(low_bits)) | low
+
+
+def _walk(index: Ints, size: int, step: Callable[[NDArray[np.uint64]], NDArray[np.uint64]]) -> Ints:
+    """Cycle walking: `step` until every value is inside range(size)."""
+    result = index.astype(np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        result[outside] = step(result[outside])
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import NUM_ROUNDS, WINDOW_TOKENS, Geometry, key, locate, permute
+import data.order
+from data.order import (
+    NUM_ROUNDS,
+    WINDOW_TOKENS,
+    Geometry,
+    key,
+    locate,
+    permute,
+    unpermute,
+    where,
+)
 
 # 11 full blocks of 8 samples and 3 samples in the tail; windows of 4, 4 and 3 blocks.
 MANY_WINDOWS = Geometry(11 * 2**25 + 3 * 2**22 + 1, 2**25, 2**22)
@@ -189,6 +199,66 @@ def test_the_order_of_fifteen_trillion_tokens_needs_no_memory() -> None:
     assert epochs.tolist() == [0] * 32 + [1] * 32
     assert offsets.min() >= 0 and offsets.max() + 4096 < geometry.num_tokens
     assert geometry.window_blocks * geometry.block_tokens == WINDOW_TOKENS
+
+
+@given(size=st.integers(1, 3000), permutation_key=st.integers(0, 2**64 - 1))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_a_permutation_is_undone(size: int, permutation_key: int) -> None:
+    there = permute(np.arange(size), size, permutation_key)
+    assert unpermute(there, size, permutation_key).tolist() == list(range(size))
+    assert permute(
+        unpermute(np.arange(size), size, permutation_key), size, permutation_key
+    ).tolist() == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "block_tokens", "seq_len", "window_tokens"),
+    [
+        (203, 40, 7, 80),  # 5 blocks in windows of 2, a tail of 0 samples
+        (230, 40, 7, 80),  # 5 blocks in windows of 2, a tail of 4 samples in the last one
+        (121, 8, 8, 24),  # blocks of one sample, windows of 3
+        (34, 40, 7, 80),  # no full block
+        (161, 40, 40, 2**27),  # exactly 4 blocks of one sample, one window
+    ],
+)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_where_is_the_inverse_of_locate_for_every_range(
+    monkeypatch: pytest.MonkeyPatch,
+    num_tokens: int,
+    block_tokens: int,
+    seq_len: int,
+    window_tokens: int,
+    shuffle: bool,
+) -> None:
+    monkeypatch.setattr(data.order, "WINDOW_TOKENS", window_tokens)
+    geometry = Geometry(num_tokens, block_tokens, seq_len)
+    count = geometry.num_samples
+    for epoch in (0, 1):
+        samples = np.arange(epoch * count, (epoch + 1) * count)
+        _, offsets = locate(samples, geometry, seed=4, source="s", shuffle=shuffle)
+        held = {
+            sample: set(range(offset, offset + seq_len + 1))
+            for sample, offset in zip(samples.tolist(), offsets.tolist(), strict=True)
+        }
+        for start in range(num_tokens):
+            for stop in {start + 1, start + 5, start + 60, num_tokens}:
+                if start < stop <= num_tokens:
+                    wanted = set(range(start, stop))
+                    expected = sorted(s for s, tokens in held.items() if tokens & wanted)
+                    found = where(
+                        start, stop, geometry, epoch=epoch, seed=4, source="s", shuffle=shuffle
+                    )
+                    assert found.tolist() == expected, (epoch, start, stop)
+
+
+def test_where_in_windows_of_real_size() -> None:
+    """Blocks of 2^25 tokens: three windows without a smaller window for the test."""
+    for epoch in (0, 3):
+        samples = np.arange(epoch * 91, (epoch + 1) * 91)
+        _, offsets = locate(samples, MANY_WINDOWS, seed=5, source="s")
+        for sample, offset in zip(samples.tolist(), offsets.tolist(), strict=True):
+            found = where(offset + 1, offset + 2, MANY_WINDOWS, epoch=epoch, seed=5, source="s")
+            assert found.tolist() == [sample]
 
 
 def _runs(stretches: list[np.ndarray]) -> list[int]:
