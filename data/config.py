@@ -5,9 +5,18 @@ Nothing here imports more than pydantic, so that commands on a login node answer
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+BadText = Literal["strict", "replace", "skip"]
 
 
 class DataError(ValueError):
@@ -22,6 +31,26 @@ class DataUsageError(DataError):
     exit_code: ClassVar[int] = 2
 
 
+class CleanConfig(BaseModel):
+    """What is done to documents before anything else; without it they are stored as they came."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    normalize: bool = False
+    """Unicode NFC, without NUL and without U+FEFF at the start."""
+    filter: bool = False
+    """Drop what the published rules of Gopher and C4 (English prose) drop: data/quality.py."""
+    mask_pii: bool = False
+    """Put placeholders for e-mail and IP addresses, phone and card numbers: data/privacy.py."""
+    dedup: Literal["off", "exact", "near"] = "off"
+    """Keep the first of equal documents, or of documents that share most of their wording."""
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether the text that is stored can differ from the text that was read."""
+        return self.normalize or self.mask_pii
+
+
 class PrepareConfig(BaseModel):
     """How text becomes token shards. Every field changes what is written; workers never do."""
 
@@ -29,10 +58,18 @@ class PrepareConfig(BaseModel):
 
     vocab_size: Annotated[int, Field(ge=1)] = 8192
     """Pieces of the tokenizer that is trained here; unused with a tokenizer of your own."""
+    tokenizer_type: Literal["bpe", "unigram"] = "bpe"
+    """Algorithm of the tokenizer that is trained here. A unigram model encodes 4 times faster, but
+    has no exact twin as tokenizer.json, so models trained with it cannot be exported."""
+    user_symbols: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that are always one piece of their own, wherever they stand in a text."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the text held out for validation; 0 holds nothing out."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
-    """Key of a JSON line that holds its text."""
+    """Key of a record that holds its text; dots go into nested objects: `a.b.text`."""
+    on_bad_text: BadText = "strict"
+    """Text that is not UTF-8: stop, put U+FFFD in (for NUL and half surrogate pairs too), or skip
+    the document or line that holds any; what was replaced or skipped is counted."""
     max_bad_lines: Annotated[int, Field(ge=0)] = 0
     """JSON lines that may be skipped: broken, without the text field, or not Unicode text."""
     bos: bool = False
@@ -45,6 +82,17 @@ class PrepareConfig(BaseModel):
     """Input that one worker takes at a time, in bytes; a shard holds whole parts."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Chooses which text is held out."""
+    clean: CleanConfig = CleanConfig()
+    """Recorded only where something is cleaned, so what was recorded before stays as it is."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        if self.clean == CleanConfig():
+            del values["clean"]
+        if self.on_bad_text == "strict":
+            del values["on_bad_text"]
+        return values
 
 
 class DataSource(BaseModel):
