@@ -33,6 +33,11 @@ class PieceModel:
     """Ids of those of unk, bos, eos and pad that exist."""
 
     @property
+    def byte_ids(self) -> set[int]:
+        """Ids of the 256 bytes that stand for characters without a piece."""
+        return {id_ for id_, (_, _, type_) in enumerate(self.pieces) if type_ == BYTE}
+
+    @property
     def splits_at_space(self) -> bool:
         """Ids do not change when a text is cut before a space that follows no space."""
         return (

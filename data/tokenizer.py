@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import sentencepiece
 import tokenizers
@@ -173,10 +173,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return SentencePieceTokenizer(file)
 
 
-def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
-    """The model file of a BPE tokenizer trained on `sentences`, each at most SENTENCE_BYTES long.
+def train_tokenizer(
+    sentences: Iterable[str],
+    vocab_size: int,
+    *,
+    kind: Literal["bpe", "unigram"] = "bpe",
+    user_symbols: Sequence[str] = (),
+) -> bytes:
+    """The model file of a tokenizer trained on `sentences`, each at most SENTENCE_BYTES long.
 
-    The bytes depend on the sentences, their order and `vocab_size` alone. Raises DataUsageError
+    The bytes depend on the arguments and the order of the sentences alone. Raises DataUsageError
     when `vocab_size` cannot hold the alphabet or is more than the text has pieces for.
     """
     kept = [part for text in sentences for part in text.split(_RESERVED) if part]
@@ -185,7 +191,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(kept),
             model_writer=model,
-            model_type="bpe",
+            model_type=kind,
             # Below 4 the vendor stumbles over the special ids before it says what is needed.
             vocab_size=max(vocab_size, 4),
             byte_fallback=True,
@@ -195,6 +201,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
             # Indentation is most of a program: runs of spaces may be pieces (-38 % tokens there).
             allow_whitespace_only_pieces=True,
             split_digits=True,
+            user_defined_symbols=list(user_symbols),
             unk_id=UNK_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,

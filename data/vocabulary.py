@@ -17,7 +17,9 @@ import numpy as np
 from data.config import DataUsageError, PrepareConfig
 from data.durable import write_durably
 from data.piece_model import NORMAL, SPACE
-from data.survey import Survey
+from data.pool import Pool
+from data.readers import cut_parts, find_files
+from data.survey import Survey, survey
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from data.tokenizer_json import MODEL_FILE, check_has_twin, copy_tokenizer, special_token_names
 
@@ -45,7 +47,23 @@ def train(found: Survey, config: PrepareConfig) -> bytes:
             f"tokenizer_bytes={config.tokenizer_bytes} leaves no text to train the tokenizer on; "
             "raise it"
         )
-    return train_tokenizer((piece.decode() for _, piece in found.sample), config.vocab_size)
+    return train_tokenizer(
+        (piece.decode() for _, piece in found.sample),
+        config.vocab_size,
+        kind=config.tokenizer_type,
+        user_symbols=config.user_symbols,
+    )
+
+
+def train_file(inputs: Sequence[str], output: Path, config: PrepareConfig, *, workers: int) -> None:
+    """Train a tokenizer on the files, folders and patterns in `inputs` and write its model file."""
+    if output.exists():
+        raise DataUsageError(f"{output} exists already; name a new file")
+    parts = cut_parts(find_files(inputs), config.part_bytes)
+    with Pool(min(workers, len(parts))) as pool:
+        found = survey(parts, config, pool, config.tokenizer_bytes, lambda *_: None).total
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(output, train(found, config))
 
 
 def place(model: bytes | Path, dataset: Path) -> Path:
@@ -96,7 +114,7 @@ def coverage(path: Path, found: Survey, *, is_trained: bool) -> Coverage:
         )
     if is_trained:
         report.update(_alphabet(tokenizer, found.sample))
-    elif isinstance(tokenizer, SentencePieceTokenizer):
+    if isinstance(tokenizer, SentencePieceTokenizer):
         try:
             check_has_twin(tokenizer.model, "the tokenizer")
         except DataUsageError as error:

@@ -23,6 +23,7 @@ from data.durable import told
 from launcher import options, spawn
 from launcher.data_cli import data_app
 from launcher.recipes import Recipe, find_recipe
+from launcher.tokenizer_cli import tokenizer_app
 
 if TYPE_CHECKING:
     from train.config import FinetuneConfig, RunConfig
@@ -35,7 +36,7 @@ class _Contents(TyperGroup):
     """Lists commands in the order in which a person meets them; typer puts groups first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        first = ["quickstart", "prepare", "data"]
+        first = ["quickstart", "prepare", "data", "tokenizer"]
         return first + [name for name in super().list_commands(ctx) if name not in first]
 
 
@@ -48,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
 
 
 def main() -> None:
@@ -87,6 +89,8 @@ def prepare(
     more_inputs: options.MoreInputs = None,
     vocab_size: options.VocabSize = None,
     tokenizer: options.TokenizerFile = None,
+    tokenizer_type: options.TokenizerType = None,
+    user_symbols: options.UserSymbols = None,
     val_fraction: options.ValFraction = None,
     text_field: options.TextField = None,
     max_bad_lines: options.MaxBadLines = None,
@@ -101,6 +105,8 @@ def prepare(
 
     given = {
         "vocab_size": vocab_size,
+        "tokenizer_type": tokenizer_type,
+        "user_symbols": user_symbols,
         "val_fraction": val_fraction,
         "text_field": text_field,
         "max_bad_lines": max_bad_lines,

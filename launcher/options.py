@@ -66,6 +66,12 @@ VocabSize = Annotated[
 TokenizerFile = Annotated[
     Path | None, typer.Option(help="Use this tokenizer.model or tokenizer.json instead.", **PATH)
 ]
+TokenizerType = Annotated[
+    Literal["bpe", "unigram"] | None, typer.Option(help="Algorithm of the trained tokenizer.")
+]
+UserSymbols = Annotated[
+    list[str] | None, typer.Option("--symbol", help="String that is always one piece; repeatable.")
+]
 ValFraction = Annotated[float | None, typer.Option(help="Share of the text that is held out.")]
 TextField = Annotated[str | None, typer.Option(help="Key of the text in a .jsonl line.")]
 MaxBadLines = Annotated[int | None, typer.Option(help="Broken .jsonl lines to tolerate.")]
@@ -88,6 +94,22 @@ SeqLen = Annotated[
     int | None,
     typer.Option("--seq-len", min=1, help="Tokens per sample.", show_default="the run's, or 2048"),
 ]
+
+Tars = Annotated[
+    list[Path],
+    typer.Argument(metavar="TAR...", help="Tars of KEY.npy or KEY.bin arrays."),
+]
+TheirTokenizer = Annotated[
+    Path,
+    typer.Option("--tokenizer", help="The tokenizer.model or .json of the tokens.", **PATH),
+]
+RawType = Annotated[
+    str | None, typer.Option("--dtype", help="Type of .bin members: <u1 <u2 <u4 <i4 <i8.")
+]
+ValShare = Annotated[
+    float, typer.Option("--val-fraction", help="Share of the documents that is held out.")
+]
+SourceName = Annotated[str, typer.Option("--source", help="Name of the source in the dataset.")]
 
 RunArgument = Annotated[
     Path,

@@ -40,7 +40,12 @@ VENDORS = {
     "tensorboard": {"train/metrics.py"},
     "transformers": {"train/hf.py"},
     "peft": {"train/hf.py"},
-    "typer": {"launcher/cli.py", "launcher/data_cli.py", "launcher/options.py"},
+    "typer": {
+        "launcher/cli.py",
+        "launcher/data_cli.py",
+        "launcher/options.py",
+        "launcher/tokenizer_cli.py",
+    },
     "subprocess": {
         "launcher/spawn.py",
         "launcher/slurm.py",
