@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data.config import DataError, PrepareConfig
 from data.manifest import ShardEntry, dtype_for
 from data.pool import Pool, Progress
-from data.readers import Document, Part, read_extent
+from data.readers import Document, Part, Reading, read_extent, reading_of
 from data.shards import finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
 from data.survey import Survey, Surveyed
@@ -39,7 +39,7 @@ class EncodeJob:
     side: Side
     runs: tuple[Run, ...]
     """Places in the part's one text file, where the survey listed them; else all of the part."""
-    text_field: str
+    reading: Reading
     rule: SplitRule
     tokenizer: Path
     tokenizer_sha256: str
@@ -122,7 +122,7 @@ def _plan(
     """Consecutive jobs of a side make a shard until it holds `shard_bytes` of text."""
     make = partial(
         EncodeJob,
-        text_field=config.text_field,
+        reading=reading_of(config),
         rule=surveyed.rule,
         tokenizer=tokenizer,
         tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
@@ -197,7 +197,7 @@ def _texts(job: EncodeJob) -> Iterator[str]:
                 yield stream.read(run.stop - run.start).decode()
         return
     for extent in job.part:
-        for document in read_extent(extent, job.text_field):
+        for document in read_extent(extent, job.reading):
             if isinstance(document, Document):
                 for run in job.rule.runs(extent.file, document):
                     if run.side == job.side:

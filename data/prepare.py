@@ -25,7 +25,15 @@ from data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest, write_m
 from data.pool import Pool, Progress
 from data.readers import InputFile, cut_parts, find_files
 from data.split import SIDES
-from data.survey import Survey, Surveyed, listed, share_warnings, survey
+from data.survey import (
+    Survey,
+    Surveyed,
+    bad_noun,
+    bad_text_warnings,
+    listed,
+    share_warnings,
+    survey,
+)
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import MODEL_FILE
 
@@ -61,7 +69,7 @@ def prepare(
     `output` that another command began, DataError for text that cannot be read.
     """
     given = tokenizer and vocabulary.tokenizer_identity(tokenizer, config)
-    files = find_files(inputs)
+    files = find_files(inputs, output.with_name(f"{output.name}.inputs"))
     _check_apart(inputs, output)
     claim = read_claim(output, KIND)
     stamps = _stamps(files)
@@ -188,8 +196,9 @@ def _commit(
     warnings = [*fit.warnings, *share_warnings(surveyed.rule, total)]
     if total.bad_lines:
         warnings.append(
-            f"{total.bad_lines.total()} JSON lines were skipped: {listed(total.bad_lines)}"
+            f"{total.bad_lines.total()} {bad_noun(total)} were skipped: {listed(total.bad_lines)}"
         )
+    warnings += bad_text_warnings(total)
     counts = {
         "files": len(command["inputs"]),
         "input_bytes": sum(file["bytes"] for file in command["inputs"]),

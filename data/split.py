@@ -57,7 +57,9 @@ class Override:
 
     file: InputFile
     offset: int
-    """Byte of the file where the piece's document (or its line) starts, plus the piece's start."""
+    """Where the piece's document starts: a byte of the file, or the document's number in it."""
+    start: int
+    """Byte of the document where the piece starts."""
     side: Side
 
 
@@ -94,7 +96,7 @@ class SplitRule:
         override = self.override
         if (
             override is not None
-            and override.offset == document.offset + piece.start
+            and (override.offset, override.start) == (document.offset, piece.start)
             and override.file == file
         ):
             return override.side

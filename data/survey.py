@@ -14,13 +14,15 @@ from data.config import DataError, DataUsageError, PrepareConfig
 from data.piece_model import SPACE
 from data.pool import Pool, Progress
 from data.readers import (
+    BAD_TEXT,
     MISSING_FIELD,
     Document,
     Dropped,
     InputFile,
     Part,
-    line_number,
+    Reading,
     read_extent,
+    reading_of,
 )
 from data.split import (
     CLOSE_ENOUGH,
@@ -43,13 +45,16 @@ _LOW = 4
 """Small input may be fitted with a limit up to this many times the expected one."""
 _SPACE_BYTES = SPACE.encode()
 
+Place = tuple[int, InputFile, int, int]
+"""A piece: its hash, its file, the offset of its document, its start in the document."""
+
 
 @dataclass(frozen=True)
 class SurveyJob:
     """A part and how to look at it."""
 
     part: Part
-    text_field: str
+    reading: Reading
     rule: SplitRule
     sample_share: float
     """Share of the training text that goes into the sample, by hash."""
@@ -57,7 +62,8 @@ class SurveyJob:
     @property
     def is_one_text(self) -> bool:
         """A part that is one text file may be long: its runs are listed, to be encoded apart."""
-        return len(self.part) == 1 and not self.part[0].file.is_lines
+        is_stored_as_it_is = self.reading.on_bad_text == "strict"
+        return len(self.part) == 1 and self.part[0].file.has_byte_places and is_stored_as_it_is
 
 
 @dataclass
@@ -77,9 +83,11 @@ class Survey:
     """Lines whose text could not be had, by reason."""
     examples: list[Dropped] = field(default_factory=list)
     """The first bad lines."""
-    smallest: tuple[int, InputFile, int] | None = None
-    """Hash and place of the piece with the smallest hash; the first one of equals."""
-    largest: tuple[int, InputFile, int] | None = None
+    num_replaced: int = 0
+    """Documents in which the policy for bad text has put other characters."""
+    smallest: Place | None = None
+    """The piece with the smallest hash; the first one of equals."""
+    largest: Place | None = None
     low: list[tuple[int, int]] = field(default_factory=list)
     """Hash and bytes of the pieces of small input among which the limit for hashes may lie."""
     sample: list[tuple[int, bytes]] = field(default_factory=list)
@@ -93,6 +101,7 @@ class Survey:
         self.num_documents += other.num_documents
         self.num_pieces += other.num_pieces
         self.num_spaces += other.num_spaces
+        self.num_replaced += other.num_replaced
         self.dropped += other.dropped
         self.bad_lines += other.bad_lines
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
@@ -102,8 +111,8 @@ class Survey:
 
     def _extremes(
         self,
-        smallest: tuple[int, InputFile, int] | None,
-        largest: tuple[int, InputFile, int] | None,
+        smallest: Place | None,
+        largest: Place | None,
     ) -> None:
         if smallest and (self.smallest is None or smallest[0] < self.smallest[0]):
             self.smallest = smallest
@@ -115,11 +124,12 @@ class Survey:
         rule = job.rule
         self.num_documents += 1
         self.num_spaces += document.text.count(_SPACE_BYTES)
+        self.num_replaced += document.replaced > 0
         lowest = _LOW * rule.val_fraction * HASH_RANGE if rule.is_small else 0
         sampled = rule.first_train_hash + job.sample_share * (HASH_RANGE - rule.first_train_hash)
         sides = rule.sides(file, document)
         for piece, side in sides:
-            place = (piece.hash, file, document.offset + piece.start)
+            place = (piece.hash, file, document.offset, piece.start)
             self._extremes(place, place)
             if piece.hash < lowest:
                 self.low.append((piece.hash, piece.stop - piece.start))
@@ -156,7 +166,7 @@ def survey(
     rule: SplitRule | None = SplitRule(config.val_fraction, config.seed)
     while rule is not None:
         surveyed = Surveyed(rule, Survey(), [])
-        jobs = [SurveyJob(part, config.text_field, rule, share) for part in parts]
+        jobs = [SurveyJob(part, reading_of(config), rule, share) for part in parts]
         done = 0
         for part, found in zip(parts, pool.map(survey_part, jobs), strict=True):
             surveyed.total.add(found)
@@ -177,7 +187,7 @@ def survey_part(job: SurveyJob) -> Survey:
     """Read one part and count it."""
     found = Survey()
     for extent in job.part:
-        for document in read_extent(extent, job.text_field):
+        for document in read_extent(extent, job.reading):
             if isinstance(document, Document):
                 found.see(extent.file, document, job)
                 continue
@@ -216,7 +226,7 @@ def next_rule(rule: SplitRule, found: Survey) -> SplitRule | None:
         side: Side = "train" if found.documents["val"] else "val"
         chosen = found.smallest if side == "val" else found.largest
         assert chosen is not None and rule.override is None
-        return replace(rule, override=Override(chosen[1], chosen[2], side))
+        return replace(rule, override=Override(*chosen[1:], side))
     # A corpus of a single piece is cut into tenths, so that it too has something to hold out.
     tenth = -(-found.text_bytes.total() // 10)
     if tenth >= rule.piece_bytes:
@@ -247,18 +257,39 @@ def _miss(rule: SplitRule, found: Survey) -> float:
 
 def _bad_lines(found: Survey, config: PrepareConfig) -> str:
     lines = [
-        f"{found.bad_lines.total()} JSON lines cannot be used ({listed(found.bad_lines)}), "
+        f"{found.bad_lines.total()} {bad_noun(found)} cannot be used ({listed(found.bad_lines)}), "
         f"{config.max_bad_lines} may be skipped; the first:"
     ]
     for bad in found.examples:
-        where = f"{bad.file.path}:{line_number(bad.file, bad.offset)}"
         what = f"no field {config.text_field!r}" if bad.reason == MISSING_FIELD else bad.reason
-        lines.append(f"  {where}: {what}: {bad.detail}")
+        lines.append(f"  {bad.place}: {what}: {bad.detail}")
     advice = "mend them, or name the field that holds the text with --text-field"
     if found.num_documents:
         advice += f", or skip them with --max-bad-lines {found.bad_lines.total()}"
     lines.append(advice)
     return "\n".join(lines)
+
+
+def bad_text_warnings(found: Survey) -> list[str]:
+    """What the policy for bad text has done; nothing where all text was good."""
+    warnings = []
+    if found.num_replaced:
+        warnings.append(
+            f"{found.num_replaced} of {found.num_documents} documents hold U+FFFD in place of "
+            "bytes or characters that were no text (--on-bad-text replace)"
+        )
+    skipped = Counter({key: found.dropped[key] for key in BAD_TEXT if found.dropped[key]})
+    if skipped:
+        warnings.append(
+            f"{skipped.total()} documents or lines were skipped (--on-bad-text skip): "
+            f"{listed(skipped)}"
+        )
+    return warnings
+
+
+def bad_noun(found: Survey) -> str:
+    """What the bad lines are lines of."""
+    return "JSON lines" if all(bad.where is None for bad in found.examples) else "records"
 
 
 def listed(counts: Counter[str]) -> str:

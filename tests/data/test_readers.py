@@ -84,12 +84,12 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
         ("none.txt", r"--input .*none\.txt: no such file or folder \(looked in "),
         ("*.csv", r"--input .*\*\.csv: no file matches this pattern"),
         ("empty", r"--input .*empty: the folder holds no files"),
-        ("a.txt.gz", r"a\.txt\.gz: files ending in \.gz cannot be read; unpack or convert it"),
+        ("a.txt.lz4", r"a\.txt\.lz4: files ending in \.lz4 cannot be read; unpack or convert it"),
     ],
 )
 def test_an_input_that_cannot_be_read_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "a.txt.gz", b"\x1f\x8b")
+    write(tmp_path / "a.txt.lz4", b"\x04\x22")
     with pytest.raises(DataUsageError, match=message):
         find_files([str(tmp_path / name)])
 

@@ -76,7 +76,7 @@ def test_an_override_moves_exactly_one_piece() -> None:
     text = prose(400).encode()
     rule = SplitRule(0.0, 0, piece_bytes=50)
     pieces = list(rule.pieces(Document(1000, text)))
-    chosen = Override(FILE, 1000 + pieces[2].start, "val")
+    chosen = Override(FILE, 1000, pieces[2].start, "val")
     moved = SplitRule(0.0, 0, piece_bytes=50, override=chosen)
     sides = [side for _, side in moved.sides(FILE, Document(1000, text))]
     assert sides == ["val" if i == 2 else "train" for i in range(len(pieces))]
@@ -117,6 +117,6 @@ def test_the_limit_is_fitted_to_the_nearest_share() -> None:
 
 
 def test_the_rule_is_described_with_its_numbers() -> None:
-    words = SplitRule(0.25, 7, 100, Override(FILE, 0, "train")).describe()
+    words = SplitRule(0.25, 7, 100, Override(FILE, 0, 0, "train")).describe()
     for part in ("100 bytes", "seed 7", "0.25 * 2^64", "train would be empty", "largest hash"):
         assert part in words

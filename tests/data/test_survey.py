@@ -90,7 +90,7 @@ def test_a_side_that_stays_empty_gets_the_extreme_hash(
     override = surveyed.rule.override
     assert override is not None and override.side == empty
     extreme = surveyed.total.smallest if empty == "val" else surveyed.total.largest
-    assert extreme is not None and extreme[2] == override.offset
+    assert extreme is not None and extreme[2:] == (override.offset, override.start)
 
 
 def test_equal_documents_do_not_all_change_sides(tmp_path: Path) -> None:

@@ -1,0 +1,221 @@
+"""From what a person names to files: paths, folders, patterns, lists, URLs and standard input.
+
+Nothing is read here but lists, the first bytes of files, and what comes from elsewhere: that is
+kept whole in a folder first, so that everything after can be repeated.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data import remote
+from data.compressed import kind_by_content
+from data.config import DataUsageError
+from data.documents import COMPRESSIONS, InputFile
+from data.durable import publish, writing
+
+UNREADABLE_SUFFIXES = frozenset(
+    {".lz4", ".zip", ".7z", ".arrow", ".warc", ".rar", ".br", ".z", ".tbz2", ".txz"}
+    | {".pdf", ".docx", ".npy", ".npz", ".bin", ".safetensors", ".png", ".jpg", ".jpeg"}
+)
+_STDIN = "-"
+
+Found = tuple[Path, str, bool]
+"""A file, its display name, and whether its suffix was written by a person."""
+
+
+def find_files(inputs: Sequence[str], keep: Path | None = None) -> list[InputFile]:
+    """Every file that the inputs name, in a fixed order: inputs as given, folders by sorted path.
+
+    What comes from a URL or standard input is kept in the folder `keep`. Hidden files and folders
+    inside a folder are left out. Raises DataUsageError for an input that is empty or does not
+    exist, a pattern without a match, an empty folder, a file that is named twice, and kinds of
+    file that cannot be read.
+    """
+    if not inputs:
+        raise DataUsageError("no input given; name files, folders or patterns: --input PATH...")
+    files: list[InputFile] = []
+    seen: dict[Path, Path] = {}
+    for named in inputs:
+        if not named.strip():
+            raise DataUsageError(
+                f"--input {named!r} names nothing, as when a variable is not set; write . for "
+                "the current folder"
+            )
+        for path, name, is_named in _named(named, keep):
+            real = path.resolve()
+            if real in seen:
+                raise DataUsageError(
+                    f"--input {named} names {path}, which is the same file as {seen[real]}; "
+                    "its text would count twice: name it once"
+                )
+            seen[real] = path
+            file = InputFile(path, name, path.stat().st_size, is_named)
+            _check_kind(file)
+            files.append(file)
+    return files
+
+
+def _named(named: str, keep: Path | None) -> Iterator[Found]:
+    """The files of one input."""
+    if named.startswith("@") and not Path(named).exists():
+        yield from _listed(Path(named[1:]), keep)
+    elif named == _STDIN or named.startswith(f"{_STDIN}."):
+        path = _spool_stdin(named, _folder(named, keep))
+        yield path, path.name, True
+    elif "://" in named:
+        for path in remote.fetch(named, _folder(named, keep)):
+            yield path, path.name, True
+    else:
+        yield from _expand(named)
+
+
+def _folder(named: str, keep: Path | None) -> Path:
+    if keep is None:
+        raise DataUsageError(f"--input {named}: only a file on this machine can be read here")
+    return keep
+
+
+def _listed(path: Path, keep: Path | None) -> Iterator[Found]:
+    """The files of a list: a path, pattern or URL per line, relative to the list's folder."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataUsageError(f"--input @{path}: the list cannot be read: {reason}") from None
+    count = 0
+    for number, line in enumerate(lines, 1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        count += 1
+        if entry.startswith(("@", _STDIN)):
+            raise DataUsageError(
+                f"{path}:{number}: {entry} is not a path, pattern or URL; a list names no other "
+                "list, and not standard input (write ./ before a name that begins so)"
+            )
+        try:
+            yield from _named(entry if "://" in entry else str(path.parent / entry), keep)
+        except DataUsageError as error:
+            raise DataUsageError(f"{path}:{number}: {error}") from None
+    if not count:
+        raise DataUsageError(f"--input @{path}: the list names no file")
+
+
+def _spool_stdin(named: str, folder: Path) -> Path:
+    """Standard input as a file; its suffix is what follows the dash, as in -.jsonl.gz."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise DataUsageError(f"--input {named} reads standard input, where nothing is piped in")
+    stream = sys.stdin.buffer
+    block = stream.read(2**20)
+    if not block:
+        raise DataUsageError(f"--input {named}: standard input is empty; did the command fail?")
+    if named == _STDIN:
+        _check_plain(block)
+    path = folder / f"stdin{named[1:] or '.txt'}"
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            while block:
+                file.write(block)
+                block = stream.read(2**20)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(part, path)
+    return path
+
+
+def _check_plain(head: bytes) -> None:
+    """A bare dash is one text: refuse what is plainly something else."""
+    kind = kind_by_content(head)
+    if kind is not None:
+        raise DataUsageError(
+            f"--input -: standard input is {kind}, not text; say what it is by a suffix, such as "
+            "--input -.jsonl.gz or -.parquet"
+        )
+    try:
+        is_object = isinstance(json.loads(head.partition(b"\n")[0]), dict)
+    except ValueError:
+        is_object = False
+    if is_object:
+        raise DataUsageError(
+            "--input -: standard input looks like JSON lines; write --input -.jsonl to read its "
+            "text field, or --input -.txt to take it as one text"
+        )
+
+
+def _expand(named: str) -> list[Found]:
+    """The files of one path or pattern."""
+    path = Path(named)
+    if path.is_dir():
+        return _walk(path)
+    if path.exists():
+        return [(path, path.name, True)]
+    if not glob.has_magic(named):
+        raise DataUsageError(f"--input {named}: no such file or folder (looked in {Path.cwd()})")
+    matches = [Path(match) for match in sorted(glob.glob(named, recursive=True))]
+    found = [
+        (match, match.name, named.endswith(match.suffix)) for match in matches if match.is_file()
+    ]
+    if not found:
+        found = [found for match in matches if match.is_dir() for found in _walk(match)]
+    if not found:
+        raise DataUsageError(f"--input {named}: no file matches this pattern")
+    return found
+
+
+def _walk(folder: Path) -> list[Found]:
+    """Regular files below `folder`, sorted by relative path; linked folders are followed once."""
+    found: list[tuple[str, Path]] = []
+    visited: set[str] = set()
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = Path(root, name)
+            if not name.startswith(".") and path.is_file():
+                found.append((path.relative_to(folder).as_posix(), path))
+    if not found:
+        raise DataUsageError(f"--input {folder}: the folder holds no files")
+    top = folder.resolve().name
+    return [(path, f"{top}/{relative}", False) for relative, path in sorted(found)]
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataUsageError(f"{error.filename} cannot be listed: {error.strerror}")
+
+
+def _check_kind(file: InputFile) -> None:
+    path = file.path
+    if not path.is_file():
+        raise DataUsageError(f"{path} is not a regular file; write its text to a file first")
+    suffixes = [path.suffix.lower()]
+    if suffixes[0] in COMPRESSIONS:
+        suffixes.append(path.with_suffix("").suffix.lower())
+    for suffix in suffixes:
+        if suffix in UNREADABLE_SUFFIXES:
+            raise DataUsageError(
+                f"{path}: files ending in {suffix} cannot be read; "
+                "unpack or convert it to plain text or .jsonl first"
+            )
+    if not os.access(path, os.R_OK):
+        raise DataUsageError(f"{path} cannot be read: permission denied")
+    if file.compression is not None or file.format in ("parquet", "tar"):
+        return
+    with path.open("rb") as stream:
+        kind = kind_by_content(stream.read(512))
+    if kind is not None:
+        raise DataUsageError(
+            f"{path} is {kind} by its first bytes, although its name does not end so; rename it so "
+            "that its last suffix says what it is, or unpack it"
+        )

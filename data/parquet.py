@@ -1,0 +1,106 @@
+"""Parquet files as documents: one text column, row by row. The only module that imports pyarrow.
+
+Memory: the pages of a row group's text column. A file that is cut or damaged is a DataError; pages
+that carry a checksum are held against it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from data.config import DataError, DataUsageError
+from data.documents import Document, Dropped, InputFile, Reading
+
+_ROWS = 256
+
+
+def read_parquet(file: InputFile, reading: Reading) -> Iterator[Document | Dropped]:
+    """Every row's text in order; its offset is the number of the row."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataUsageError(
+            "reading .parquet files needs the package pyarrow; install it with "
+            f"{sys.executable} -m pip install pyarrow"
+        ) from None
+    if file.compression is not None:
+        raise DataUsageError(f"{file.path}: parquet is packed inside already; unpack the file")
+    index = 0
+    try:
+        with pq.ParquetFile(file.path, page_checksum_verification=True) as table:
+            _check_column(table.schema_arrow, file, reading)
+            column = reading.text_field
+            for batch in table.iter_batches(_ROWS, columns=[column], use_threads=False):
+                for value in _raw(pa, batch, column):
+                    yield _row(value, file, reading, index)
+                    index += 1
+            expected = table.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file.path}: damaged or cut off after row {index} ({str(error).splitlines()[0]}); "
+            "fetch or write the file again"
+        ) from None
+    if index != expected:
+        raise DataError(f"{file.path}: {index} rows of {expected}; the file is damaged")
+
+
+def _check_column(schema: Any, file: InputFile, reading: Reading) -> None:
+    import pyarrow as pa
+
+    at: Any = schema
+    walked: list[str] = []
+    keys = [reading.text_field] if reading.text_field in schema.names else None
+    for key in keys or reading.text_field.split("."):
+        names = [at.field(i).name for i in range(_num_fields(pa, at))]
+        if names.count(key) != 1:
+            inside = f"in {'.'.join(walked)!r} " if walked else ""
+            raise DataUsageError(
+                f"{file.path}: no column {reading.text_field!r}; {inside}its columns are "
+                f"{', '.join(map(repr, names[:20])) or 'none'}: name the one that holds the text "
+                "with --text-field"
+            )
+        at = at.field(names.index(key)).type
+        walked.append(key)
+    if pa.types.is_dictionary(at):
+        at = at.value_type
+    if not any(
+        test(at)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_string_view,
+            pa.types.is_binary_view,
+        )
+    ):
+        raise DataUsageError(f"{file.path}: column {reading.text_field!r} holds {at}, not text")
+
+
+def _num_fields(pa: Any, at: Any) -> int:
+    if isinstance(at, pa.Schema):
+        return len(at.names)
+    return at.num_fields if pa.types.is_struct(at) else 0
+
+
+def _raw(pa: Any, batch: Any, column: str) -> Iterator[bytes | None]:
+    """The column's values as bytes: text in a file may be no UTF-8, which is our policy's."""
+    import pyarrow.compute as pc
+
+    values = batch.column(0)
+    if batch.schema.names[0] != column:
+        values = pc.struct_field(values, column.split(".")[1:])
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    for value in values.cast(pa.large_binary()):
+        yield value.as_py()
+
+
+def _row(value: bytes | None, file: InputFile, reading: Reading, index: int) -> Document | Dropped:
+    where = f"{file.path}, row {index + 1}"
+    if value is None:
+        return Dropped(file, index, "field is not text", "got null", where=where)
+    return reading.document(value, file, index, where)
