@@ -54,3 +54,28 @@ def stats(
     from launcher.stats import show_stats, stats
 
     show_stats(stats(dataset, run=run, seq_len=seq_len), as_json=as_json)
+
+
+@data_app.command()
+def index(
+    tars: options.Tars,
+    tokenizer: options.TheirTokenizer,
+    output: options.Output,
+    dtype: options.RawType = None,
+    val_fraction: options.ValShare = 0.0,
+    source: options.SourceName = "main",
+    as_json: options.AsJson = False,
+) -> None:
+    """Make WebDataset tars of integer arrays trainable, by copying them into token shards."""
+    from data.foreign import index
+    from launcher.stats import show_indexed
+
+    found = index(
+        tars,
+        output,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        val_fraction=val_fraction,
+        source=source,
+    )
+    show_indexed(found, as_json=as_json)

@@ -1,4 +1,6 @@
-"""`headrace data stats`: what a dataset is made of, and how often a run passes over it."""
+"""`headrace data stats`: what a dataset is made of, and how often a run passes over it; and what
+`headrace data index` has made of tars.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data.foreign import Indexed
 from data.stats import Stats, dataset_stats
 from data.stream import SampleStream
 from launcher.inspect import config_of
@@ -44,6 +47,35 @@ def show_stats(found: Stats, *, as_json: bool) -> None:
     console.print(_totals(found))
     console.print(_sources(found))
     console.print(_histogram(found))
+
+
+def show_indexed(found: Indexed, *, as_json: bool) -> None:
+    """Print what was copied, changed and left alone."""
+    manifest = found.manifest
+    tokens = {split: manifest.num_tokens(split) for split in ("train", "val")}
+    if as_json:
+        result = {
+            "dataset": str(found.output),
+            "vocab_size": manifest.vocab_size,
+            "train_tokens": tokens["train"],
+            "val_tokens": tokens["val"],
+            "documents": sum(shard.documents for shard in manifest.shards),
+            "fingerprint": manifest.fingerprint,
+            "was_complete": found.was_complete,
+            "eos_appended": found.eos_appended,
+            "eos_inside": found.eos_inside,
+            "ignored": found.ignored,
+        }
+        print(json.dumps(result, indent=2))
+        return
+    for ending, count in found.ignored.items():
+        print(f"warning: {count:,} members .{ending} are no token arrays and were left alone")
+    print(
+        f"{found.output}{' was complete' if found.was_complete else ''}: {tokens['train']:,} "
+        f"training and {tokens['val']:,} validation tokens in "
+        f"{manifest.counts['documents']:,} documents, EOS appended to {found.eos_appended:,} of "
+        f"them, {found.eos_inside:,} hold EOS inside, fingerprint {manifest.fingerprint[:16]}"
+    )
 
 
 def _totals(found: Stats) -> Table:
