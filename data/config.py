@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 BadText = Literal["strict", "replace", "skip"]
+Boundaries = Literal["ignore", "labels", "attention"]
 
 
 class DataError(ValueError):
@@ -120,6 +121,10 @@ class DataConfig(BaseModel):
     max_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Epochs of any source that the whole run may need; more is refused at the start, 0 allows it.
     """
+    boundaries: Boundaries = "ignore"
+    """What the ends of documents mean inside a sample. labels: the first token of a document is no
+    target; attention: that, and tokens and positions know only their own document. Nothing is then
+    learned of how a text begins, unless it begins with BOS: prepare with --bos."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank; 0 reads in the training process."""
 

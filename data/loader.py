@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.config import DataError
+from data.boundaries import document_ids, mask_first_tokens, positions_in_documents
+from data.config import Boundaries, DataError
 from data.order import Ints, accumulation
 from data.stream import SampleStream as SampleStream
 from data.stream import sample_hash as sample_hash
@@ -42,6 +43,7 @@ def micro_batches(
     micro_batch: int,
     num_micro: int | None = None,
     num_workers: int = 0,
+    boundaries: Boundaries = "ignore",
 ) -> Iterator[Batch]:
     """The micro-batches of one rank in training order, accumulation * num_steps of them.
 
@@ -49,7 +51,8 @@ def micro_batches(
 
     Each holds int64 tensors: input_ids, labels and position_ids [B,T], labels already shifted
     (labels[t] is the target of input t; -100 where there is none), and data_hash, a scalar: the sum
-    of the hashes of the real samples, modulo 2^64, as a signed number.
+    of the hashes of the real samples, modulo 2^64, as a signed number. `boundaries` changes labels
+    and positions by data/boundaries.py, never the samples; "attention" adds doc_ids [B,T].
     DataError when the data is damaged, also when a loader process found it.
     """
     assert 0 <= rank < num_ranks, "a rank of the data-parallel group"
@@ -62,6 +65,7 @@ def micro_batches(
         micro_batch=micro_batch,
         num_micro=num_micro or accumulation(batch_samples, num_ranks, micro_batch),
         num_steps=num_steps,
+        boundaries=boundaries,
     )
     if num_workers == 0:
         return (plan.batch(number) for number in range(len(plan)))
@@ -80,6 +84,7 @@ class Plan(Dataset[Any]):
     micro_batch: int
     num_micro: int
     num_steps: int
+    boundaries: Boundaries = "ignore"
 
     def __len__(self) -> int:
         return self.num_micro * self.num_steps
@@ -109,10 +114,15 @@ class Plan(Dataset[Any]):
         labels_BT[: len(samples)] = tokens[:, 1:]
         positions_BT = np.tile(np.arange(seq_len, dtype=np.int64), (self.micro_batch, 1))
         total = sum(map(sample_hash, samples.tolist(), tokens)) % 2**64
+        arrays = {"input_ids": input_ids_BT, "labels": labels_BT, "position_ids": positions_BT}
+        if self.boundaries != "ignore":
+            mask_first_tokens(labels_BT, input_ids_BT, eos_id=self.stream.eos_id)
+        if self.boundaries == "attention":
+            doc_ids_BT = document_ids(input_ids_BT, eos_id=self.stream.eos_id)
+            arrays["doc_ids"] = doc_ids_BT
+            arrays["position_ids"] = positions_in_documents(doc_ids_BT)
         return {
-            "input_ids": torch.from_numpy(input_ids_BT),
-            "labels": torch.from_numpy(labels_BT),
-            "position_ids": torch.from_numpy(positions_BT),
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
             "data_hash": torch.tensor(total - 2**64 if total >= 2**63 else total),
         }
 

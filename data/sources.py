@@ -43,6 +43,8 @@ class Datasets:
     tokenizer_sha256: str
     bos: bool
     """Whether every document begins with BOS."""
+    eos_id: int | None
+    """The id that ends every document; None where the tokens are documents to nobody."""
     fingerprint: str | dict[str, str]
     """Of the dataset, or of every dataset by its name."""
 
@@ -92,6 +94,7 @@ def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets
         vocab_size=manifests[0].vocab_size,
         tokenizer_sha256=manifests[0].tokenizer_sha256,
         bos=_bos(manifests[0]),
+        eos_id=manifests[0].special_ids.get("eos"),
         fingerprint=manifests[0].fingerprint if alone else by_name,
     )
 

@@ -68,6 +68,7 @@ class SampleStream:
         self.tokenizer_sha256 = datasets.tokenizer_sha256
         self.bos = datasets.bos
         """Whether every document begins with BOS."""
+        self._eos_id = datasets.eos_id
         self._seed = seed
         self._shuffle = shuffle
         self.sources = {source.name: source for source in datasets.sources}
@@ -79,6 +80,16 @@ class SampleStream:
         self.mixture = Mixture(phases.mixture())
         self._fingerprints = {name: phases.fingerprints[name] for name in self.mixture.names}
         check_continues(self._fingerprints, fingerprints)
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends every document. DataUsageError where the dataset has none."""
+        if self._eos_id is None:
+            raise DataUsageError(
+                "the dataset's manifest names no end-of-text id, so nobody can tell where its "
+                "documents end; write data.boundaries=ignore"
+            )
+        return self._eos_id
 
     def tokens(self, sample: int) -> NDArray[np.uint32]:
         """The tokens of a sample, uint32 [seq_len + 1]. DataError when they are damaged."""
