@@ -76,7 +76,7 @@ def prepare(
     parts = cut_parts(files, config.part_bytes)
     with Pool(min(workers, len(parts))) as pool:
         digests = _digests(files, pool, progress)
-        command = {"config": config.model_dump(), "tokenizer": given, "inputs": digests}
+        command = {"config": config.model_dump(mode="json"), "tokenizer": given, "inputs": digests}
         if claim is not None:
             _check_same(output, claim, command)
             if (output / MANIFEST).is_file():

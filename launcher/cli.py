@@ -93,6 +93,7 @@ def prepare(
     user_symbols: options.UserSymbols = None,
     val_fraction: options.ValFraction = None,
     text_field: options.TextField = None,
+    on_bad_text: options.OnBadText = "strict",
     max_bad_lines: options.MaxBadLines = None,
     bos: options.Bos = False,
     workers: options.Workers = 0,
@@ -109,6 +110,7 @@ def prepare(
         "user_symbols": user_symbols,
         "val_fraction": val_fraction,
         "text_field": text_field,
+        "on_bad_text": on_bad_text,
         "max_bad_lines": max_bad_lines,
         "bos": bos,
     }

@@ -54,7 +54,12 @@ ModelFolder = Annotated[
 
 Inputs = Annotated[
     list[str],
-    typer.Option("--input", help="Text file, .jsonl file, directory or glob; repeatable."),
+    typer.Option(
+        "--input",
+        help="Text, .jsonl, .json, .csv, .tsv, .parquet or WebDataset .tar file, also as .gz .bz2 "
+        ".xz .zst; directory, glob, URL (s3 gs http hf), @LIST, or - (-.jsonl) for standard "
+        "input; repeatable.",
+    ),
 ]
 MoreInputs = Annotated[
     list[str] | None, typer.Argument(metavar="[PATH]...", help="Further inputs.")
@@ -73,7 +78,13 @@ UserSymbols = Annotated[
     list[str] | None, typer.Option("--symbol", help="String that is always one piece; repeatable.")
 ]
 ValFraction = Annotated[float | None, typer.Option(help="Share of the text that is held out.")]
-TextField = Annotated[str | None, typer.Option(help="Key of the text in a .jsonl line.")]
+TextField = Annotated[
+    str | None, typer.Option(help="Key (a.b.c goes into objects) or column of the text.")
+]
+OnBadText = Annotated[
+    Literal["strict", "replace", "skip"],
+    typer.Option(help="Text that is not UTF-8: stop, put U+FFFD in, or skip the document."),
+]
 MaxBadLines = Annotated[int | None, typer.Option(help="Broken .jsonl lines to tolerate.")]
 Bos = Annotated[bool, typer.Option("--bos", help="Put BOS in front of every document.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.")]

@@ -36,6 +36,7 @@ VENDORS = {
     "webdataset": {"data/shards.py"},
     "sentencepiece": {"data/tokenizer.py"},
     "tokenizers": {"data/tokenizer.py"},
+    "zstandard": {"data/compressed.py"},
     "wandb": {"train/metrics.py"},
     "tensorboard": {"train/metrics.py"},
     "transformers": {"train/hf.py"},
