@@ -17,6 +17,8 @@ from data.config import DataUsageError
 from data.durable import read_sealed, write_sealed, writing
 
 LOCK = "headrace.lock.json"
+WORK = "headrace.work"
+"""A folder in an output for what is needed until it is finished; it may come before the lock."""
 FORMAT = 1
 
 
@@ -31,7 +33,8 @@ def read_claim(folder: Path, kind: str) -> dict[str, Any] | None:
         return None
     if not (folder / LOCK).is_file():
         # A kill between making the directory and renaming the lock leaves only its draft.
-        strangers = sorted(p.name for p in folder.iterdir() if p.name != f"{LOCK}.tmp")
+        own = (f"{LOCK}.tmp", WORK)
+        strangers = sorted(path.name for path in folder.iterdir() if path.name not in own)
         if strangers:
             raise DataUsageError(
                 f"{folder} is not empty and was not begun by this command (it holds "

@@ -90,7 +90,7 @@ class PrepareConfig(BaseModel):
     def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         if self.clean == CleanConfig():
-            del values["clean"]
+            values.pop("clean", None)
         if self.on_bad_text == "strict":
             del values["on_bad_text"]
         return values

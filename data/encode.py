@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.cleaning import Cleaned, read_cleaned
 from data.config import DataError, PrepareConfig
 from data.manifest import ShardEntry, dtype_for
 from data.pool import Pool, Progress
-from data.readers import Document, Part, Reading, read_extent, reading_of
+from data.readers import Document, Part, Reading, reading_of
 from data.shards import finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
 from data.survey import Survey, Surveyed
@@ -36,6 +37,8 @@ class EncodeJob:
     """The stored documents of a part on one side."""
 
     part: Part
+    number: int
+    """Of the part among all parts."""
     side: Side
     runs: tuple[Run, ...]
     """Places in the part's one text file, where the survey listed them; else all of the part."""
@@ -44,6 +47,7 @@ class EncodeJob:
     tokenizer: Path
     tokenizer_sha256: str
     bos: bool
+    cleaned: Cleaned | None
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,10 @@ def write_shards(
     tokenizer: Path,
     pool: Pool,
     progress: Progress,
+    cleaned: Cleaned | None = None,
 ) -> list[ShardEntry]:
     """Write every shard that is not finished; returns all, training side first."""
-    plans = _plan(dataset, surveyed, config, tokenizer)
+    plans = _plan(dataset, surveyed, config, tokenizer, cleaned)
     dtype = dtype_for(load_tokenizer(tokenizer).vocab_size)
     num_bytes = done = surveyed.total.text_bytes.total()
     entries = {plan.path: _left_over(plan) for plan in plans}
@@ -117,7 +122,11 @@ def _left_over(plan: ShardPlan) -> ShardEntry | None:
 
 
 def _plan(
-    dataset: Path, surveyed: Surveyed, config: PrepareConfig, tokenizer: Path
+    dataset: Path,
+    surveyed: Surveyed,
+    config: PrepareConfig,
+    tokenizer: Path,
+    cleaned: Cleaned | None,
 ) -> list[ShardPlan]:
     """Consecutive jobs of a side make a shard until it holds `shard_bytes` of text."""
     make = partial(
@@ -127,17 +136,18 @@ def _plan(
         tokenizer=tokenizer,
         tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
         bos=config.bos,
+        cleaned=cleaned,
     )
     plans: list[ShardPlan] = []
     for side in SIDES:
         shards: list[ShardPlan] = []
-        for part, found in surveyed.parts:
+        for number, (part, found) in enumerate(surveyed.parts):
             for runs, num_documents, text_bytes in _groups(found, side, config.part_bytes):
                 if not shards or shards[-1].text_bytes >= config.shard_bytes:
                     shards.append(
                         ShardPlan(dataset / side / SOURCE / f"shard-{len(shards):06d}.tar")
                     )
-                shards[-1].jobs.append(make(part=part, side=side, runs=runs))
+                shards[-1].jobs.append(make(part=part, number=number, side=side, runs=runs))
                 shards[-1].num_documents += num_documents
                 shards[-1].text_bytes += text_bytes
         plans += shards
@@ -196,12 +206,11 @@ def _texts(job: EncodeJob) -> Iterator[str]:
                 stream.seek(run.start)
                 yield stream.read(run.stop - run.start).decode()
         return
-    for extent in job.part:
-        for document in read_extent(extent, job.reading):
-            if isinstance(document, Document):
-                for run in job.rule.runs(extent.file, document):
-                    if run.side == job.side:
-                        yield document.text[run.start : run.stop].decode()
+    for file, document in read_cleaned(job.number, job.part, job.reading, job.cleaned):
+        if isinstance(document, Document):
+            for run in job.rule.runs(file, document):
+                if run.side == job.side:
+                    yield document.text[run.start : run.stop].decode()
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ import xxhash
 
 from data import vocabulary
 from data.claim import differences, holding, read_claim, write_claim
+from data.clean import Cleaner
+from data.cleaning import Cleaning, clean_input, remove_work
 from data.config import DataError, DataUsageError, PrepareConfig
+from data.decontaminate import evaluation_files
 from data.encode import write_shards
 from data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest, write_manifest
 from data.pool import Pool, Progress
@@ -59,41 +63,53 @@ def prepare(
     *,
     workers: int,
     tokenizer: Path | None = None,
+    decontaminate: Sequence[Path] = (),
     progress: Progress = lambda stage, done, total: None,
 ) -> Summary:
     """Write the dataset `output` from the files, folders and patterns in `inputs`.
 
     `tokenizer` is a sentencepiece model or a tokenizer.json; without it one is trained on the part
-    of the text that is not held out. The stages that `progress` hears of are "read", "survey",
-    "tokenizer" and "encode". Raises DataUsageError for a request that cannot be met and for an
-    `output` that another command began, DataError for text that cannot be read.
+    of the text that is not held out. Documents that overlap with the files in `decontaminate` are
+    dropped. The stages that `progress` hears of are "read", "clean", "dedup", "survey", "tokenizer"
+    and "encode", where there is something to do. Raises DataUsageError for a request that cannot
+    be met and for an `output` that another command began, DataError for text that cannot be read.
     """
+    cleaner = Cleaner(config.clean, evaluation_files(tuple(decontaminate)))
     given = tokenizer and vocabulary.tokenizer_identity(tokenizer, config)
     files = find_files(inputs, output.with_name(f"{output.name}.inputs"))
     _check_apart(inputs, output)
     claim = read_claim(output, KIND)
     stamps = _stamps(files)
     parts = cut_parts(files, config.part_bytes)
-    with Pool(min(workers, len(parts))) as pool:
+    with Pool(min(workers, len(parts))) as pool, ExitStack() as held:
         digests = _digests(files, pool, progress)
         command = {"config": config.model_dump(mode="json"), "tokenizer": given, "inputs": digests}
+        if decontaminate:
+            command["decontaminate"] = {file.path.name: file.xxh3 for file in cleaner.evaluation}
         if claim is not None:
             _check_same(output, claim, command)
             if (output / MANIFEST).is_file():
                 return Summary(output, read_manifest(output), True, ())
         sample_bytes = vocabulary.CHECKED_BYTES if tokenizer else config.tokenizer_bytes
-        surveyed = survey(parts, config, pool, sample_bytes, progress)
+        cleaning = None
+        if cleaner.is_on:
+            held.enter_context(holding(output))
+            cleaning = clean_input(output, parts, config, cleaner, command, pool, progress)
+        surveyed = survey(parts, config, pool, sample_bytes, progress, cleaning)
         model = tokenizer or _train(output, claim, surveyed.total, config, progress)
-        with holding(output):
-            _begin(output, {**command, "tokenizer_sha256": _sha256(model)}, command)
-            file = vocabulary.place(model, output)
-            shards = write_shards(output, surveyed, config, file, pool, progress)
-            if _stamps(files) != stamps:
-                raise DataError(
-                    "the input changed while it was being prepared, so what was written may hold "
-                    f"old and new text; remove {output} and run the command again"
-                )
-            return _commit(output, surveyed, shards, file, command)
+        if not cleaner.is_on:
+            held.enter_context(holding(output))
+        _begin(output, {**command, "tokenizer_sha256": _sha256(model)}, command)
+        file = vocabulary.place(model, output)
+        cleaned = cleaning.cleaned if cleaning else None
+        shards = write_shards(output, surveyed, config, file, pool, progress, cleaned)
+        if _stamps(files) != stamps:
+            raise DataError(
+                "the input changed while it was being prepared, so what was written may hold "
+                f"old and new text; remove {output} and run the command again"
+            )
+        remove_work(output)
+        return _commit(output, surveyed, shards, file, command, cleaning)
 
 
 def _check_apart(inputs: Sequence[str], output: Path) -> None:
@@ -134,6 +150,7 @@ def _check_same(output: Path, claim: Mapping[str, Any], command: Mapping[str, An
     """Refuse to continue another command, with the difference."""
     found = differences(claim["config"], command["config"])
     found += differences(claim["tokenizer"] or {}, command["tokenizer"] or {})
+    found += differences(claim.get("decontaminate", {}), command.get("decontaminate", {}))
     then, now = claim["inputs"], command["inputs"]
     if len(then) != len(now):
         found.append(f"input files: {len(then)} then, {len(now)} now")
@@ -189,6 +206,7 @@ def _commit(
     shards: list[ShardEntry],
     file: Path,
     command: Mapping[str, Any],
+    cleaning: Cleaning | None,
 ) -> Summary:
     """Write the manifest with the account of what came in, was dropped and is stored."""
     total, tokenizer = surveyed.total, load_tokenizer(file)
@@ -226,6 +244,7 @@ def _commit(
             "bad_lines": dict(sorted(total.bad_lines.items())),
             "tokenizer": fit.report,
             "warnings": warnings,
+            **({"clean": cleaning.report} if cleaning else {}),
         },
         split_rule=surveyed.rule.describe(),
         counts=counts,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from data.cleaning import Cleaned, Cleaning, read_cleaned
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.piece_model import SPACE
 from data.pool import Pool, Progress
@@ -21,7 +22,6 @@ from data.readers import (
     InputFile,
     Part,
     Reading,
-    read_extent,
     reading_of,
 )
 from data.split import (
@@ -58,11 +58,15 @@ class SurveyJob:
     rule: SplitRule
     sample_share: float
     """Share of the training text that goes into the sample, by hash."""
+    number: int = 0
+    """Of the part among all parts."""
+    cleaned: Cleaned | None = None
 
     @property
     def is_one_text(self) -> bool:
         """A part that is one text file may be long: its runs are listed, to be encoded apart."""
-        is_stored_as_it_is = self.reading.on_bad_text == "strict"
+        changes = self.cleaned is not None and self.cleaned.cleaner.config.changes_text
+        is_stored_as_it_is = self.reading.on_bad_text == "strict" and not changes
         return len(self.part) == 1 and self.part[0].file.has_byte_places and is_stored_as_it_is
 
 
@@ -154,19 +158,30 @@ class Surveyed:
 
 
 def survey(
-    parts: list[Part], config: PrepareConfig, pool: Pool, sample_bytes: int, progress: Progress
+    parts: list[Part],
+    config: PrepareConfig,
+    pool: Pool,
+    sample_bytes: int,
+    progress: Progress,
+    cleaning: Cleaning | None = None,
 ) -> Surveyed:
-    """Survey all parts; the sample is about `sample_bytes` of the training side.
+    """Survey all parts, after cleaning; the sample is about `sample_bytes` of the training side.
 
     Raises DataError for more bad lines than allowed or text that is not UTF-8, DataUsageError for
     input without text or too little to hold some out.
     """
     num_bytes = sum(_size(part) for part in parts)
-    share = min(1.0, sample_bytes / max(1, num_bytes))
+    kept_bytes = cleaning.kept_bytes if cleaning else num_bytes
+    share = min(1.0, sample_bytes / max(1, kept_bytes))
+    cleaned = cleaning.cleaned if cleaning else None
     rule: SplitRule | None = SplitRule(config.val_fraction, config.seed)
     while rule is not None:
         surveyed = Surveyed(rule, Survey(), [])
-        jobs = [SurveyJob(part, reading_of(config), rule, share) for part in parts]
+        reading = reading_of(config)
+        jobs = [
+            SurveyJob(part, reading, rule, share, number, cleaned)
+            for number, part in enumerate(parts)
+        ]
         done = 0
         for part, found in zip(parts, pool.map(survey_part, jobs), strict=True):
             surveyed.total.add(found)
@@ -186,14 +201,13 @@ def _size(part: Part) -> int:
 def survey_part(job: SurveyJob) -> Survey:
     """Read one part and count it."""
     found = Survey()
-    for extent in job.part:
-        for document in read_extent(extent, job.reading):
-            if isinstance(document, Document):
-                found.see(extent.file, document, job)
-                continue
-            (found.bad_lines if document.is_bad else found.dropped)[document.reason] += 1
-            if document.is_bad and len(found.examples) < _EXAMPLES:
-                found.examples.append(document)
+    for file, document in read_cleaned(job.number, job.part, job.reading, job.cleaned):
+        if isinstance(document, Document):
+            found.see(file, document, job)
+            continue
+        (found.bad_lines if document.is_bad else found.dropped)[document.reason] += 1
+        if document.is_bad and len(found.examples) < _EXAMPLES:
+            found.examples.append(document)
     return found
 
 
