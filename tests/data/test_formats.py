@@ -1,0 +1,347 @@
+"""Every format gives its documents from any packing; damage and bad records are named exactly."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import random
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import DataError, DataUsageError
+from data.formats import _values
+from data.readers import Document, Dropped, InputFile, Reading, cut_parts, find_files, read_extent
+from tests.data.texts import prose
+
+TEXTS = ["one", 'two "quoted", with comma', "three\nlines\r\n\there", "\u4e2d\u6587 \U0001f600"]
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda raw: raw,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+def read(path: Path, reading: Reading | str = "text") -> list[Document | Dropped]:
+    parts = cut_parts(find_files([str(path)]), 2**20)
+    return [item for part in parts for extent in part for item in read_extent(extent, reading)]
+
+
+def texts(items: list[Document | Dropped]) -> list[str]:
+    return [item.text.decode() for item in items if isinstance(item, Document)]
+
+
+def bad(items: list[Document | Dropped]) -> list[Dropped]:
+    return [item for item in items if isinstance(item, Dropped)]
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def table(delimiter: str) -> bytes:
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerows([["id", "text"], *([str(i), text] for i, text in enumerate(TEXTS))])
+    return out.getvalue().encode()
+
+
+def tar(members: list[tuple[str, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def records(**more: object) -> list[dict[str, object]]:
+    return [{"text": text, **more} for text in TEXTS]
+
+
+FORMATS: dict[str, bytes] = {
+    "a.jsonl": "".join(json.dumps(x) + "\n" for x in records()).encode(),
+    "a.ndjson": b"\xef\xbb\xbf" + "\r\n".join(json.dumps(x) for x in records()).encode(),
+    "a.json": json.dumps(records(meta={"tags": ["]", "}", "\\"]}), indent=2).encode(),
+    "lines.json": "".join(json.dumps(x) + "\n" for x in records()).encode(),
+    "objects.json": "\n".join(json.dumps(x, indent=1) for x in records()).encode(),
+    "a.csv": b"\xef\xbb\xbf" + table(","),
+    "a.tsv": table("\t"),
+    "a.tar": tar([(f"train/{i}.txt", text.encode()) for i, text in enumerate(TEXTS)]),
+    "b.tar": tar([(f"{i}.json", json.dumps(x).encode()) for i, x in enumerate(records())]),
+}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read_from_every_packing(tmp_path: Path, name: str, suffix: str) -> None:
+    items = read(write(tmp_path / (name + suffix), PACK[suffix](FORMATS[name])))
+    assert texts(items) == TEXTS
+    assert bad(items) == []
+    offsets = [item.offset for item in items]
+    assert offsets == sorted(set(offsets)), "a document is known by its offset"
+
+
+@pytest.mark.parametrize("suffix", list(PACK)[1:])
+def test_a_packed_text_is_one_document_over_all_members(tmp_path: Path, suffix: str) -> None:
+    text = prose(300_000)
+    half = len(text) // 2
+    members = [PACK[suffix](part.encode()) for part in (text[:half], "", text[half:])]
+    for name in ("a.txt", "notes"):
+        path = write(tmp_path / (name + suffix), b"".join(members))
+        assert texts(read(path)) == [text]
+
+
+def test_a_skippable_zstd_frame_and_zeros_after_gzip_are_no_text(tmp_path: Path) -> None:
+    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    frame = PACK[".zst"](b"text")
+    path = write(tmp_path / "a.txt.zst", skippable + frame + skippable + frame)
+    assert texts(read(path)) == ["texttext"]
+    path = write(tmp_path / "a.txt.gz", gzip.compress(b"one") + bytes(1000) + gzip.compress(b"two"))
+    assert texts(read(path)) == ["onetwo"]
+
+
+@pytest.mark.parametrize("suffix", list(PACK)[1:])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tar"])
+def test_a_cut_packed_file_is_never_silently_short(tmp_path: Path, name: str, suffix: str) -> None:
+    whole = PACK[suffix](FORMATS.get(name, b"some text of its own, and then some more"))
+    rng = random.Random(0)
+    for cut in [1, 5, len(whole) - 1, *rng.sample(range(2, len(whole) - 1), 12)]:
+        path = write(tmp_path / (name + suffix), whole[:cut])
+        with pytest.raises(DataError, match=r"is cut off|begins with|damaged") as refused:
+            read(path)
+        assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", list(PACK)[1:])
+def test_a_damaged_packed_file_is_named_or_reads_the_same(tmp_path: Path, suffix: str) -> None:
+    text = prose(3000)
+    whole = PACK[suffix](text.encode())
+    rng = random.Random(1)
+    refusals = 0
+    for _ in range(40):
+        at = rng.randrange(len(whole))
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << rng.randrange(8)
+        path = write(tmp_path / ("a.txt" + suffix), bytes(damaged))
+        try:
+            # A gzip header holds a time and a name, which nobody misses.
+            assert texts(read(path)) == [text]
+        except DataError as error:
+            assert str(path) in str(error)
+            refusals += 1
+    assert refusals >= 30
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@given(values=st.lists(JSON, max_size=6), indent=st.sampled_from([None, 1]), ascii_=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_list_is_cut_where_the_json_parser_cuts_it(
+    values: list[object], indent: int | None, ascii_: bool
+) -> None:
+    raw = json.dumps(values, indent=indent, ensure_ascii=ascii_).encode(errors="replace")
+    file = InputFile(Path("a.json"), "a.json", len(raw))
+
+    class Dripping(io.BytesIO):
+        """A stream that gives a few bytes at a time, as a slow pipe does."""
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(3)
+
+    for stream in (io.BytesIO(raw), Dripping(raw)):
+        assert [json.loads(value) for value in _values(stream, file)] == json.loads(raw)
+
+
+BAD_RECORDS = [
+    ("a.json", '[{"text": "a"}, {"text": 1}, 7]', ", record 2", "field is not text", "got int"),
+    ("a.json", '[{"text": "a"}, {oops}]', ", record 2", "broken JSON", "property name"),
+    ("a.json", '[{"text": "a"}, "b"]', ", record 2", "not a JSON object", "got str"),
+    ("a.jsonl.gz", '{"text": "a"}\n{oops\n', ":2", "broken JSON", "property name"),
+    ("a.csv", "id,text\n1,a\n\n2,b,c\n", ":4", "wrong number of fields", "3 fields under 2"),
+    ("a.csv", 'id,text\n1,"a\nb"\n2\n', ":4", "wrong number of fields", "1 fields under 2"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "place", "reason", "detail"), BAD_RECORDS)
+def test_a_bad_record_is_placed(
+    tmp_path: Path, name: str, content: str, place: str, reason: str, detail: str
+) -> None:
+    raw = content.encode()
+    path = write(tmp_path / name, gzip.compress(raw) if name.endswith(".gz") else raw)
+    items = read(path)
+    first = next(item for item in bad(items) if item.is_bad)
+    assert (first.place, first.reason) == (f"{path}{place}", reason)
+    assert detail in first.detail
+    assert len(texts(items)) == 1
+
+
+REFUSED_FILES = [
+    ("a.json", b'[{"text": "a"}, {"text": "b', "is cut off in record 2"),
+    ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "more follows the list of 1 records"),
+    ("a.csv", b"body,title\na,b\n", "a.csv:1: no column 'text'; its columns are 'body', 'title'"),
+    ("a.csv", b"text,text\na,b\n", "2 columns are called 'text'"),
+    ("a.csv", b'text\na\n"open\nb\nc\n', r"a\.csv:3: the row that begins here is broken"),
+    ("a.tsv", b'text\n"a"b\n', r"a\.tsv:2: the row that begins here is broken"),
+    ("a.csv", b"text\ngood\ncaf\xe9\n", r"a\.csv:3: not UTF-8 at byte offset 3 \(byte 0xe9"),
+    ("a.tar", b"no archive" * 200, "the archive is damaged or cut off after 0 samples"),
+    ("a.tar", FORMATS["a.tar"][:2048], "after 2 samples without its end mark"),
+    ("a.tar", FORMATS["a.tar"][:1300], "after 1 samples without its end mark"),
+    ("a.tar", FORMATS["a.tar"][:700], "the archive is damaged or cut off after 0 samples"),
+    ("a.tar", FORMATS["a.tar"] * 2, "after 4 samples, .* another archive begins"),
+    ("a.tar", FORMATS["a.tar"].replace(b"train/2", b"train/X"), "its header is damaged"),
+    ("a.tar", tar([("a.txt", b"x"), ("a.txt", b"y")]), "two members .txt"),
+    ("a.jsonl.gz", b"", "is empty: 0 bytes are no gzip file"),
+    ("a.jsonl.zst", b"", "is empty: 0 bytes are no zstd file"),
+    ("a.jsonl.gz", b'{"text": "a"}\n', "named like gzip but begins with 7b 22 74 65"),
+    ("a.jsonl.gz", PACK[".zst"](b"x"), "named like gzip but .* which is zstd; rename it"),
+    ("a.txt.bz2", bz2.compress(b"x") + b"junk", "damaged bzip2 data"),
+    ("a.txt.xz", lzma.compress(b"x") + b"some junk" * 9, "damaged xz data"),
+    ("a.txt.gz", gzip.compress(b"x") + b"junk", "damaged gzip data"),
+    ("a.txt.zst", PACK[".zst"](b"x") + b"junk", "damaged zstd data"),
+    ("a.txt.gz", gzip.compress(b"caf\xe9"), r"\(unpacked\): not UTF-8 at byte offset 3"),
+    ("a.parquet", b"", "damaged or cut off"),
+    ("a.parquet", b"PAR1 cut", "damaged or cut off after row 0"),
+    ("a.txt", gzip.compress(b"x"), "is gzip by its first bytes, although its name"),
+    ("a.csv", b"PK\x03\x04rest", "is zip by its first bytes"),
+    ("a.txt", FORMATS["a.tar"], "is tar by its first bytes"),
+    ("a.warc.gz", gzip.compress(b"x"), r"files ending in \.warc cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED_FILES)
+def test_a_file_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / name, content))
+
+
+def test_a_sample_of_a_tar_is_its_text_and_says_when_it_has_none(tmp_path: Path) -> None:
+    members = [
+        ("a.json", b'{"text": "no", "url": "u"}'),
+        ("a.txt", b"one"),
+        ("b.jpg", b"\xff"),
+        ("b.cls", b"7"),
+        ("c.json", b'{"text": "three"}'),
+    ]
+    items = read(write(tmp_path / "a.tar", tar(members)))
+    assert texts(items) == ["one", "three"]
+    (none,) = bad(items)
+    assert (none.place, none.reason) == (f"{tmp_path}/a.tar, sample 'b'", "no text member")
+    assert none.detail == "it has .jpg, .cls"
+
+
+def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar.gz", "c.tgz"):
+        packed = name != "a.tar"
+        with webdataset.TarWriter(str(tmp_path / name), compress=packed) as writer:
+            for index, text in enumerate(TEXTS):
+                writer.write({"__key__": f"{index:06d}", "txt": text, "json": {"n": index}})
+        assert texts(read(tmp_path / name)) == TEXTS
+
+
+def parquet(path: Path, columns: dict[str, object], **options: object) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def test_parquet_gives_rows_of_plain_dictionary_and_nested_columns(tmp_path: Path) -> None:
+    many = [f"{i} {TEXTS[i % 4]}" for i in range(1000)]
+    nested = [{"body": {"text": text}} for text in many]
+    columns = {"n": list(range(1000)), "text": many, "doc": nested, "a.b": many}
+    columns["category"] = pyarrow.array(many).dictionary_encode()
+    path = parquet(tmp_path / "a.parquet", columns, row_group_size=300, compression="zstd")
+    for field in ("text", "category", "doc.body.text", "a.b"):
+        assert texts(read(path, field)) == many, field
+    for field, message in (
+        ("body", "no column 'body'; its columns are 'n', 'text', 'doc'"),
+        ("doc.title", "no column 'doc.title'; in 'doc' its columns are 'body'"),
+        ("n", "column 'n' holds int64, not text"),
+    ):
+        with pytest.raises(DataUsageError, match=message):
+            read(path, field)
+
+
+def test_a_parquet_file_that_is_cut_or_damaged_is_named(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", {"text": TEXTS * 50}, write_page_checksum=True)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:30] + b"\0\1" + whole[32:]):
+        with pytest.raises(DataError, match=r"a\.parquet: damaged or cut off after row"):
+            read(write(path, damaged))
+
+
+def test_parquet_values_that_are_no_text_are_named(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary())
+    path = parquet(tmp_path / "a.parquet", {"text": raw})
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: not UTF-8 at byte offset 3"):
+        read(path)
+    (null, empty) = bad(read(parquet(path, {"text": ["a", None, ""]})))
+    assert (null.reason, null.detail, empty.reason) == (
+        "field is not text",
+        "got null",
+        "empty document",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")]
+)
+def test_a_missing_package_is_named_with_its_command(
+    tmp_path: Path, name: str, package: str
+) -> None:
+    path = write(tmp_path / name, PACK[".zst"](b"x") if name.endswith(".zst") else b"PAR1")
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from data.readers import cut_parts, find_files, read_extent\n"
+        f"list(read_extent(cut_parts(find_files([{str(path)!r}]), 9)[0][0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"needs the package {package}; install it with {sys.executable} -m pip" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["package.json", "numbers.csv", "names.tsv"])
+def test_below_a_folder_data_files_are_text_as_in_a_code_tree(tmp_path: Path, name: str) -> None:
+    content = '[{"name": "x"}]\n'
+    path = write(tmp_path / name, content)
+    assert texts(read(tmp_path)) == [content]
+    (file,) = find_files([str(tmp_path / f"*{path.suffix}")])
+    assert file.format != "text", "a suffix that a person wrote is meant"
+    assert find_files([str(tmp_path / "*")])[0].format == "text"
+
+
+def test_a_nested_field_is_found_and_its_absence_explained(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        '{"a": {"b": {"text": "deep"}}}\n{"a.b.text": "flat"}\n{"a": {"c": 1}}\n{"a": 5}\n{}\n',
+    )
+    items = read(path, "a.b.text")
+    assert texts(items) == ["deep", "flat"]
+    assert [item.detail for item in bad(items)] == [
+        "in 'a' the keys are 'c'",
+        "'a' holds int, not an object",
+        "its keys are none",
+    ]
