@@ -96,6 +96,11 @@ def prepare(
     on_bad_text: options.OnBadText = "strict",
     max_bad_lines: options.MaxBadLines = None,
     bos: options.Bos = False,
+    normalize: options.Normalize = False,
+    filter: options.Filter = False,
+    mask_pii: options.MaskPii = False,
+    dedup: options.Dedup = "off",
+    decontaminate: options.Decontaminate = None,
     workers: options.Workers = 0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -113,6 +118,12 @@ def prepare(
         "on_bad_text": on_bad_text,
         "max_bad_lines": max_bad_lines,
         "bos": bos,
+        "clean": {
+            "normalize": normalize,
+            "filter": filter,
+            "mask_pii": mask_pii,
+            "dedup": dedup,
+        },
     }
     config = _parse(
         PrepareConfig, {key: value for key, value in given.items() if value is not None}
@@ -124,6 +135,7 @@ def prepare(
             config,
             workers=workers or spawn.num_cores(),
             tokenizer=tokenizer,
+            decontaminate=decontaminate or (),
             progress=progress,
         )
     show_preparation(summary, as_json=as_json)

@@ -87,6 +87,27 @@ OnBadText = Annotated[
 ]
 MaxBadLines = Annotated[int | None, typer.Option(help="Broken .jsonl lines to tolerate.")]
 Bos = Annotated[bool, typer.Option("--bos", help="Put BOS in front of every document.")]
+Normalize = Annotated[
+    bool, typer.Option("--normalize", help="Unicode NFC, no NUL, no byte order mark.")
+]
+Filter = Annotated[
+    bool, typer.Option("--filter", help="Drop what the Gopher and C4 rules (English prose) drop.")
+]
+MaskPii = Annotated[
+    bool, typer.Option("--mask-pii", help="Mask e-mail and IP addresses, phone and card numbers.")
+]
+Dedup = Annotated[
+    Literal["off", "exact", "near"],
+    typer.Option(help="Keep the first of equal, or of nearly equal documents."),
+]
+Decontaminate = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Evaluation file (text, .jsonl, .csv): drop documents that share 13 words in a row "
+        "with it; repeatable.",
+        **PATH,
+    ),
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.")]
 
 Full = Annotated[bool, typer.Option("--full", help="Also hash every shard as a whole.")]

@@ -44,6 +44,7 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
 def show_preparation(summary: Summary, *, as_json: bool) -> None:
     """Print what a dataset holds now."""
     manifest = summary.manifest
+    clean = manifest.preparation.get("clean")
     tokens = {split: manifest.num_tokens(split) for split in ("train", "val")}
     if as_json:
         _print_json(
@@ -56,16 +57,31 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
                 "fingerprint": manifest.fingerprint,
                 "was_complete": summary.was_complete,
                 "warnings": list(summary.warnings),
+                **({"clean": clean} if clean else {}),
             }
         )
         return
     for warning in summary.warnings:
         print(f"warning: {warning}")
+    for stage, count in (clean["stages"] if clean else {}).items():
+        print(_cleaned(stage, count))
     print(
         f"{summary.output}{' was complete' if summary.was_complete else ''}: "
         f"{tokens['train']:,} training and {tokens['val']:,} validation tokens, vocabulary "
         f"{manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
     )
+
+
+def _cleaned(stage: str, count: Mapping[str, Any]) -> str:
+    """What a stage of cleaning did, in one line, and one more for each reason."""
+    dropped = count["documents_in"] - count["documents_out"]
+    line = (
+        f"{stage.replace('_', ' ')}: {count['documents_out']:,} of {count['documents_in']:,} "
+        f"documents and {count['bytes_out']:,} of {count['bytes_in']:,} bytes stay"
+    )
+    reasons = [f"  dropped {times:,}: {reason}" for reason, times in count["dropped"].items()]
+    assert sum(count["dropped"].values()) == dropped
+    return "\n".join([line, *reasons, *(f"  {n:,} {kind}" for kind, n in count["found"].items())])
 
 
 def show_verification(result: Verification, *, as_json: bool) -> None:
