@@ -79,8 +79,20 @@ def inspect(
     if step < 1:
         raise DataUsageError(f"step {step} does not exist; steps count from 1")
     stream = SampleStream(dataset, seq_len=seq_len, seed=seed)
-    decode = decode or _decoder(dataset, stream.tokenizer_sha256)
+    decode = decode or decoder(dataset, stream.tokenizer_sha256)
     first, last = (step - 1) * batch_samples, step * batch_samples
+    return inspect_samples(stream, step=step, first=first, last=last, decode=decode)
+
+
+def inspect_samples(
+    stream: SampleStream,
+    *,
+    step: int,
+    first: int,
+    last: int,
+    decode: Callable[[Sequence[int]], str],
+) -> Inspection:
+    """Samples [first, last), all or some of those of a step."""
     total = 0
     samples = []
     for sample in range(first, last):
@@ -89,12 +101,12 @@ def inspect(
         total += hashed
         samples.append(_inspected(stream.placement(sample), hashed, tokens.tolist(), decode))
     return Inspection(
-        dataset=str(dataset),
+        dataset=" ".join(sorted({str(source.dataset) for source in stream.sources.values()})),
         step=step,
         first=first,
         last=last,
-        seed=seed,
-        seq_len=seq_len,
+        seed=stream.seed,
+        seq_len=stream.seq_len,
         data_hash=f"{total % 2**64:016x}",
         samples=tuple(samples),
     )
@@ -121,7 +133,8 @@ def _inspected(
     )
 
 
-def _decoder(dataset: Path, tokenizer_sha256: str) -> Callable[[Sequence[int]], str]:
+def decoder(dataset: Path, tokenizer_sha256: str) -> Callable[[Sequence[int]], str]:
+    """From ids to text with the tokenizer of a dataset. DataError when it is not the one."""
     from data.tokenizer import load_tokenizer
     from data.verify import check_tokenizer
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data.config import DataError, DataUsageError
 from data.mixture import Mixture
-from data.order import Ints
+from data.order import Ints, where
 from data.order import locate as place
 from data.phases import Phases, first_phase
 from data.sources import Data, Datasets, Source, check_continues, open_datasets
@@ -69,7 +69,7 @@ class SampleStream:
         self.bos = datasets.bos
         """Whether every document begins with BOS."""
         self._eos_id = datasets.eos_id
-        self._seed = seed
+        self.seed = seed
         self._shuffle = shuffle
         self.sources = {source.name: source for source in datasets.sources}
         geometries = [source.geometry for source in datasets.sources]
@@ -98,10 +98,15 @@ class SampleStream:
 
     def batch(self, samples: Ints) -> NDArray[np.uint32]:
         """The tokens of several samples, uint32 [len(samples), seq_len + 1]."""
-        rows = np.empty((len(samples), self.seq_len + 1), dtype=np.uint32)
         sources, _, offsets = self.locate(samples)
-        for row, source, offset in zip(rows, sources.tolist(), offsets.tolist(), strict=True):
-            row[:] = self.source(source).tokens.read(offset, offset + self.seq_len + 1)
+        return self.read(sources, offsets)
+
+    def read(self, sources: Ints, offsets: Ints) -> NDArray[np.uint32]:
+        """The tokens of samples that `locate` has found, uint32 [len(sources), seq_len + 1]."""
+        rows = np.empty((len(sources), self.seq_len + 1), dtype=np.uint32)
+        for number in set(sources.tolist()):
+            chosen = np.flatnonzero(sources == number)
+            self.source(number).tokens.read_rows(offsets[chosen].tolist(), rows, chosen.tolist())
         return rows
 
     def placement(self, sample: int) -> Placement:
@@ -123,6 +128,22 @@ class SampleStream:
         """The documents, whole or in part, that make up a sample."""
         return self.placement(sample).documents
 
+    def samples_of(self, source: int, start: int, stop: int, epoch: int) -> list[int]:
+        """The samples that hold some of tokens [start, stop) of a source in one of its epochs; a
+        sample that no phase comes to is left out.
+        """
+        indices = where(
+            start,
+            stop,
+            self.source(source).geometry,
+            epoch=epoch,
+            seed=self.seed,
+            source=self.mixture.names[source],
+            shuffle=self._shuffle,
+        )
+        found: list[int] = self.mixture.samples_of(source, indices).tolist()
+        return found
+
     def epochs(self, num_samples: int) -> dict[str, float]:
         """Passes over each source that the first `num_samples` samples make."""
         counts = self.mixture.counts(num_samples)
@@ -133,26 +154,23 @@ class SampleStream:
         }
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
-        """What a checkpoint says of its data, as plain values."""
+        """What a checkpoint says of its data, as plain values; of phases that have not begun it
+        says nothing.
+        """
+        reached = max(consumed_samples, 1)
+        phases = [phase for phase in self.mixture.state() if phase["start"] < reached]
+        names = sorted({name for phase in phases for name in phase["slots"]})
         return {
             "consumed_samples": consumed_samples,
-            "seed": self._seed,
+            "seed": self.seed,
             "packing": PACKING,
-            "phases": [{"seq_len": self.seq_len, **phase} for phase in self.mixture.state()],
-            "fingerprints": dict(self._fingerprints),
+            "phases": [{"seq_len": self.seq_len, **phase} for phase in phases],
+            "fingerprints": {name: self._fingerprints[name] for name in names},
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """DataError when a checkpoint was trained on other data, or in another order.
-
-        Phases that began after the checkpoint are none of its business.
-        """
-        own = self.state(0)
-        consumed = max(state.get("consumed_samples", 0), 1)
-        own["phases"] = [phase for phase in own["phases"] if phase["start"] < consumed]
-        names = {name for phase in own["phases"] for name in phase["slots"]}
-        known = own["fingerprints"].items()
-        own["fingerprints"] = {name: value for name, value in known if name in names}
+        """DataError when a checkpoint was trained on other data, or in another order."""
+        own = self.state(state.get("consumed_samples", 0))
         for name, mine in own.items():
             if name not in state:
                 raise DataError(f"the checkpoint's data state has no {name!r}; it is incomplete")
@@ -181,7 +199,7 @@ class SampleStream:
             epochs[chosen], offsets[chosen] = place(
                 indices[chosen],
                 self.source(k).geometry,
-                seed=self._seed,
+                seed=self.seed,
                 source=self.mixture.names[k],
                 shuffle=self._shuffle,
             )
@@ -191,7 +209,7 @@ class SampleStream:
 def sample_hash(sample: int, tokens: NDArray[np.uint32]) -> int:
     """xxh3_64 over the sample index as <u8 and then its seq_len + 1 token ids as <u4."""
     digest = xxhash.xxh3_64(sample.to_bytes(8, "little"))
-    digest.update(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
+    digest.update(np.ascontiguousarray(tokens, dtype="<u4").data)
     return digest.intdigest()
 
 

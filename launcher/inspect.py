@@ -1,17 +1,24 @@
-"""Which samples a step had: `data.inspect` needs a seed and two sizes; here they come from a run or
-a recipe.
+"""Which samples a step had, where a sample comes from, and where a document went, in a run or in
+what a recipe would make of a dataset.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from data.inspect import Inspection, inspect
+from data.config import DataConfig, DataUsageError
+from data.inspect import Inspection, decoder, inspect_samples
+from data.lookup import Lookup, look_up
+from data.phases import Phases, first_phase
+from data.sources import Datasets, data_of, open_datasets
+from data.stream import SampleStream
 from launcher.recipes import find_recipe
 from train.config import RunConfig
 from train.decode import load_config
+from train.phases import data_tables, read_phases
 
 
 class InspectError(ValueError):
@@ -26,12 +33,89 @@ class InspectUsageError(InspectError):
     exit_code: ClassVar[int] = 2
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A run, or what a recipe would make of a dataset: which samples every step has."""
+
+    name: str
+    steps: int
+    stream: SampleStream
+    phases: Phases
+    tokenizer: Path
+
+    def check_step(self, step: int) -> None:
+        """InspectUsageError for a step after the last one."""
+        if step > self.steps:
+            raise InspectUsageError(
+                f"step {step} does not exist: the last step of {self.name} is {self.steps}"
+            )
+
+
 def inspect_step(
-    dataset: Path, *, step: int, run: Path | None, recipe: str, overrides: Sequence[str]
+    dataset: Path | None, *, step: int, run: Path | None, recipe: str, overrides: Sequence[str]
 ) -> Inspection:
     """The samples of a training step of `run`, or of a run of `recipe` with `overrides`.
 
     With a run, InspectError when the hash that it recorded for the step is another one.
+    """
+    subject = open_subject(dataset, run=run, recipe=recipe, overrides=overrides)
+    if run is None and step > subject.steps:
+        raise InspectUsageError(
+            f"step {step} does not exist: the last step of a run of {recipe} is {subject.steps}; "
+            "write steps=N to look at a longer one"
+        )
+    subject.check_step(step)
+    first, last = subject.phases.samples(step)
+    inspection = _inspect(subject, step, first, last)
+    recorded = None if run is None else _recorded_hash(run, step)
+    if recorded is not None and recorded != inspection.data_hash:
+        raise InspectError(
+            f"step {step} of {run} was trained on samples with data_hash {recorded}, but "
+            f"{inspection.dataset} gives {inspection.data_hash}: it is not the dataset of that "
+            "run, or it was changed"
+        )
+    return inspection
+
+
+def inspect_sample(
+    dataset: Path | None, *, sample: int, run: Path | None, recipe: str, overrides: Sequence[str]
+) -> Inspection:
+    """One sample with its documents, under the step that trains on it."""
+    subject = open_subject(dataset, run=run, recipe=recipe, overrides=overrides)
+    return _inspect(subject, subject.phases.step_of(sample), sample, sample + 1)
+
+
+def find_document(
+    dataset: Path | None, *, document: str, run: Path | None, recipe: str, overrides: Sequence[str]
+) -> Lookup:
+    """The samples and steps that train on a document, written SHARD:NUMBER."""
+    shard, colon, number = document.rpartition(":")
+    if not colon or not number.isdecimal():
+        raise InspectUsageError(
+            f"--document {document!r} is not of the form SHARD:NUMBER, such as "
+            "train/main/shard-000000.tar:12"
+        )
+    subject = open_subject(dataset, run=run, recipe=recipe, overrides=overrides, several=True)
+    return look_up(
+        subject.stream,
+        subject.phases,
+        shard=shard,
+        number=int(number),
+        steps=subject.steps,
+        dataset=dataset,
+    )
+
+
+def open_subject(
+    dataset: Path | None,
+    *,
+    run: Path | None,
+    recipe: str,
+    overrides: Sequence[str],
+    several: bool = False,
+) -> Subject:
+    """The stream and phases of a run or a recipe. `dataset` stands for the one that they name; of
+    `several` it only says which one is meant.
     """
     if run is not None and overrides:
         raise InspectUsageError(
@@ -43,26 +127,51 @@ def inspect_step(
         config = load_config(RunConfig, found.text, overrides, name=found.name)
     else:
         config = config_of(run)
-    if step > config.steps:
-        where = f"{run}" if run is not None else f"a run of {recipe}"
+    name = str(run) if run is not None else f"a run of {recipe}"
+    if dataset is not None and config.data.sources and not several:
         raise InspectUsageError(
-            f"step {step} does not exist: the last step of {where} is {config.steps}"
-            + ("" if run is not None else "; write steps=N to look at a longer one")
+            f"{name} mixes {len(config.data.sources)} sources, which its config names; leave out "
+            f"{dataset}"
         )
-    inspection = inspect(
-        dataset,
-        step=step,
-        seed=config.seed,
-        seq_len=config.seq_len,
-        batch_samples=config.batch_samples,
+    if not config.data.sources:
+        path = str(dataset or config.data.path)
+        if not path:
+            raise InspectUsageError(f"{name} names no data; write the DATASET to look into")
+        config = config.model_copy(update={"data": DataConfig(path=path)})
+    datasets = open_datasets(data_of(config.data), seq_len=config.seq_len)
+    rows = () if run is None else read_phases(run)
+    phases = Phases(
+        rows or [first_phase(config.batch_samples, datasets.slots(), datasets.fingerprints())]
     )
-    recorded = None if run is None else _recorded_hash(run, step)
-    if recorded is not None and recorded != inspection.data_hash:
-        raise InspectError(
-            f"step {step} of {run} was trained on samples with data_hash {recorded}, but {dataset} "
-            f"gives {inspection.data_hash}: it is not the dataset of that run, or it was changed"
-        )
-    return inspection
+    if run is not None:
+        datasets = _with_earlier(datasets, run, config)
+    return Subject(
+        name=name,
+        steps=config.steps,
+        stream=SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, phases=phases),
+        phases=phases,
+        tokenizer=Path(config.data.paths[0]),
+    )
+
+
+def _inspect(subject: Subject, step: int, first: int, last: int) -> Inspection:
+    decode = decoder(subject.tokenizer, subject.stream.tokenizer_sha256)
+    return inspect_samples(subject.stream, step=step, first=first, last=last, decode=decode)
+
+
+def _with_earlier(datasets: Datasets, run: Path, config: RunConfig) -> Datasets:
+    """With the sources that earlier phases had and that are still there."""
+    sources = {source.name: source for source in datasets.sources}
+    for table in reversed(data_tables(run)):
+        try:
+            earlier = open_datasets(
+                data_of(DataConfig.model_validate(table)), seq_len=config.seq_len
+            )
+        except DataUsageError:
+            # Its steps cannot be shown; those of other phases can.
+            continue
+        sources = {source.name: source for source in earlier.sources} | sources
+    return replace(datasets, sources=tuple(sources.values()))
 
 
 def config_of(run: Path) -> RunConfig:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data.durable import StorageError
+from data.phases import RunPhase
 from train import run as run_directory
 from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
 from train.config import JobConfig
@@ -44,6 +45,10 @@ class Work:
     flops_per_token: float = 0.0
     identity: dict[str, Any] = field(default_factory=dict)
     """What the run was started with, such as the hashes of data and tokenizer; it must stay."""
+    phase: RunPhase | None = None
+    """What the run goes on with, where runs have phases."""
+    allow_change: tuple[str, ...] = ()
+    """Keys that differ from the run's on purpose."""
 
 
 def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = None) -> Outcome:
@@ -53,10 +58,16 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
     done = 0
     with world.together("opening the run"):
         if world.is_main:
-            run_directory.open_run(run, work.config, work.identity)
+            run_directory.open_run(
+                run,
+                work.config,
+                work.identity,
+                phase=work.phase,
+                allow_change=work.allow_change,
+            )
             if work.tokenizer is not None:
                 run_directory.copy_tokenizer(work.tokenizer, run)
-            done = _completed_steps(run)
+            done = completed_steps(run)
             _check_history(run)
     done = world.broadcast(done)
     if stop_at is not None and done >= stop_at and stop_at < work.steps:
@@ -164,7 +175,7 @@ def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: in
     return outcome
 
 
-def _completed_steps(run: Path) -> int:
+def completed_steps(run: Path) -> int:
     """Steps of the newest checkpoint whose files are there; the load tells of others."""
     for step in committed(run):
         try:

@@ -246,7 +246,7 @@ def _check_warmup(warmup_steps: int, steps: int) -> None:
 
 def require_data(config: RunConfig) -> None:
     """ConfigError when no dataset is named."""
-    if not config.data.path:
+    if not config.data.paths:
         raise ConfigError(
             "no dataset is named; write data=DATASET, a directory made by `headrace prepare`"
         )

@@ -2,45 +2,89 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.config import DataUsageError
+from data.epochs import check_epochs, uses
 from data.loader import SampleStream, micro_batches
+from data.order import accumulation as rounds
+from data.phases import Phases
+from data.sources import data_of, open_datasets
 from data.verify import check_tokenizer
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
-from model.loss import token_loss_sum
-from train.attempt import Work, run_attempt
+from model.loss import IGNORED, token_loss_sum
+from train.attempt import Work, completed_steps, run_attempt
 from train.config import ConfigError, RunConfig, require_data
 from train.engine import Batch
+from train.phases import History, phases_of, read_phases
 from train.run import Outcome
 from train.world import World, join_world
 
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, run: Path, *, stop_at: int | None = None) -> Outcome:
+def pretrain(
+    config: RunConfig, run: Path, *, stop_at: int | None = None, allow_change: Sequence[str] = ()
+) -> Outcome:
     """Collective. Train `run`, or continue it: the outcome is "complete" or "stopped".
 
     ConfigError when the run directory belongs to another config, DataError when the data cannot be
     read.
     """
     with join_world() as world:
-        return run_attempt(world, run, pretraining(config, num_ranks=world.size), stop_at=stop_at)
+        return pretrain_on(world, config, run, stop_at=stop_at, allow_change=allow_change)
 
 
-def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
+def pretrain_on(
+    world: World,
+    config: RunConfig,
+    run: Path,
+    *,
+    stop_at: int | None = None,
+    allow_change: Sequence[str] = (),
+) -> Outcome:
+    """Collective. `pretrain` in a world that stands."""
+    history = History()
+    with world.together("reading the phases of the run"):
+        if world.is_main:
+            history = History(read_phases(run), completed_steps(run))
+    # Read once: rank 0 appends to it before others might get to it.
+    history = world.broadcast(history)
+    work = pretraining(
+        config, num_ranks=world.size, history=history, allow_change=tuple(allow_change)
+    )
+    return run_attempt(world, run, work, stop_at=stop_at)
+
+
+def pretraining(
+    config: RunConfig,
+    *,
+    num_ranks: int,
+    history: History | None = None,
+    allow_change: tuple[str, ...] = (),
+) -> Work:
     """The work of a pretraining run on `num_ranks` ranks, with the model resolved against the
     dataset.
     """
     require_data(config)
-    stream = SampleStream(config.data.path, seq_len=config.seq_len, seed=config.seed)
-    check_tokenizer(Path(config.data.path), stream.tokenizer_sha256)
+    datasets = open_datasets(data_of(config.data), seq_len=config.seq_len)
+    for path in config.data.paths:
+        check_tokenizer(Path(path), datasets.tokenizer_sha256)
+    phases = phases_of(config, datasets, history or History())
+    stream = SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, phases=phases)
+    if config.data.boundaries != "ignore":
+        _check_boundaries(stream)
+    found = uses(stream, phases.samples(config.steps)[1])
+    for use in found:
+        log.info("%s", use)
+    check_epochs(found, config.data.max_epochs)
     config = resolve(config, vocab_size=stream.vocab_size)
     micro_batch, accumulation = config.layout(config.batch_samples, num_ranks=num_ranks)
 
@@ -51,18 +95,22 @@ def pretraining(config: RunConfig, *, num_ranks: int) -> Work:
 
     return Work(
         config=config,
-        task=PretrainTask(config, stream, micro_batch=micro_batch),
+        task=PretrainTask(
+            config, stream, phases, micro_batch=micro_batch, accumulation=accumulation
+        ),
         module=module,
         steps=config.steps,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        tokenizer=Path(config.data.path),
+        tokenizer=Path(config.data.paths[0]),
         flops_per_token=flops_per_token(config.model, config.seq_len),
         identity={
             "tokenizer_sha256": stream.tokenizer_sha256,
             "bos": stream.bos,
             "data_fingerprint": stream.fingerprint,
         },
+        phase=phases.rows[-1],
+        allow_change=allow_change,
     )
 
 
@@ -85,42 +133,73 @@ class PretrainTask:
 
     unit = "tokens"
 
-    def __init__(self, config: RunConfig, stream: SampleStream, *, micro_batch: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        stream: SampleStream,
+        phases: Phases,
+        *,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
         self._config = config
         self._stream = stream
+        self._phases = phases
         self._micro_batch = micro_batch
+        self._accumulation = accumulation
         self._val_stream = _validation(config)
 
-    def num_valid(self, step: int) -> int:
-        """Every place of every sample has a target."""
-        return self._config.batch_samples * self._config.seq_len
+    def num_valid(self, step: int) -> int | None:
+        """Every place of every sample has a target, unless the ends of documents count."""
+        if self._config.data.boundaries != "ignore":
+            return None
+        return self._phases.at(step).batch_samples * self._config.seq_len
 
     def samples(self, step: int) -> tuple[int, int]:
         """[first, last) sample indices of this step."""
-        size = self._config.batch_samples
-        return (step - 1) * size, step * size
+        return self._phases.samples(step)
 
     def micro_batches(
         self, first_step: int, last_step: int, *, rank: int, num_ranks: int
     ) -> Iterator[Batch]:
-        """This rank's micro-batches in training order."""
-        return micro_batches(
-            self._stream,
-            first_sample=self.samples(first_step)[0],
-            batch_samples=self._config.batch_samples,
-            num_steps=last_step - first_step + 1,
-            rank=rank,
-            num_ranks=num_ranks,
-            micro_batch=self._micro_batch,
-            num_workers=self._config.data.num_workers,
+        """This rank's micro-batches in training order, as many in each step.
+
+        ConfigError when steps of an earlier phase have to be repeated (its last checkpoint is
+        damaged) that need more micro-batches than those of the last phase.
+        """
+        segments = list(self._phases.segments(first_step, last_step))
+        for start, end, phase in segments:
+            needed = rounds(phase.batch_samples, num_ranks, self._micro_batch)
+            if needed > self._accumulation:
+                raise ConfigError(
+                    f"the run goes on from step {start - 1}, where an earlier phase with "
+                    f"batch_tokens={phase.batch_samples * self._config.seq_len} held; restore the "
+                    f"checkpoint of step {end}, or repeat those steps with that batch_tokens, "
+                    f"`--allow-change batch_tokens --stop-at {end}`, and change it again then"
+                )
+        return itertools.chain.from_iterable(
+            micro_batches(
+                self._stream,
+                first_sample=self.samples(start)[0],
+                batch_samples=phase.batch_samples,
+                num_steps=end - start + 1,
+                rank=rank,
+                num_ranks=num_ranks,
+                micro_batch=self._micro_batch,
+                num_micro=self._accumulation,
+                num_workers=self._config.data.num_workers,
+                boundaries=self._config.data.boundaries,
+            )
+            for start, end, phase in segments
         )
 
     def loss_sum(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Summed cross entropy of the micro-batch, in nats."""
-        return token_loss_sum(module(batch["input_ids"], batch["position_ids"]), batch["labels"])
+        logits = module(batch["input_ids"], batch["position_ids"], batch.get("doc_ids"))
+        return token_loss_sum(logits, batch["labels"])
 
     def validate(self, module: torch.nn.Module, world: World) -> dict[str, float]:
-        """Collective. Mean loss per token of the first eval.samples validation samples."""
+        """Collective. Mean loss per target of the first eval.samples validation samples."""
         stream = self._val_stream
         if stream is None:
             return {}
@@ -133,28 +212,51 @@ class PretrainTask:
             rank=world.rank,
             num_ranks=world.size,
             micro_batch=self._micro_batch,
-            num_workers=0,
+            boundaries=self._config.data.boundaries,
         )
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             del batch["data_hash"]
             placed = {key: value.to(world.device) for key, value in batch.items()}
-            total += self.loss_sum(module, placed).double().cpu()
-        return {"val_loss": float(world.sum(total)) / (count * self._config.seq_len)}
+            found = [float(self.loss_sum(module, placed)), int((batch["labels"] != IGNORED).sum())]
+            total += torch.tensor(found, dtype=torch.float64)
+        loss_sum, num_valid = world.sum(total).tolist()
+        return {"val_loss": loss_sum / num_valid} if num_valid else {}
 
     def data_state(self, step: int) -> dict[str, Any]:
-        """Consumed samples, seed, phases and fingerprints."""
-        return self._stream.state(self.samples(step)[1])
+        """Consumed samples, seed, phases, batches and fingerprints."""
+        return {
+            **self._stream.state(self.samples(step)[1]),
+            "batches": self._phases.state(step),
+        }
 
     def check_data_state(self, state: dict[str, Any]) -> None:
         """DataError when the checkpoint was trained on other data or in another order."""
         self._stream.check_state(state)
+        self._phases.check_state(state)
+
+
+def _check_boundaries(stream: SampleStream) -> None:
+    """DataUsageError where nobody can tell where documents end; a warning where nothing will be
+    learned of how they begin.
+    """
+    eos_id = stream.eos_id
+    if not stream.bos:
+        log.warning(
+            "no target tells how a document begins: its first token is none, and follows nothing "
+            "but id %d, the end of another; prepare with --bos for a model that begins texts",
+            eos_id,
+        )
 
 
 def _validation(config: RunConfig) -> SampleStream | None:
     try:
         return SampleStream(
-            config.data.path, seq_len=config.seq_len, seed=config.seed, split="val", shuffle=False
+            data_of(config.data),
+            seq_len=config.seq_len,
+            seed=config.seed,
+            split="val",
+            shuffle=False,
         )
     except DataUsageError as error:
         log.warning("no validation loss in this run: %s", error)

@@ -2,20 +2,22 @@
 
     RUN/config.json   what every rank of every attempt reads
     RUN/attempts.jsonl   one row when an attempt starts, one when it ends, with its outcome
+    RUN/phases.jsonl  what was changed on purpose since, and from which step on (train/phases.py)
 
 The same command resumes a run; keys that change no number are free to differ, any other difference
-is refused.
+is refused, unless it is one that a phase can bring and it was asked for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import data.tokenizer
 from data.durable import write_durably, writing
+from data.phases import RunPhase
 from data.tokenizer import tokenizer_file
 from train.attempts import Outcome as Outcome
 from train.attempts import attempts as attempts
@@ -23,8 +25,17 @@ from train.attempts import begin_attempt as begin_attempt
 from train.attempts import end_attempt as end_attempt
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig
 from train.decode import decode, flat_keys
+from train.phases import allowing, append_phase, check_asked, now, read_phases
 
-FREE = ("zero.", "checkpoint.", "log.", "micro_batch", "data.num_workers", "data.path")
+FREE = (
+    "zero.",
+    "checkpoint.",
+    "log.",
+    "micro_batch",
+    "data.num_workers",
+    "data.path",
+    "data.max_epochs",
+)
 """Keys (or prefixes) that a resumed run may change: none of them changes which samples are seen or
 what a step means.
 The dataset may move: its content is compared by fingerprint instead."""
@@ -33,11 +44,20 @@ MAY_BE_FIRST = {"logs", "config.json.tmp"}
 """What a run directory may hold before its config: a batch job's logs, a start that was killed."""
 
 
-def open_run(run: Path, config: JobConfig, identity: Mapping[str, Any]) -> None:
-    """Create the run directory, or check that it belongs to this config and data. One rank only.
+def open_run(
+    run: Path,
+    config: JobConfig,
+    identity: Mapping[str, Any],
+    *,
+    phase: RunPhase | None = None,
+    allow_change: Sequence[str] = (),
+) -> None:
+    """Create the run directory, or check that it belongs to this config and data, but for what
+    `allow_change` names; record the phase that it goes on with. One rank only.
 
     Raises ConfigError naming each key that differs, with its old and new value.
     """
+    check_asked(allow_change)
     path = run / "config.json"
     content = {
         "kind": _kind(config),
@@ -45,7 +65,11 @@ def open_run(run: Path, config: JobConfig, identity: Mapping[str, Any]) -> None:
         "identity": dict(identity),
     }
     if path.exists():
-        _compare(run, _read(path), content)
+        # Without a recorded phase there is nothing that a new one could go on from.
+        allowed = allow_change if read_phases(run) else ()
+        _compare(run, now(run, _read(path)), content, allowed)
+        if phase is not None:
+            append_phase(run, phase, content)
         return
     if run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
         raise ConfigError(
@@ -54,17 +78,19 @@ def open_run(run: Path, config: JobConfig, identity: Mapping[str, Any]) -> None:
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
     write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    if phase is not None:
+        append_phase(run, phase, content)
 
 
 def read_config(run: Path) -> RunConfig | FinetuneConfig:
-    """The resolved config of a run."""
+    """The resolved config of a run, as it is now."""
     path = run / "config.json"
     if not path.exists():
         raise ConfigError(
             f"{run} is no run directory: it has no config.json; train one with `headrace pretrain "
             f"... --run {run}`"
         )
-    table = _read(path)
+    table = now(run, _read(path))
     if table["kind"] == "pretrain":
         return decode(RunConfig, table["config"], name=str(path))
     return decode(FinetuneConfig, table["config"], name=str(path))
@@ -93,22 +119,39 @@ def _kind(config: JobConfig) -> str:
     return "pretrain" if isinstance(config, RunConfig) else "finetune"
 
 
-def _compare(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _compare(
+    run: Path, old: dict[str, Any], new: dict[str, Any], allow_change: Sequence[str]
+) -> None:
     if old["kind"] != new["kind"]:
         raise ConfigError(
             f"{run} is a {old['kind']} run, this is {new['kind']}; choose another --run"
         )
-    before = dict(flat_keys({**old["config"], **old.get("identity", {})}))
-    after = dict(flat_keys({**new["config"], **new["identity"]}))
+    before, after = _comparable(old), _comparable(new)
     changed = [
-        f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} now"
+        key
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(FREE)
+        if before.get(key) != after.get(key)
+        and not key.startswith(FREE)
+        and allowing(key) not in allow_change
     ]
-    if changed:
-        raise ConfigError(
-            f"{run} was started with another config:\n"
-            + "\n".join(changed)
-            + "\nrepeat the command with the run's values, "
-            "or choose another --run"
-        )
+    if not changed:
+        return
+    told = [f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} now" for key in changed]
+    message = f"{run} was started with another config:\n" + "\n".join(told)
+    message += "\nrepeat the command with the run's values, or choose another --run"
+    asked = sorted({name for name in map(allowing, changed) if name is not None})
+    if asked and read_phases(run):
+        options = " ".join(f"--allow-change {name}" for name in asked)
+        message += f"; to go on with the new {' and '.join(asked)} from here, add {options}"
+    raise ConfigError(message)
+
+
+def _comparable(content: dict[str, Any]) -> dict[str, Any]:
+    """Every value by its dotted key; sources by name, and without their paths: data may move."""
+    config = dict(content["config"])
+    if config.get("data", {}).get("sources") is not None:
+        table = dict(config["data"])
+        listed = table.pop("sources")
+        by_name = {source["name"]: {"weight": source["weight"]} for source in listed}
+        config["data"] = {**table, **({"sources": by_name} if by_name else {})}
+    return dict(flat_keys({**config, **content.get("identity", {})}))

@@ -1,0 +1,141 @@
+"""RUN/phases.jsonl: with what the run began, and what was changed on purpose, from which step on.
+
+Rows are only appended. Each holds a phase (data/phases.py) and the keys of the config that a phase
+decides, so that anyone who has the run knows the samples of every step. A change that is made at a
+step before the last row's takes its place: none of its steps was kept. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from data.config import DataError
+from data.durable import RowFile
+from data.phases import Phases, RunPhase, first_phase, standing
+from data.sources import Datasets, check_continues
+from train.config import ConfigError, RunConfig
+
+FILE = "phases.jsonl"
+
+CHANGEABLE = {
+    "batch_tokens": ("batch_tokens",),
+    "data.sources": ("data.sources", "data_fingerprint"),
+}
+"""What `--allow-change` takes, and the keys (or prefixes) that it lets a resumed run change."""
+
+DECIDED = {"config": ("batch_tokens", "data"), "identity": ("data_fingerprint",)}
+"""What a row keeps of config and identity."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run directory says of its past; the same on every rank."""
+
+    phases: tuple[RunPhase, ...] = ()
+    steps: int = 0
+    """Steps of the newest checkpoint."""
+
+
+def read_phases(run: Path) -> tuple[RunPhase, ...]:
+    """The phases of a run that count; none for a run that has not begun."""
+    return tuple(standing([phase for phase, _ in _rows(run)]))
+
+
+def now(run: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of RUN/config.json with what the last phase has changed in it."""
+    rows = _rows(run)
+    changes = rows[-1][1] if rows else {}
+    return {**table, **{name: {**table.get(name, {}), **changes[name]} for name in changes}}
+
+
+def data_tables(run: Path) -> list[dict[str, Any]]:
+    """The [data] table of every row ever written, oldest first."""
+    return [content["config"]["data"] for _, content in _rows(run)]
+
+
+def append_phase(run: Path, phase: RunPhase, content: Mapping[str, Any]) -> None:
+    """Record that the run goes on with `phase`, unless it does so already. One rank only."""
+    wanted = {
+        name: {key: content[name][key] for key in keys if key in content[name]}
+        for name, keys in DECIDED.items()
+    }
+    rows = _rows(run)
+    if rows and rows[-1] == (phase, wanted):
+        return
+    with contextlib.closing(RowFile(run / FILE)) as file:
+        file.append({**phase.model_dump(), **wanted})
+        file.sync()
+
+
+def phases_of(config: RunConfig, datasets: Datasets, history: History) -> Phases:
+    """The phases of a run that goes on with `config`: the same ones, or one more that begins where
+    the run stands. Whether the change is allowed is not asked here.
+    """
+    slots, fingerprints = datasets.slots(), datasets.fingerprints()
+    if not history.phases or history.steps == 0:
+        return Phases([first_phase(config.batch_samples, slots, fingerprints)])
+    phases = Phases(history.phases)
+    last = phases.rows[-1]
+    if (last.slots, last.batch_samples) == (slots, config.batch_samples):
+        return phases
+    check_continues(phases.fingerprints, fingerprints)
+    new = RunPhase(
+        first_step=history.steps + 1,
+        first_sample=phases.samples(history.steps)[1],
+        batch_samples=config.batch_samples,
+        slots=slots,
+        fingerprints=fingerprints,
+    )
+    return Phases(standing([*phases.rows, new]))
+
+
+def check_asked(allow_change: Sequence[str]) -> None:
+    """ConfigError when a key cannot change in the middle of a run."""
+    for key in allow_change:
+        if key in CHANGEABLE:
+            continue
+        reason = (
+            "a place in the order of samples of one length is none in that of another, so samples "
+            "would be lost or repeated"
+            if key == "seq_len"
+            else f"only {' and '.join(CHANGEABLE)} can"
+        )
+        raise ConfigError(
+            f"--allow-change {key}: {key} cannot change in the middle of a run: {reason}; "
+            "leave the option out, or choose another --run"
+        )
+
+
+def allowing(key: str) -> str | None:
+    """What `--allow-change` takes for a key that differs; None when it must not differ."""
+    for name, keys in CHANGEABLE.items():
+        if any(key == known or key.startswith(f"{known}.") for known in keys):
+            return name
+    return None
+
+
+def _rows(run: Path) -> list[tuple[RunPhase, dict[str, Any]]]:
+    path = run / FILE
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            # Torn by a crash: the change was not made.
+            continue
+        try:
+            content = {name: row.pop(name) for name in DECIDED}
+            rows.append((RunPhase.model_validate(row), content))
+        except (KeyError, AttributeError, ValidationError) as error:
+            raise DataError(
+                f"{path}:{number} is damaged ({type(error).__name__}): which samples the steps "
+                "have cannot be told; put back a copy of the file"
+            ) from None
+    return rows
