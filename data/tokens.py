@@ -169,7 +169,9 @@ class TokenSource:
             return whole[first:last]
         index, file = self._index(shard), self._file(shard)
         chunk = index.chunks[number]
-        checked = self._checked.setdefault(shard, bytearray(len(index.chunks)))
+        checked = self._checked.get(shard)
+        if checked is None:
+            checked = self._checked[shard] = bytearray(len(index.chunks))
         if not checked[number]:
             self.bytes_read += chunk.tokens * self._dtype.itemsize
             whole = check_tokens(file, index.shard, chunk, self._dtype, self._vocab_size)
@@ -236,12 +238,13 @@ class _Recent(Generic[Value]):
         self._values: OrderedDict[int, Value] = OrderedDict()
 
     def get(self, key: int, make: Callable[[int], Value]) -> Value:
-        if key not in self._values:
-            self._values[key] = make(key)
+        value = self._values.get(key)
+        if value is None:
+            value = self._values[key] = make(key)
             if len(self._values) > self._limit:
                 self._forget()
         self._values.move_to_end(key)
-        return self._values[key]
+        return value
 
     def __del__(self) -> None:
         while self._values:
