@@ -8,8 +8,6 @@ about 1 s per 15 MB. Memory: about 20 times the text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import xxhash
@@ -20,8 +18,6 @@ _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT = np.uint64(31)
-# It takes str, too, and hashes its UTF-8; its types do not say so.
-_hash = cast(Callable[[str], int], xxhash.xxh3_64_intdigest)
 
 
 def words_of(text: str) -> list[str]:
@@ -30,8 +26,12 @@ def words_of(text: str) -> list[str]:
 
 
 def word_hashes(words: list[str]) -> NDArray[np.uint64]:
-    """64 bits for each word."""
-    return np.fromiter(map(_hash, words), np.uint64, len(words))
+    """64 bits for each word; words hold no space."""
+    if not words:
+        return np.zeros(0, np.uint64)
+    # Encoded at once: as fast again as word by word.
+    encoded = " ".join(words).encode().split(b" ")
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(words))
 
 
 def ngram_hashes(words: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
