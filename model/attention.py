@@ -21,7 +21,9 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Every token attends to itself and to all before it in its sequence."""
+    """Every token attends to itself and to all before it in its sequence, or to those of them that
+    a mask names (True: may be seen).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class Attention(nn.Module):
         self.value = Linear(config.hidden_size, kv_size)
         self.output = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, mask_B1TT: Tensor | None = None) -> Tensor:
         heads = (-1, self.head_size)
         q_BTHK = rotate(self.query(x_BTD).unflatten(-1, heads), *rotary)
         cos, sin = (table[..., : self.kv_heads, :] for table in rotary)
@@ -44,11 +46,25 @@ class Attention(nn.Module):
             q_BTHK.transpose(1, 2),
             k_BTGK.transpose(1, 2),
             v_BTGK.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask_B1TT,
+            is_causal=mask_B1TT is None,
             enable_gqa=self.grouped,
         )
         y_BTD: Tensor = self.output(y_BHTK.transpose(1, 2).flatten(2))
         return y_BTD
+
+
+def document_mask(doc_ids_BT: Tensor) -> Tensor:
+    """[B, 1, T, T], True where the query's token may see the key's: not later, the same document.
+
+    One byte for each pair of tokens.
+    """
+    num_tokens = doc_ids_BT.shape[1]
+    causal_TT = torch.ones(
+        num_tokens, num_tokens, dtype=torch.bool, device=doc_ids_BT.device
+    ).tril_()
+    same_BTT = doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]
+    return same_BTT.logical_and_(causal_TT)[:, None]
 
 
 def rotary_tables(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention, Rotary, rotary_tables
+from model.attention import Attention, Rotary, document_mask, rotary_tables
 from model.config import ModelConfig, parameter_shapes
 from model.layers import Embedding, Linear, RMSNorm, SwiGLU
 
@@ -30,8 +30,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = SwiGLU(config.hidden_size, config.ffn_size)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary)
+    def forward(self, x_BTD: Tensor, rotary: Rotary, mask_B1TT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT)
         y_BTD: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
         return y_BTD
 
@@ -51,8 +51,16 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocab_size] for int64 ids [B, T]; positions count from 0 unless given."""
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        doc_ids_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size] for int64 ids [B, T]; positions count from 0 unless given.
+
+        With document ids no token sees another document; without, every token sees all before it.
+        """
         config = self.config
         if position_ids_BT is None:
             position_ids_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
@@ -64,11 +72,12 @@ class GPT(nn.Module):
             theta=config.rope_theta,
             dtype=x_BTD.dtype,
         )
+        mask_B1TT = None if doc_ids_BT is None else document_mask(doc_ids_BT)
         for block in self.blocks:
             if config.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, rotary, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, rotary, mask_B1TT, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rotary)
+                x_BTD = block(x_BTD, rotary, mask_B1TT)
         logits_BTP: Tensor = self.head(self.norm(x_BTD))
         return logits_BTP[..., : config.vocab_size]
 

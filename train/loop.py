@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
+from data.config import DataError
+from model.loss import IGNORED
 from train.config import JobConfig
 from train.engine import Batch, Engine, StepStats
 from train.metrics import Metrics, Row
@@ -37,8 +39,10 @@ class Task(Protocol):
     unit: str
     """What a target is called on the progress line."""
 
-    def num_valid(self, step: int) -> int:
-        """Targets of this step over all ranks, known without asking them."""
+    def num_valid(self, step: int) -> int | None:
+        """Targets of this step over all ranks, known without asking them; None when only the
+        batches tell.
+        """
 
     def samples(self, step: int) -> tuple[int, int]:
         """Global sample indices [first, last) of this step."""
@@ -108,11 +112,11 @@ def train(job: Job) -> tuple[Outcome, int]:
     for step in range(job.first_step, job.steps + 1):
         started = time.perf_counter()
         _seed(job.config.seed, step, job.world.rank)
+        found: Iterator[Batch] = itertools.islice(batches, job.accumulation)
         num_valid = job.task.num_valid(step)
-        done = [
-            _micro_step(job, batch, num_valid)
-            for batch in itertools.islice(batches, job.accumulation)
-        ]
+        if num_valid is None:
+            found, num_valid = _counted(job, step, found)
+        done = [_micro_step(job, batch, num_valid) for batch in found]
         lr = learning_rate(
             step,
             steps=job.steps,
@@ -120,7 +124,9 @@ def train(job: Job) -> tuple[Outcome, int]:
             optim=job.config.optim,
         )
         stats = job.engine.step(lr)
-        stop = _record(job, step, lr=lr, stats=stats, done=done, started=started)
+        stop = _record(
+            job, step, lr=lr, stats=stats, done=done, num_valid=num_valid, started=started
+        )
         if _due(job.config.eval.every, step) or step == job.steps:
             validate(job, step=step)
         if _due(job.config.checkpoint.every, step) or step == job.steps or stop:
@@ -157,6 +163,23 @@ def save(job: Job, step: int) -> None:
     )
 
 
+def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Batch], int]:
+    """Collective. The step's micro-batches, all of them read, and their targets over all ranks.
+
+    Costs one reduction of 8 bytes between the hosts, and memory for the step's token ids.
+    """
+    found = list(batches)
+    own = sum(int((batch["labels"] != IGNORED).sum()) for batch in found)
+    num_valid = int(job.world.sum(torch.tensor(own)))
+    if num_valid == 0:
+        raise DataError(
+            f"step {step}: samples {list(job.task.samples(step))} hold no target; every document "
+            "in them is empty. Look at them: headrace data inspect DATASET "
+            f"--step {step} --run {job.run}"
+        )
+    return iter(found), num_valid
+
+
 def _micro_step(job: Job, batch: Batch, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
     data_hash = batch.pop("data_hash")
     return job.engine.forward_backward(
@@ -171,6 +194,7 @@ def _record(
     lr: float,
     stats: StepStats,
     done: list[tuple[torch.Tensor, torch.Tensor]],
+    num_valid: int,
     started: float,
 ) -> bool:
     """Write the row of a step; returns whether the ranks agreed to stop after it."""
@@ -183,7 +207,6 @@ def _record(
             [torch.stack([data_hash for _, data_hash in done]).sum(), torch.tensor(int(asked))]
         )
     )
-    num_valid = job.task.num_valid(step)
     loss = float(loss_sum) / num_valid
     if not (math.isfinite(loss) and math.isfinite(stats.grad_norm)):
         raise NonFiniteLoss(

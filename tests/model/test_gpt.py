@@ -195,3 +195,54 @@ def test_initial_spread_follows_the_table() -> None:
         expected = 0.1 / 4 if to_residual else 0.1
         # 16,384 values or more: the sample's deviation is off by 0.6 % at one sigma.
         assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+def _packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[int, slice]]]:
+    """Ids, positions, document ids of two packed rows, and where each document lies in them."""
+    inputs, _ = _batch(2, 20)
+    lengths = [[5, 1, 8, 6], [20]]
+    doc_ids = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    )
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    places = []
+    for number, row in enumerate(lengths):
+        ends = torch.tensor(row).cumsum(0).tolist()
+        places += [(number, slice(b - n, b)) for n, b in zip(row, ends, strict=True)]
+    return inputs, positions, doc_ids, places
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # fp32: other kernels add in another order; logits are of the order of 1 here.
+    [(torch.float64, 1e-10), (torch.float32, 2e-5)],
+    ids=["fp64", "fp32"],
+)
+def test_a_packed_document_gets_the_logits_that_it_gets_alone(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    model = _model(SMALL.model_copy(update={"init_std": 0.3})).to(dtype)
+    inputs, positions, doc_ids, places = _packed()
+    packed = model(inputs, positions, doc_ids)
+    leaking = model(inputs, positions)
+    for row, place in places:
+        alone = model(inputs[row : row + 1, place])
+        assert (packed[row, place] - alone[0]).abs().max() < tolerance
+        # The control: without the mask every document but the first of its row sees another one.
+        leaks = (leaking[row, place] - alone[0]).abs().max() > 1e-3
+        assert leaks == (place.start > 0)
+
+
+def test_gradients_stay_inside_a_document() -> None:
+    for checkpointing in (False, True):
+        model = _model(SMALL.model_copy(update={"activation_checkpointing": checkpointing}))
+        inputs, positions, doc_ids, _ = _packed()
+        seen: list[torch.Tensor] = []
+        model.embedding.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        logits = model(inputs, positions, doc_ids)
+        seen[0].retain_grad()
+        # The third document of the first row: tokens 6 to 13.
+        logits[0, 10].square().sum().backward()
+        assert seen[0].grad is not None
+        touched = seen[0].grad.abs().sum(-1) > 0
+        assert touched.nonzero().tolist() == [[0, t] for t in range(6, 11)]
