@@ -135,9 +135,9 @@ def test_a_run_that_stops_early_leaves_its_loader_processes_behind_cleanly(
 
 
 class _DeadlyStream(SampleStream):
-    """Ends its process when it is asked for a batch, as a machine out of memory would."""
+    """Ends its process when it is asked to read, as a machine out of memory would."""
 
-    def batch(self, samples: Any) -> Any:
+    def read(self, sources: Any, offsets: Any) -> Any:
         os._exit(9)
 
 
