@@ -170,6 +170,7 @@ def pretrain(
     run: options.RunFolder = None,
     nproc: options.NumProcesses = 1,
     stop_at: options.StopAt = None,
+    allow_change: options.AllowChange = None,
 ) -> None:
     """Train a GPT from nothing; the same command resumes it."""
     from train.config import RunConfig
@@ -177,7 +178,7 @@ def pretrain(
     def train(config: RunConfig, folder: Path) -> str:
         from train.pretrain import pretrain
 
-        return pretrain(config, folder, stop_at=stop_at)
+        return pretrain(config, folder, stop_at=stop_at, allow_change=allow_change or ())
 
     found = find_recipe(recipe, "pretrain")
     _train(RunConfig, train, found, overrides or (), run=run, nproc=nproc)
@@ -214,7 +215,7 @@ def submit(
     if dry_run:
         print(slurm.render(job), end="")
     else:
-        print(slurm.submit(job, Path(config.data.path)))
+        print(slurm.submit(job, *map(Path, config.data.paths)))
 
 
 @app.command()

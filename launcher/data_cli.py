@@ -5,6 +5,8 @@ What a command needs is imported inside it, as in launcher/cli.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from launcher import options
@@ -28,19 +30,31 @@ def verify(
 
 @data_app.command()
 def inspect(
-    dataset: options.DatasetFolder,
-    step: options.Step,
+    dataset: options.DatasetOrRun = None,
     overrides: options.Overrides = None,
+    step: options.Step = None,
+    sample: options.Sample = None,
+    document: options.DocumentName = None,
     recipe: options.StepRecipe = "tiny-cpu",
     run: options.StepRun = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the samples of a training step and recompute its data_hash."""
-    from launcher.inspect import inspect_step
-    from launcher.show import show_inspection
+    """Show the samples of a step and recompute its data_hash; or of a sample, or find a document.
 
-    found = inspect_step(dataset, step=step, run=run, recipe=recipe, overrides=overrides or ())
-    show_inspection(found, as_json=as_json)
+    Write one of --step, --sample and --document.
+    """
+    from launcher.inspect import find_document, inspect_sample, inspect_step
+    from launcher.show import show_inspection, show_lookup
+
+    if sum(value is not None for value in (step, sample, document)) != 1:
+        raise typer.BadParameter("write one of --step N, --sample N and --document SHARD:NUMBER")
+    given: Any = {"run": run, "recipe": recipe, "overrides": overrides or ()}
+    if document is not None:
+        show_lookup(find_document(dataset, document=document, **given), as_json=as_json)
+    elif sample is not None:
+        show_inspection(inspect_sample(dataset, sample=sample, **given), as_json=as_json)
+    else:
+        show_inspection(inspect_step(dataset, step=step or 0, **given), as_json=as_json)
 
 
 @data_app.command()

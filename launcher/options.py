@@ -43,6 +43,14 @@ StopAt = Annotated[
     int | None,
     typer.Option("--stop-at", min=1, help="Save and leave after this step; the schedule stays."),
 ]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="KEY",
+        help="Go on with a new value from here: batch_tokens or data.sources; repeatable.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DatasetFolder = Annotated[
@@ -111,7 +119,20 @@ Decontaminate = Annotated[
 Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.")]
 
 Full = Annotated[bool, typer.Option("--full", help="Also hash every shard as a whole.")]
-Step = Annotated[int, typer.Option(min=1, help="Optimizer step, counted from 1.")]
+DatasetOrRun = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DATASET]", help="Dataset directory; a run or recipe may name it.", parser=_named
+    ),
+]
+Step = Annotated[
+    int | None, typer.Option(min=1, help="Its samples: optimizer step, counted from 1.")
+]
+Sample = Annotated[int | None, typer.Option(min=0, help="Its documents: sample, counted from 0.")]
+DocumentName = Annotated[
+    str | None,
+    typer.Option(metavar="SHARD:NUMBER", help="Its samples and steps, as --step names it."),
+]
 StepRecipe = Annotated[str, typer.Option("--recipe", help="Gives seed, seq_len, batch_tokens.")]
 StepRun = Annotated[
     Path | None,

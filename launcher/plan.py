@@ -114,6 +114,7 @@ def make_plan(
         _bytes("memory_per_gpu", total, "sum of the memory lines"),
         _bytes("gpu_memory", chosen.memory_bytes, chosen.source),
         *_time(config, ranks, chosen, mfu, waste),
+        *_epochs(config),
     )
     warnings = tuple(_warnings(config, ranks, total, chosen.memory_bytes, waste))
     title = f"{nodes} x {gpus_per_node} {gpu}, ZeRO stage {config.zero.stage}, {config.precision}"
@@ -247,6 +248,26 @@ def _time(config: RunConfig, ranks: int, gpu: Gpu, mfu: float, waste: float) -> 
         f"{config.steps:,} steps x {config.batch_tokens:,} tokens / tokens per day",
     )
     yield _bytes("checkpoint_bytes", checkpoint, "(4 weights + 8 moments) B x parameters, in fp32")
+
+
+def _epochs(config: RunConfig) -> Iterator[Figure]:
+    """How often each source is read, when data is named; DataUsageError when that is none."""
+    if not config.data.paths:
+        return
+    from data.epochs import check_epochs, uses
+    from data.sources import data_of
+    from data.stream import SampleStream
+
+    stream = SampleStream(data_of(config.data), seq_len=config.seq_len, seed=config.seed)
+    found = uses(stream, config.steps * config.batch_samples)
+    check_epochs(found, config.data.max_epochs)
+    for use in found:
+        yield Figure(
+            f"epochs_{use.source}",
+            use.epochs,
+            f"{use.epochs:,.3g}",
+            f"{use.needed_tokens:,} tokens of the run / {use.available_tokens:,} of one epoch",
+        )
 
 
 def _warnings(

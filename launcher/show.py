@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from data.inspect import Inspection
+    from data.lookup import Lookup
     from data.prepare import Summary
     from data.verify import Verification
     from train.export import ExportSummary
@@ -116,6 +117,20 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
     print(
         f"step {found.step}: samples [{found.first}, {found.last}), seed {found.seed}, "
         f"seq_len {found.seq_len}, data_hash {found.data_hash}"
+    )
+
+
+def show_lookup(found: Lookup, *, as_json: bool) -> None:
+    """Print the samples and steps that train on a document."""
+    if as_json:
+        _print_json(found.to_json())
+        return
+    for place in found.occurrences:
+        step = "after the last step" if place.step is None else f"step {place.step}"
+        print(f"epoch {place.epoch}  sample {place.sample}  {step}")
+    print(
+        f"{found.shard} document {found.number}: {found.num_tokens:,} tokens from token "
+        f"{found.first_token:,} of source {found.source}, in {len(found.occurrences)} samples"
     )
 
 

@@ -77,16 +77,17 @@ def render(job: Job) -> str:
     return head + BEGIN + values + END + rest.split(END, 1)[1]
 
 
-def submit(job: Job, dataset: Path) -> str:
+def submit(job: Job, *datasets: Path) -> str:
     """Write the script into RUN/logs, hand it to sbatch and return the job id.
 
-    SlurmUsageError when `dataset` is none: better here than after hours in the queue.
+    SlurmUsageError when one of `datasets` is none: better here than after hours in the queue.
     """
     _check(job)
-    if not (dataset / "manifest.json").is_file():
+    missing = [path for path in datasets if not (path / "manifest.json").is_file()]
+    if missing:
         raise SlurmUsageError(
-            f"no dataset at {dataset} (it has no manifest.json); write data=DATASET, a directory "
-            "made by `headrace prepare`, or add --dry-run to print the script"
+            f"no dataset at {missing[0]} (it has no manifest.json); write data=DATASET, a "
+            "directory made by `headrace prepare`, or add --dry-run to print the script"
         )
     script = job.run / "logs" / "pretrain.sbatch"
     text = render(job)
