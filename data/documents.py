@@ -87,11 +87,16 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Extent:
-    """The documents of `file` that start in the bytes [start, stop)."""
+    """The documents of `file` that start in the bytes [start, stop).
+
+    A file that cannot be cut by its bytes gives the documents numbered [first, last) instead.
+    """
 
     file: InputFile
     start: int
     stop: int
+    first: int = 0
+    last: int | None = None
 
 
 Part = tuple[Extent, ...]

@@ -27,7 +27,8 @@ from data.decontaminate import evaluation_files
 from data.encode import write_shards
 from data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest, write_manifest
 from data.pool import Pool, Progress
-from data.readers import InputFile, cut_parts, find_files
+from data.ranges import cut_long
+from data.readers import InputFile, cut_parts, find_files, reading_of
 from data.split import SIDES
 from data.survey import (
     Survey,
@@ -80,7 +81,7 @@ def prepare(
     _check_apart(inputs, output)
     claim = read_claim(output, KIND)
     stamps = _stamps(files)
-    parts = cut_parts(files, config.part_bytes)
+    parts = cut_long(cut_parts(files, config.part_bytes), reading_of(config), workers)
     with Pool(min(workers, len(parts))) as pool, ExitStack() as held:
         digests = _digests(files, pool, progress)
         command = {"config": config.model_dump(mode="json"), "tokenizer": given, "inputs": digests}

@@ -84,7 +84,7 @@ def read_extent(extent: Extent, reading: Reading | str = "text") -> Iterator[Doc
         reading = Reading(reading)
     file = extent.file
     if file.format == "parquet":
-        return read_parquet(file, reading)
+        return _within(extent, read_parquet(file, reading))
     if file.compression is None:
         if file.num_bytes == 0:
             return iter([Dropped(file, 0, "empty file", is_bad=False)])
@@ -92,7 +92,16 @@ def read_extent(extent: Extent, reading: Reading | str = "text") -> Iterator[Doc
             return _read_lines(extent, reading)
         if file.has_byte_places:
             return _read_text(extent, reading)
-    return _read_stream(file, reading)
+    return _within(extent, _read_stream(file, reading))
+
+
+def _within(extent: Extent, items: Iterator[Document | Dropped]) -> Iterator[Document | Dropped]:
+    """The items numbered [first, last); what follows is not read."""
+    for item in items:
+        if extent.last is not None and item.offset >= extent.last:
+            return
+        if item.offset >= extent.first:
+            yield item
 
 
 def _read_text(extent: Extent, reading: Reading) -> Iterator[Document | Dropped]:
