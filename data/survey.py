@@ -191,7 +191,17 @@ def survey(
         _check(surveyed.total, config)
         rule = next_rule(rule, surveyed.total)
     surveyed.total.sample.sort()
+    _fit_sample(surveyed, sample_bytes, kept_bytes)
     return surveyed
+
+
+def _fit_sample(surveyed: Surveyed, sample_bytes: int, kept_bytes: int) -> None:
+    """Make the sample what was asked for where packed files held more text than they have bytes."""
+    text_bytes = surveyed.total.text_bytes.total()
+    if text_bytes > kept_bytes:
+        first = surveyed.rule.first_train_hash
+        limit = first + min(1.0, sample_bytes / text_bytes) * (HASH_RANGE - first)
+        surveyed.total.sample = [piece for piece in surveyed.total.sample if piece[0] < limit]
 
 
 def _size(part: Part) -> int:

@@ -240,6 +240,23 @@ def test_a_file_that_is_not_what_it_says_is_refused(
         read(write(tmp_path / name, content))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.txt.gz", "a.tar"])
+def test_a_record_beyond_the_limit_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is 1 GiB; a small one is set here so that the test needs no such file."""
+    for module in ("formats", "readers"):
+        monkeypatch.setattr(f"data.{module}.MAX_RECORD_BYTES", 90)
+    monkeypatch.setattr("data.formats._BLOCK", 16)
+    long = "x" * 100
+    raw = FORMATS[name.removesuffix(".gz")] if name == "a.csv" else b'{"text": "ok"}\n'
+    raw += {"a.json": '{"text": "', "a.txt.gz": ""}.get(name, "").encode() + long.encode()
+    raw = tar([("a.txt", long.encode())]) if name == "a.tar" else raw
+    path = write(tmp_path / name, gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(DataError, match=r"more than 0 GiB|has 100 bytes"):
+        read(path)
+
+
 def test_a_sample_of_a_tar_is_its_text_and_says_when_it_has_none(tmp_path: Path) -> None:
     members = [
         ("a.json", b'{"text": "no", "url": "u"}'),

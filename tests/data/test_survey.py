@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,14 @@ def test_a_text_that_cannot_be_cut_is_refused_unless_nothing_is_held_out(tmp_pat
     with pytest.raises(DataUsageError, match=r"one text of 1 bytes.*or --val-fraction 0"):
         look(tmp_path / "a.txt")
     assert look(tmp_path / "a.txt", val_fraction=0).total.documents == {"train": 1}
+
+
+def test_the_sample_of_packed_text_is_measured_by_the_text(tmp_path: Path) -> None:
+    plain = write_lines(tmp_path / "a.jsonl", [prose(200, seed=seed) for seed in range(400)])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    packed = look(tmp_path / "b.jsonl.gz", sample_bytes=20_000).total.sample
+    assert 15_000 < sum(len(piece) for _, piece in packed) < 25_000
+    assert packed == look(tmp_path / "b.jsonl.gz").total.sample[: len(packed)]
 
 
 def test_the_sample_is_training_text_in_the_order_of_its_hash(tmp_path: Path) -> None:
