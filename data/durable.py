@@ -116,6 +116,12 @@ def read_sealed(
     path: Path, *, remedy: str = RESTORE, error: type[ValueError] = DataError
 ) -> dict[str, Any]:
     """What `write_sealed` wrote. An `error` that ends in `remedy` when a bit has changed."""
+    content: dict[str, Any] = json.loads(read_seal(path, remedy=remedy, error=error))
+    return content
+
+
+def read_seal(path: Path, *, remedy: str = RESTORE, error: type[ValueError] = DataError) -> bytes:
+    """The JSON text that `read_sealed` parses, checked and without its seal."""
     try:
         raw = path.read_bytes()
     except OSError as failure:
@@ -128,9 +134,7 @@ def read_sealed(
             f"{path} is damaged or was edited: its content does not match the sha256 at its end"
             f"{remedy}"
         )
-    content: dict[str, Any] = json.loads(raw)
-    del content["sha256"]
-    return content
+    return raw[:-_SEAL_BYTES] + b"}"
 
 
 def is_sealed(raw: bytes) -> bool:

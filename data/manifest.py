@@ -11,15 +11,17 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from data.config import DataError, DataUsageError
-from data.durable import is_sealed, read_sealed, write_durably, write_sealed
+from data.durable import is_sealed, read_seal, write_durably, write_sealed
 
 MANIFEST = "manifest.json"
 TABLE = "shards.npy"
@@ -34,10 +36,12 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardPath = Annotated[str, Field(pattern=r"^(train|val)/[^/.\x00][^/\x00]*/[^/.\x00][^/\x00]*$")]
 
 
-class ShardEntry(BaseModel):
-    """One shard as the manifest lists it."""
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ShardEntry:
+    """One shard as the manifest lists it.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A dataclass: as a model each of 100,000 entries would carry 1 KB of bookkeeping.
+    """
 
     path: ShardPath
     """SPLIT/SOURCE/FILE, relative to the dataset."""
@@ -82,11 +86,13 @@ class Manifest(BaseModel):
 
     def source_names(self, split: str) -> list[str]:
         """Sources of a split, sorted."""
-        return sorted({entry.source for entry in self.shards if entry.split == split})
+        within = f"{split}/"
+        return sorted({s.path.split("/", 2)[1] for s in self.shards if s.path.startswith(within)})
 
     def source_shards(self, split: str, source: str) -> tuple[ShardEntry, ...]:
         """Shards of one source in the order of their tokens."""
-        return tuple(s for s in self.shards if (s.split, s.source) == (split, source))
+        within = f"{split}/{source}/"
+        return tuple(s for s in self.shards if s.path.startswith(within))
 
     def num_tokens(self, split: str) -> int:
         """Tokens of a split over all its sources."""
@@ -153,25 +159,30 @@ def read_manifest(dataset: Path) -> Manifest:
     if not path.is_file():
         raise DataUsageError(_no_dataset(dataset))
     raw = path.read_bytes()
-    found = read_sealed(path) if is_sealed(raw) or FORMAT.encode() in raw else {}
+    if not (is_sealed(raw) or FORMAT.encode() in raw):
+        raise DataUsageError(_foreign_manifest(dataset))
+    del raw
+    body = read_seal(path)
+    refused: ValidationError | None = None
+    try:
+        # Straight from the text: 100,000 shards as dictionaries would take 100 MB more.
+        manifest = Manifest.model_validate_json(body)
+        found: Mapping[str, Any] = {"format": manifest.format, "version": manifest.version}
+    except ValidationError as error:
+        refused, found = error, json.loads(body)
     if found.get("format") != FORMAT:
-        raise DataUsageError(
-            f"{dataset} is not a dataset: its {MANIFEST} was not written by `headrace prepare`; "
-            "name the directory given to `headrace prepare --output`"
-        )
+        raise DataUsageError(_foreign_manifest(dataset))
     if found.get("version") != VERSION:
         raise DataUsageError(
             f"{path} has format version {found.get('version')}, this headrace reads {VERSION}; "
             "use the headrace that wrote it, or prepare the text again"
         )
-    try:
-        manifest = Manifest.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
+    if refused is not None:
+        first = refused.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise DataError(
             f"{path} holds what no headrace writes: {key}: {first['msg']}; restore it from a copy"
-        ) from error
+        ) from refused
     if manifest.fingerprint != _fingerprint(manifest, manifest.shards):
         raise DataError(
             f"{path} was edited and sealed again: its fingerprint is not the one of what it lists; "
@@ -194,6 +205,13 @@ def read_table(dataset: Path) -> NDArray[np.void]:
     return table
 
 
+def _foreign_manifest(dataset: Path) -> str:
+    return (
+        f"{dataset} is not a dataset: its {MANIFEST} was not written by `headrace prepare`; "
+        "name the directory given to `headrace prepare --output`"
+    )
+
+
 def _no_dataset(dataset: Path) -> str:
     if not dataset.is_dir():
         return (
@@ -212,6 +230,7 @@ def _no_dataset(dataset: Path) -> str:
 
 
 def _fingerprint(manifest: Manifest, shards: Iterable[ShardEntry]) -> str:
+    """sha256 over canonical JSON, whose long list is hashed entry by entry."""
     identity = {
         "version": VERSION,
         "tokenizer": manifest.tokenizer_sha256,
@@ -219,11 +238,20 @@ def _fingerprint(manifest: Manifest, shards: Iterable[ShardEntry]) -> str:
         "special_ids": manifest.special_ids,
         "dtype": manifest.dtype,
         "block_tokens": manifest.block_tokens,
-        # The source's name is part of the keys of the order, so it is content here.
-        "shards": [[entry.split, entry.source, entry.sha256] for entry in shards],
+        "shards": [],
     }
     body = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(body.encode()).hexdigest()
+    head, empty, tail = body.partition('"shards":[]')
+    digest = hashlib.sha256((head + empty[:-1]).encode())
+    comma = ""
+    for place, entries in groupby(shards, key=lambda entry: entry.path.rpartition("/")[0]):
+        # The source's name is part of the keys of the order, so it is content here.
+        start = json.dumps(place.split("/"), separators=(",", ":"))[:-1]
+        for entry in entries:
+            digest.update(f'{comma}{start},"{entry.sha256}"]'.encode())
+            comma = ","
+    digest.update(("]" + tail).encode())
+    return digest.hexdigest()
 
 
 def _table_bytes(shards: tuple[ShardEntry, ...]) -> bytes:
