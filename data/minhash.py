@@ -3,8 +3,8 @@
 near: the MinHash of a document's distinct runs of 5 words (Broder 1997), 120 values by rensa, in 20
 bands of 6. Documents that agree in a band are compared, and are near duplicates where at least 75 %
 of all values agree. With a Jaccard similarity of 0.9 a pair misses every band with a chance of
-2e-7 and falls below the 75 % with one of 1e-6; at 0.8 it is found in 9 of 10 cases, at 0.7 in 1 of
-6, at 0.6 in 1 of 2,000, at 0.4 in none (under 1e-13).
+3e-7 and falls below the 75 % with one of 6e-7; at 0.8 it is found in 9 of 10 cases, at 0.7 in 1 of
+8, at 0.6 in 1 of 2,500, at 0.4 in none (under 1e-14).
 exact: 128 bits of xxh3 over the text in NFC with runs of white space as one space.
 Cost: near about 1 s per 15 MB, exact 1 s per 100 MB. Memory: 8 bytes per word of the texts.
 """

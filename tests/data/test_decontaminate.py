@@ -1,0 +1,74 @@
+"""Thirteen words in a row of an evaluation file are found, twelve are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.config import DataUsageError
+from data.decontaminate import evaluation_files, load_evaluation
+from tests.data.texts import prose
+
+QUESTION = (
+    "If a train leaves the station at noon and travels for three hours, how far does it go today?"
+)
+WORDS = QUESTION.split()
+
+
+def overlaps(text: str, *paths: Path) -> dict[str, int]:
+    return dict(load_evaluation(evaluation_files(paths)).overlaps(text))
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    path = tmp_path / "test.jsonl"
+    rows = [{"question": QUESTION, "choices": ["yes", "no"], "gold": 1}, {"question": "Short?"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    return path
+
+
+def test_thirteen_words_in_a_row_are_found_whatever_their_case(evaluation: Path) -> None:
+    found = " ".join(WORDS[2:15]).upper().replace(" ", " -- ")
+    assert overlaps(f"{prose(500)} {found} {prose(500)}", evaluation) == {"test.jsonl": 1}
+    assert overlaps(QUESTION, evaluation) == {"test.jsonl": len(WORDS) - 12}
+    assert overlaps(" ".join(WORDS[2:14]) + " then", evaluation) == {}
+    assert overlaps(" ".join([*WORDS[:7], "x", *WORDS[7:]]), evaluation) == {}
+    assert overlaps("", evaluation) == {}
+
+
+def test_files_of_every_kind_are_reported_with_what_they_hold(
+    evaluation: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f'id,text\n1,"{prose(200, seed=5)}"\n2,short\n')
+    plain = tmp_path / "plain.txt"
+    plain.write_text(f"{QUESTION}\n{QUESTION} again")
+    files = (evaluation, table, plain)
+    report = load_evaluation(evaluation_files(files)).report
+    assert [(row["name"], row["texts"], row["too_short"]) for row in report] == [
+        ("test.jsonl", 4, 3),
+        ("table.csv", 6, 5),
+        ("plain.txt", 1, 0),
+    ]
+    assert report[0]["ngrams"] == len(WORDS) - 12
+    assert overlaps(prose(200, seed=5), *files).keys() == {"table.csv"}
+    assert overlaps(QUESTION, *files).keys() == {"test.jsonl"}, "the first file that holds it"
+
+
+def test_files_that_cannot_be_used_are_refused_with_the_reason(
+    evaluation: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataUsageError, match=r"--decontaminate .*none\.txt: no such file"):
+        evaluation_files((tmp_path / "none.txt",))
+    with pytest.raises(DataUsageError, match=r"names 2 files test\.jsonl"):
+        evaluation_files((evaluation, evaluation))
+    for name, content, message in [
+        ("short.txt", b"too few words", "none of its 1 texts has 13 words in a row"),
+        ("bad.jsonl", b'{"a": 1}\n{oops\n', r"bad\.jsonl:2 cannot be read: Expecting property"),
+        ("latin.txt", b"caf\xe9 " * 20, r"cannot be read: 'utf-8' codec.*give UTF-8 text"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataUsageError, match=message):
+            overlaps("text", tmp_path / name)
