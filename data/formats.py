@@ -13,6 +13,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import IO, Any, BinaryIO, cast
 
 from data.config import DataError, DataUsageError
@@ -45,7 +46,11 @@ def read_table(stream: BinaryIO, file: InputFile, reading: Reading) -> Iterator[
     """A document per row below the header, from the column named like the text field."""
     # The largest field; the vendor's own limit is 128 KiB, and one for the whole process.
     csv.field_size_limit(MAX_RECORD_BYTES)
-    lines = (line.decode(errors="surrogateescape") for line in _lines(stream, file))
+    raw = _lines(stream, file)
+    top = next(raw, b"")
+    # A header is never replaced or skipped: what is no UTF-8 is another encoding, all the way.
+    Reading(on_bad_text="strict").clean(top, file, 0, f"{file.path}:1")
+    lines = (line.decode(errors="surrogateescape") for line in chain([top], raw) if line)
     dialect = "excel-tab" if file.format == "tsv" else "excel"
     rows = csv.reader(lines, dialect=dialect, strict=True)
     at = 0

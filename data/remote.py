@@ -2,7 +2,7 @@
 
 s3:// gs:// http:// https:// hf://. A file counts when the note beside it (size and hash) was
 written, last; a later call holds the file against its note and does not ask the server again.
-Failures that may pass (5xx, 429, cut connections, timeouts) are tried 6 times in about 15 s, with
+Failures that may pass (5xx, 429, cut connections, timeouts) are tried 8 times in about 30 s, with
 growing pauses; others stop at once. Cost: the download, plus one hash of what was fetched before.
 """
 
@@ -32,7 +32,7 @@ PACKAGES = {
     "hf": "huggingface_hub",
 }
 """Scheme -> the package that fsspec needs for it."""
-_ATTEMPTS = 6
+_ATTEMPTS = 8
 _FIRST_PAUSE = 0.25
 _PASSING = (408, 425, 429)
 _STALLED_SECONDS = 60

@@ -112,9 +112,9 @@ def test_the_budget_of_attempts_ends(
 ) -> None:
     monkeypatch.setattr("data.remote._FIRST_PAUSE", 0.01)
     url = server.url("/a.txt", (200, b"always short", 1))
-    with pytest.raises(DataError, match=r"could not be fetched in 6 attempts.*run the same"):
+    with pytest.raises(DataError, match=r"could not be fetched in 8 attempts.*run the same"):
         find_files([url], tmp_path)
-    assert len(server.asked) == 6
+    assert len(server.asked) == 8
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
