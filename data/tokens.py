@@ -13,11 +13,11 @@ import os
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from data.config import DataError, DataUsageError
 from data.manifest import Manifest, read_table
+from data.recent import Recent
 from data.shards import Chunk, ShardIndex, index_path, read_index
 
 CACHE_BYTES = 2**26
@@ -32,8 +33,6 @@ LARGEST_CACHED_CHUNK = 2**24
 MAX_INDEXES = 1024
 MAX_FILES = 128
 _PIECE_BYTES = 2**22
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,30 @@ class TokenSource:
         return self._ends[-1]
 
     def read_rows(
-        self, starts: Sequence[int], rows: NDArray[np.uint32], places: Sequence[int]
+        self,
+        starts: Sequence[int],
+        rows: NDArray[np.uint32],
+        places: Sequence[int],
+        damaged: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Row places[i] becomes the tokens from starts[i] on. Errors as of `read`."""
+        """Row places[i] becomes the tokens from starts[i] on. Errors as of `read`.
+
+        With `damaged`, a row that touches a damaged chunk is zeros and marked there instead. Chunks
+        are checked as a whole before any of them is used, so which rows that are depends on the
+        files alone: not on who reads what, or in which order.
+        """
         length = rows.shape[1]
         for start, place in zip(starts, places, strict=True):
-            shard, number, first, room = self._find(start)
-            if room >= length:
-                rows[place] = self._read_chunk(shard, number, first, first + length)
-            else:
-                rows[place] = self.read(start, start + length)
+            try:
+                shard, number, first, room = self._find(start)
+                if room >= length:
+                    rows[place] = self._read_chunk(shard, number, first, first + length)
+                else:
+                    rows[place] = self.read(start, start + length)
+            except DataError:
+                if damaged is None:
+                    raise
+                rows[place], damaged[place] = 0, True
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Tokens [start, stop), uint32. DataError naming shard and chunk when they are damaged."""
@@ -131,7 +144,7 @@ class TokenSource:
                 begin += length
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_cache", "_files", "_indexes", "_checked", "_table")
+        own = ("_cache", "_files", "_indexes", "_checked", "_bad", "_table")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,9 +155,10 @@ class TokenSource:
         self._table = read_table(self._dataset)
         self._cache: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
         self._cached_bytes = 0
-        self._files: _Recent[int] = _Recent(MAX_FILES, drop=os.close)
-        self._indexes: _Recent[_Index] = _Recent(MAX_INDEXES)
+        self._files: Recent[int] = Recent(MAX_FILES, drop=os.close)
+        self._indexes: Recent[_Index] = Recent(MAX_INDEXES)
         self._checked: dict[int, bytearray] = {}
+        self._bad: dict[tuple[int, int], str] = {}
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(shard, chunk, first, last) of each piece, the tokens counted inside the chunk."""
@@ -173,8 +187,14 @@ class TokenSource:
         if checked is None:
             checked = self._checked[shard] = bytearray(len(index.chunks))
         if not checked[number]:
+            if (shard, number) in self._bad:
+                raise DataError(self._bad[shard, number])
             self.bytes_read += chunk.tokens * self._dtype.itemsize
-            whole = check_tokens(file, index.shard, chunk, self._dtype, self._vocab_size)
+            try:
+                whole = check_tokens(file, index.shard, chunk, self._dtype, self._vocab_size)
+            except DataError as error:
+                self._bad[shard, number] = str(error)
+                raise
             checked[number] = 1
             if whole is not None:
                 self._remember((shard, number), whole)
@@ -227,33 +247,6 @@ class _Index:
         self.chunks = index.chunks
         self.ends = list(accumulate(chunk.tokens for chunk in index.chunks))
         self.starts = [0, *self.ends[:-1]]
-
-
-class _Recent(Generic[Value]):
-    """The values used last, made on demand and let go when there are too many."""
-
-    def __init__(self, limit: int, *, drop: Callable[[Value], None] | None = None) -> None:
-        self._limit = limit
-        self._drop = drop
-        self._values: OrderedDict[int, Value] = OrderedDict()
-
-    def get(self, key: int, make: Callable[[int], Value]) -> Value:
-        value = self._values.get(key)
-        if value is None:
-            value = self._values[key] = make(key)
-            if len(self._values) > self._limit:
-                self._forget()
-        self._values.move_to_end(key)
-        return value
-
-    def __del__(self) -> None:
-        while self._values:
-            self._forget()
-
-    def _forget(self) -> None:
-        _, value = self._values.popitem(last=False)
-        if self._drop is not None:
-            self._drop(value)
 
 
 def open_shard(path: Path, num_bytes: int) -> int:

@@ -185,6 +185,46 @@ def test_a_copy_sent_to_another_process_reads_on_its_own(dataset: Path) -> None:
     assert pickle.loads(raw).read(500, 1500).tolist() == STREAM[500:1500].tolist()
 
 
+def test_rows_that_touch_damage_are_the_same_whoever_reads_them(own_dataset: Path) -> None:
+    """The number of readers, their order and their caches have no say in what is left out."""
+    _damage_chunk(own_dataset, 1, 1)
+    (own_dataset / read_manifest(own_dataset).shards[2].path).unlink()
+    starts = list(range(0, len(STREAM) - 41, 40))
+    expected = [_is_damaged(own_dataset, start, start + 41) for start in starts]
+    assert 0 < sum(expected) < len(starts) // 2
+
+    for num_readers in (1, 2, 3, 7):
+        found = np.zeros(len(starts), dtype=np.bool_)
+        rows = np.ones((len(starts), 41), dtype=np.uint32)
+        for rank in range(num_readers):
+            places = list(range(rank, len(starts), num_readers))[:: -1 if rank % 2 else 1]
+            reader = _source(own_dataset)
+            reader.read_rows([starts[place] for place in places], rows, places, found)
+        assert found.tolist() == expected
+        for start, row, damaged in zip(starts, rows, expected, strict=True):
+            assert row.tolist() == ([0] * 41 if damaged else STREAM[start : start + 41].tolist())
+
+
+def test_damage_is_read_once_and_raises_where_nobody_asked_to_skip_it(own_dataset: Path) -> None:
+    _damage_chunk(own_dataset, 0, 0)
+    source = _source(own_dataset)
+    rows = np.zeros((1, 10), dtype=np.uint32)
+    for _ in range(3):
+        with pytest.raises(DataError, match="chunk 000000-00000: its tokens are damaged"):
+            source.read_rows([0], rows, [0])
+    index = read_index(index_path(own_dataset / read_manifest(own_dataset).shards[0].path))
+    assert source.bytes_read == 2 * index.chunks[0].tokens
+
+
+def _is_damaged(dataset: Path, start: int, stop: int) -> bool:
+    """By a reader that has read nothing else."""
+    try:
+        _source(dataset).read(start, stop)
+    except DataError:
+        return True
+    return False
+
+
 def _write(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "CHUNK_TOKENS", 500)
