@@ -119,7 +119,7 @@ def quotas(weights: Mapping[str, float]) -> dict[str, int]:
     return slots
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _table(slots: tuple[int, ...]) -> _Table:
     return _Table(slots)
 
