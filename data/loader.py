@@ -12,10 +12,12 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from data.boundaries import document_ids, mask_first_tokens, positions_in_documents
@@ -140,11 +142,15 @@ class Plan(Dataset[Any]):
             doc_ids_BT = document_ids(input_ids_BT, eos_id=self.stream.eos_id)
             arrays["doc_ids"] = doc_ids_BT
             arrays["position_ids"] = positions_in_documents(doc_ids_BT)
-        return {
-            "position_ids": torch.arange(seq_len).expand(self.micro_batch, seq_len).contiguous(),
-            **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            "data_hash": torch.tensor(total - 2**64 if total >= 2**63 else total),
-        }
+        if "position_ids" not in arrays:
+            arrays["position_ids"] = _positions(self.micro_batch, seq_len).copy()
+        arrays["data_hash"] = np.array(total - 2**64 if total >= 2**63 else total)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@lru_cache(maxsize=4)
+def _positions(micro_batch: int, seq_len: int) -> NDArray[np.int64]:
+    return np.tile(np.arange(seq_len, dtype=np.int64), (micro_batch, 1))
 
 
 def _from_workers(plan: Plan, num_workers: int) -> Iterator[Batch]:
