@@ -223,7 +223,9 @@ def _begin(folder: Path, command: Mapping[str, Any]) -> Path:
 
 def _report(cleaner: Cleaner, account: Account) -> dict[str, Any]:
     report: dict[str, Any] = {
-        "stages": {stage: account[stage].to_json() for stage in STAGES if stage in account}
+        "stages": [
+            {"stage": stage, **account[stage].to_json()} for stage in STAGES if stage in account
+        ]
     }
     if cleaner.config.dedup != "off":
         report["dedup"] = METHODS[cleaner.config.dedup].description

@@ -3,7 +3,7 @@
 Every threshold is published: Gopher's, for MassiveText (Rae et al. 2021, arXiv 2112.11446, appendix
 A.1.1 and table A1), and two of C4's page rules (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
 They were made for English web pages: they drop source code, verse and books over 100,000 words.
-A word is what white space separates. Cost: about 1 s per 5 MB. Memory: about 20 times the text.
+A word is what white space separates. Cost: about 1 s per 3 MB. Memory: about 20 times the text.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
         return
     for warning in summary.warnings:
         print(f"warning: {warning}")
-    for stage, count in (clean["stages"] if clean else {}).items():
-        print(_cleaned(stage, count))
+    for count in clean["stages"] if clean else ():
+        print(_cleaned(count))
     print(
         f"{summary.output}{' was complete' if summary.was_complete else ''}: "
         f"{tokens['train']:,} training and {tokens['val']:,} validation tokens, vocabulary "
@@ -73,15 +73,14 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
     )
 
 
-def _cleaned(stage: str, count: Mapping[str, Any]) -> str:
+def _cleaned(count: Mapping[str, Any]) -> str:
     """What a stage of cleaning did, in one line, and one more for each reason."""
-    dropped = count["documents_in"] - count["documents_out"]
     line = (
-        f"{stage.replace('_', ' ')}: {count['documents_out']:,} of {count['documents_in']:,} "
-        f"documents and {count['bytes_out']:,} of {count['bytes_in']:,} bytes stay"
+        f"{count['stage'].replace('_', ' ')}: {count['documents_out']:,} of "
+        f"{count['documents_in']:,} documents and {count['bytes_out']:,} of "
+        f"{count['bytes_in']:,} bytes stay"
     )
     reasons = [f"  dropped {times:,}: {reason}" for reason, times in count["dropped"].items()]
-    assert sum(count["dropped"].values()) == dropped
     return "\n".join([line, *reasons, *(f"  {n:,} {kind}" for kind, n in count["found"].items())])
 
 
