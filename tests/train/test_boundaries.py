@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,17 @@ def test_a_run_keeps_its_boundaries(short: Path, tmp_path: Path) -> None:
     assert run_ranks(1, train_run, _config(short, "labels"), run, 2) == ["stopped"]
     message = run_ranks(1, refuse, _config(short, "attention"), run)[0]
     assert "data.boundaries: 'labels' in the run, 'attention' now" in message
+
+
+def test_a_run_from_before_the_key_goes_on(
+    short: Path, references: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(references["ignore"], run)
+    (run / "phases.jsonl").unlink()
+    content = json.loads((run / "config.json").read_text())
+    assert content["config"]["data"].pop("boundaries") == "ignore"
+    (run / "config.json").write_text(json.dumps(content))
+    assert run_ranks(1, train_run, _config(short, "ignore"), run) == ["complete"]
+    message = run_ranks(1, refuse, _config(short, "labels"), run)[0]
+    assert "data.boundaries: 'ignore' in the run, 'labels' now" in message
