@@ -213,9 +213,14 @@ def _foreign_manifest(dataset: Path) -> str:
 
 
 def _no_dataset(dataset: Path) -> str:
+    if dataset.is_file():
+        return (
+            f"{dataset} is not a dataset but a file; prepare it: `headrace prepare --input "
+            f"{dataset} --output DATASET`, and name that directory"
+        )
     if not dataset.is_dir():
         return (
-            f"{dataset} is not a dataset: no such directory; "
+            f"{dataset} is not a dataset: no such directory (looked in {Path.cwd()}); "
             f"write it with `headrace prepare --input PATH --output {dataset}`"
         )
     if (dataset / "headrace.lock.json").is_file():

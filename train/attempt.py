@@ -96,6 +96,12 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
     with world.together("recording the end of the attempt"):
         if world.is_main:
             run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
+    if outcome == "stopped":
+        log.info(
+            "%s is saved at step %d (%s); the same command goes on from there", run, step, reason
+        )
+    else:
+        log.info("%s is complete: %d of %d steps", run, step, work.steps)
     return outcome
 
 

@@ -10,7 +10,9 @@ different tokenizers can be compared.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,6 +32,10 @@ from train.examples_task import confusion
 from train.scores import classification_scores
 from train.texts import read_texts
 
+log = logging.getLogger(__name__)
+
+SAY_SECONDS = 10.0
+"""How long a measurement is silent at most."""
 MAX_WINDOW = 4096
 """Longest window in tokens, for models whose context is longer."""
 _LOGITS = 2**26
@@ -93,7 +99,11 @@ def evaluate_language_model(
     module.config.use_cache = False
     rows = max(_LOGITS // (max_tokens * tokenizer.num_embeddings), 1)
     loss_sum, num_tokens = 0.0, 0
+    said = time.monotonic()
     for chunk in _batched(all_windows(), rows):
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            log.info("%s tokens measured", f"{num_tokens:,}")
         batch = pad(chunk, num_rows=len(chunk), max_tokens=max_tokens, pad_id=0)
         logits, labels = _forward(module, batch, device)
         loss_sum += float(token_loss_sum(logits, labels))

@@ -168,9 +168,11 @@ def _refuse_occupied(run: Path, out: Path) -> None:
         return
     if os.path.lexists(out):
         what = "is not empty" if out.is_dir() else "is a file"
+        # Only what an export has written may be thrown away lightly.
+        remove = f"remove it with `rm -r {out}`, or " if (out / "headrace.json").is_file() else ""
         raise ExportUsageError(
-            f"{out} {what}, and an export overwrites nothing; remove it with `rm -r {out}`, or "
-            f"name another folder: `headrace export {run} {out.with_name(out.name + '-2')}`"
+            f"{out} {what}, and an export overwrites nothing; {remove}name another folder: "
+            f"`headrace export {run} {out.with_name(out.name + '-2')}`"
         )
 
 

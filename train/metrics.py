@@ -104,7 +104,6 @@ class ProgressLine:
         self._unit = unit
         self._last = 0.0
         self._text = ""
-        self._val = ""
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -121,23 +120,25 @@ class ProgressLine:
     def show(self, row: Row) -> None:
         """Redraw the line, or print one now and then."""
         if "val_loss" in row:
-            self._val = f"  val {row['val_loss']:.4f}"
+            self._print(f"step {row['step']}/{self._steps}  val {row['val_loss']:.4f}")
         if "loss" not in row:
             return
         mfu = f"  mfu {row['mfu']:.1%}" if row.get("mfu") else ""
         text = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  "
-            f"{row['tokens_per_second']:,.0f} {self._unit}/s{mfu}{self._val}"
+            f"{row['tokens_per_second']:,.0f} {self._unit}/s{mfu}"
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], text=text)
         elif time.monotonic() - self._last > self.PLAIN_SECONDS or row["step"] == self._steps:
             self._last = time.monotonic()
-            print(
-                f"step {row['step']}/{self._steps}  {text}  eta {row['eta_seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._print(f"step {row['step']}/{self._steps}  {text}  eta {row['eta_seconds']:.0f} s")
+
+    def _print(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the last state of the line on the screen."""

@@ -98,7 +98,9 @@ def test_a_damaged_table_is_found(tmp_path: Path) -> None:
 
 
 def test_what_is_no_dataset_is_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DataUsageError, match=r"no such directory; write it with `headrace prepare"):
+    with pytest.raises(
+        DataUsageError, match=r"no such directory \(looked in .*\); write it with `headrace prepare"
+    ):
         read_manifest(tmp_path / "nothing")
     with pytest.raises(DataUsageError, match=r"is not a dataset: it holds no manifest\.json"):
         read_manifest(tmp_path)

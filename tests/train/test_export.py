@@ -229,14 +229,17 @@ def test_an_occupied_output_is_refused_with_the_command_that_helps(
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     message = (
-        rf"{out} is not empty, and an export overwrites nothing; remove it with `rm -r {out}`, or "
-        rf"name another folder: `headrace export {run} {out}-2`"
+        rf"{out} is not empty, and an export overwrites nothing; name another folder: "
+        rf"`headrace export {run} {out}-2`"
     )
     with pytest.raises(ExportUsageError, match=message) as refusal:
         export(run, out)
     assert refusal.value.exit_code == 2
     with pytest.raises(ExportUsageError, match=r"notes\.txt is a file"):
         export(run, out / "notes.txt")
+    with pytest.raises(ExportUsageError) as own:
+        export(run, run)
+    assert "rm -r" not in str(own.value), "nobody is told to remove a run"
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     assert (out / "notes.txt").read_text() == "mine"
 
