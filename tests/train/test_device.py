@@ -12,7 +12,7 @@ import resource, sys, torch
 from train.device import keep_freed_memory
 kept = sys.argv[1] == "kept" and keep_freed_memory()
 def step():
-    tensors = [torch.ones(2**21) for _ in range(8)]  # 8 MiB each
+    tensors = [torch.ones(3 * 2**22) for _ in range(2)]  # 48 MiB: glibc maps over 32 anew
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -33,6 +33,6 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         if mode == "kept" and kept == "False":
             pytest.skip("this libc has no such settings")
         found[mode] = int(faults)
-    # 10 steps of 64 MiB in pages of 4 KiB are 163,840 faults, when memory is given back each time.
-    assert found["kept"] < 1000
-    assert found["given back"] > 10 * found["kept"]
+    # 10 steps of 96 MiB are 245,760 faults of 4 KiB, or 480 of 2 MiB, when all is given back.
+    assert found["kept"] < 40
+    assert found["given back"] > 400
