@@ -15,6 +15,11 @@ from tests import ranks  # noqa: F401  (sets the environment of ranks before tor
 from train.world import World, join_world
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Bytes stay out of the names of tests: packed ones hold the time, and workers must agree."""
+    return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A process group with only this process in it."""
