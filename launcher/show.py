@@ -107,8 +107,8 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
         return
     for sample in found.samples:
         print(
-            f"sample {sample.sample}  epoch {sample.epoch}  {sample.shard} {sample.chunk} "
-            f"token {sample.token_offset:,}  hash {sample.hash}"
+            f"sample {sample.sample}  {sample.source} epoch {sample.epoch}  "
+            f"{sample.shard} {sample.chunk} token {sample.token_offset:,}  hash {sample.hash}"
         )
         for piece in sample.pieces:
             text = json.dumps(piece.text[:MAX_TEXT], ensure_ascii=False)

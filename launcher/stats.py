@@ -14,8 +14,7 @@ from rich.table import Table
 
 from data.foreign import Indexed
 from data.stats import Stats, dataset_stats
-from data.stream import SampleStream
-from launcher.inspect import config_of
+from launcher.inspect import config_of, open_subject
 from launcher.show import stage_progress
 
 DEFAULT_SEQ_LEN = 2048
@@ -34,8 +33,10 @@ def stats(dataset: Path, *, run: Path | None, seq_len: int | None) -> Stats:
     if config is None:
         return found
     # A run of one dataset finds it where it is now; sources of several are where its config says.
-    stream = SampleStream(config.data.sources or dataset, seq_len=config.seq_len, seed=config.seed)
-    return replace(found, epochs=stream.epochs(config.steps * config.batch_samples))
+    alone = None if config.data.sources else dataset
+    subject = open_subject(alone, run=run, recipe="", overrides=())
+    total = subject.phases.samples(subject.steps)[1]
+    return replace(found, epochs=subject.stream.epochs(total))
 
 
 def show_stats(found: Stats, *, as_json: bool) -> None:

@@ -58,6 +58,20 @@ def test_counts_are_those_of_the_samples() -> None:
     assert list(mixture.counts(0)) == ["a", "b", "c"]
 
 
+def test_samples_of_a_source_are_found_again() -> None:
+    phases = [Phase(0, {"a": 3, "b": 1}), Phase(1000, {"c": 1}), Phase(1500, {"a": 1, "c": 2})]
+    mixture = Mixture(phases)
+    sources, indices = mixture.locate(np.arange(70_000))
+    for k in range(3):
+        places = np.flatnonzero(sources == k)
+        assert mixture.samples_of(k, indices[places]).tolist() == places.tolist()
+    # No phase comes back to b.
+    held = int(np.sum(sources == 1))
+    assert (
+        mixture.samples_of(1, np.arange(held + 5)).tolist() == np.flatnonzero(sources == 1).tolist()
+    )
+
+
 def test_one_source_is_passed_through() -> None:
     sources, indices = Mixture([Phase(0, {"text": 7.0})]).locate(np.array([0, 5, 10**12]))
     assert sources.tolist() == [0, 0, 0]

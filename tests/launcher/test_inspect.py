@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from launcher.inspect import InspectError, InspectUsageError, inspect_step
+from launcher.inspect import (
+    InspectError,
+    InspectUsageError,
+    find_document,
+    inspect_sample,
+    inspect_step,
+)
 from train.config import RunConfig
 from train.run import open_run
 
@@ -57,3 +66,41 @@ def test_a_step_after_the_last_one_is_refused(dataset: Path, tmp_path: Path) -> 
         inspect_step(
             dataset, step=10, run=None, recipe="tiny-cpu", overrides=(*ARGUMENTS, "steps=9")
         )
+
+
+def test_a_sample_and_its_documents_lead_to_each_other(dataset: Path) -> None:
+    given = {"run": None, "recipe": "tiny-cpu", "overrides": (*ARGUMENTS, "steps=9")}
+    step = inspect_step(dataset, step=2, **given)
+    found = inspect_sample(dataset, sample=6, **given)
+    assert (found.step, found.samples) == (2, step.samples[2:3])
+    for piece in found.samples[0].pieces:
+        document = find_document(dataset, document=f"{piece.shard}:{piece.number}", **given)
+        places = {place.sample: place.step for place in document.occurrences}
+        assert places[6] == 2
+        assert {step for sample, step in places.items() if sample >= 36} <= {None}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--step", "1", "--sample", "1"], "write one of --step N, --sample N and --document"),
+        (["--document", "here"], "--document 'here' is not of the form SHARD:NUMBER, such as"),
+        (["--document", "train/x.tar:1"], "no dataset of training has a shard 'train/x.tar'"),
+    ],
+)
+def test_what_cannot_be_inspected_is_told(dataset: Path, argv: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "launcher", "data", "inspect", str(dataset), *argv]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_data_must_be_named_once(dataset: Path, tmp_path: Path) -> None:
+    source = f'data.sources=[{{name="web", path="{dataset}", weight=1}}]'
+    with pytest.raises(InspectUsageError, match=r"tiny-cpu mixes 1 sources, .* leave out"):
+        inspect_step(dataset, step=1, run=None, recipe="tiny-cpu", overrides=[source])
+    assert inspect_step(None, step=1, run=None, recipe="tiny-cpu", overrides=[source]).last == 16
+    with pytest.raises(InspectUsageError, match="names no data; write the DATASET to look into"):
+        inspect_step(None, step=1, run=None, recipe="tiny-cpu", overrides=())
