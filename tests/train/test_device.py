@@ -13,7 +13,7 @@ from train.device import keep_freed_memory
 kept = sys.argv[1] == "kept" and keep_freed_memory()
 def step():
     tensors = [torch.ones(3 * 2**22) for _ in range(2)]  # 48 MiB: glibc maps over 32 anew
-for _ in range(3):
+for _ in range(20):  # until the heap has places for both
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
