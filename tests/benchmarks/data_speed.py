@@ -3,8 +3,9 @@
 Loading: shuffled, packed samples of 2,048 targets as int64 tensors in batches of 8, from a data set
 larger than our cache; a round is one whole epoch from a fresh start, so the hash check of every
 chunk has its true share. Ours also hashes each sample (`data_hash`). Beside it a loader as Megatron
-has it: flat memory-mapped tokens, document, sample and shuffle index. Preparing: text to shards
-with a given tokenizer, beside sentencepiece's own `encode` of the same texts.
+has it: flat memory-mapped tokens, document, sample and shuffle index; and mosaicml-streaming where
+it is installed. Preparing: text to shards with a given tokenizer, beside sentencepiece's own
+`encode` of the same texts.
 
     .venv/bin/python -m tests.benchmarks.data_speed                   the standard library's sources
     .venv/bin/python -m tests.benchmarks.data_speed --text BOOKS.jsonl --json FIGURES.json
@@ -36,10 +37,12 @@ from data.prepare import prepare
 from data.shards import dtype_for, write_manifest, write_shard
 from data.tokens import TokenSource
 from launcher.corpus import choose, read_sources
+from tests.benchmarks import mosaic
 
 SEQ_LEN, BATCH, VOCAB = 2048, 8, 4096
 SHARD_TOKENS = 2**25
 STEP_SECONDS = 0.05
+HAS_STREAMING = importlib.util.find_spec("streaming") is not None
 
 Figures = dict[str, float]
 Case = Callable[[], int]
@@ -213,12 +216,20 @@ def enlarged(small: Path, folder: Path, num_tokens: int) -> tuple[Path, NDArray[
 def loading_cases(small: Path, folder: Path, num_tokens: int) -> dict[str, Case]:
     """Each reads an epoch and returns how many tokens that was."""
     large, lengths, flat = enlarged(small, folder, num_tokens)
-    theirs = megatron(flat, lengths, dtype_for(VOCAB), seed=1)
-    return {
+    dtype = dtype_for(VOCAB)
+    theirs = megatron(flat, lengths, dtype, seed=1)
+    cases: dict[str, Case] = {
         "memmap": lambda: read_megatron(theirs),
         "ours": lambda: read_ours(large, "ignore"),
         "ours, masks and document ids": lambda: read_ours(large, "attention"),
     }
+    if HAS_STREAMING:
+        order = range(len(theirs.order))
+        mosaic.write_samples((theirs.sample(i).astype(dtype) for i in order), folder / "mds")
+        cases["mosaicml-streaming"] = lambda: mosaic.read_samples(
+            folder / "mds", dtype, batch=BATCH
+        )
+    return cases
 
 
 def preparing_cases(texts: list[str], small: Path, folder: Path) -> dict[str, Case]:
@@ -292,7 +303,11 @@ def main() -> None:
         f"waiting    2 workers, step 50 ms: mean {share['mean_wait_share']:.2%}, "
         f"median {share['median_wait_share']:.2%} of the step (wall time)"
     )
-    if importlib.util.find_spec("streaming") is None:
+    if HAS_STREAMING:
+        rows = figures["loading"]
+        ratio = rows["ours"]["ratio"] / rows["mosaicml-streaming"]["ratio"]
+        print(f"loading    ours over mosaicml-streaming {ratio:.1f}x")
+    else:
         print("mosaicml-streaming is not measured: it is not installed (it is no dependency)")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
