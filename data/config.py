@@ -18,6 +18,7 @@ from pydantic import (
 
 BadText = Literal["strict", "replace", "skip"]
 Boundaries = Literal["ignore", "labels", "attention"]
+Packing = Literal["concat", "best_fit"]
 
 
 class DataError(ValueError):
@@ -125,6 +126,10 @@ class DataConfig(BaseModel):
     """What the ends of documents mean inside a sample. labels: the first token of a document is no
     target; attention: that, and tokens and positions know only their own document. Nothing is then
     learned of how a text begins, unless it begins with BOS: prepare with --bos."""
+    packing: Packing = "concat"
+    """How documents fill samples. concat: one run of tokens after another, cut wherever a sample
+    ends; best_fit: only documents that are longer than a sample are cut, by the plan of `headrace
+    data pack`, what stays empty is padding, and the first token of a document is no target."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank; 0 reads in the training process."""
 

@@ -33,8 +33,8 @@ def uses(stream: SampleStream, num_samples: int) -> list[Use]:
             Use(
                 source=name,
                 epochs=counts[name] / size,
-                needed_tokens=counts[name] * stream.seq_len,
-                available_tokens=size * stream.seq_len,
+                needed_tokens=counts[name] * source.samples.num_targets // size,
+                available_tokens=source.samples.num_targets,
             )
         )
     return found

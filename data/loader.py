@@ -20,7 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from data.boundaries import document_ids, mask_first_tokens, positions_in_documents
+from data.boundaries import (
+    document_ids,
+    mask_first_tokens,
+    mask_parts,
+    positions_in_documents,
+)
 from data.config import Boundaries, DataError
 from data.order import Ints, accumulation
 from data.stream import SampleStream as SampleStream
@@ -136,16 +141,30 @@ class Plan(Dataset[Any]):
             labels_BT = np.pad(labels_BT, padding, constant_values=NO_TARGET)
         total = sum(map(sample_hash, samples.tolist(), tokens)) % 2**64
         arrays = {"input_ids": input_ids_BT, "labels": labels_BT}
-        if self.boundaries != "ignore":
-            mask_first_tokens(labels_BT, input_ids_BT, eos_id=self.stream.eos_id)
-        if self.boundaries == "attention":
-            doc_ids_BT = document_ids(input_ids_BT, eos_id=self.stream.eos_id)
+        doc_ids_BT = self._documents(labels_BT, input_ids_BT, sources, offsets)
+        if self.boundaries == "attention" and doc_ids_BT is not None:
             arrays["doc_ids"] = doc_ids_BT
             arrays["position_ids"] = positions_in_documents(doc_ids_BT)
         if "position_ids" not in arrays:
             arrays["position_ids"] = _positions(self.micro_batch, seq_len).copy()
         arrays["data_hash"] = np.array(total - 2**64 if total >= 2**63 else total)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _documents(
+        self, labels_BT: Ints, input_ids_BT: Ints, sources: Ints, offsets: Ints
+    ) -> Ints | None:
+        """Take the targets that are none out of the labels; the documents of the inputs, where the
+        samples' packing or boundaries want them known.
+        """
+        if self.stream.packing == "best_fit":
+            lens = [parts.lens for parts in self.stream.parts(sources, offsets)]
+            return mask_parts(labels_BT, lens)
+        if self.boundaries == "ignore":
+            return None
+        mask_first_tokens(labels_BT, input_ids_BT, eos_id=self.stream.eos_id)
+        if self.boundaries == "labels":
+            return None
+        return document_ids(input_ids_BT, eos_id=self.stream.eos_id)
 
 
 @lru_cache(maxsize=4)

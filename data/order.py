@@ -120,9 +120,22 @@ def unpermute(place: Ints, size: int, permutation_key: int) -> Ints:
     return _walk(place, size, lambda x: _unfeistel(x, num_bits, keys))
 
 
-def where(
-    start: int,
-    stop: int,
+def slots_of(start: int, stop: int, geometry: Geometry) -> Ints:
+    """The samples, counted in the order of the text, that hold some of tokens [start, stop); none
+    where the range lies in what a block or the tail cannot fill.
+
+    A sample covers seq_len + 1 tokens: the token before one block's end is also in the next.
+    """
+    per_block, size = geometry.samples_per_block, geometry.block_tokens
+    low = max(start - size, 0) // size * per_block
+    high = min((stop - 1) // size * per_block + per_block, geometry.num_samples)
+    slots = np.arange(low, high, dtype=np.int64)
+    offsets = _offsets(slots, geometry)
+    return slots[(offsets < stop) & (offsets + geometry.seq_len >= start)]
+
+
+def samples_at(
+    slots: Ints,
     geometry: Geometry,
     *,
     epoch: int,
@@ -130,10 +143,9 @@ def where(
     source: str,
     shuffle: bool = True,
 ) -> Ints:
-    """The samples of an epoch of a source, sorted, that hold some of tokens [start, stop): the
-    inverse of `locate`. None where the range lies in what a block or the tail cannot fill.
+    """The samples of an epoch of a source, sorted, that `locate` takes to these slots, counted in
+    the order of the text.
     """
-    slots = _slots_of(start, stop, geometry)
     if shuffle and len(slots):
         slots = _places(slots, geometry, seed, source, epoch)
     samples: Ints = np.sort(slots) + np.int64(epoch * geometry.num_samples)
@@ -156,19 +168,6 @@ def _shuffled_offsets(places: Ints, geometry: Geometry, seed: int, source: str, 
     full = blocks < geometry.num_blocks
     blocks[full] = permute(blocks[full], geometry.num_blocks, key(seed, "blocks", source, epoch))
     return _offsets(blocks * geometry.samples_per_block + within, geometry)
-
-
-def _slots_of(start: int, stop: int, geometry: Geometry) -> Ints:
-    """Samples, counted in the order of the text, that hold some of tokens [start, stop).
-
-    A sample covers seq_len + 1 tokens: the token before one block's end is also in the next.
-    """
-    per_block, size = geometry.samples_per_block, geometry.block_tokens
-    low = max(start - size, 0) // size * per_block
-    high = min((stop - 1) // size * per_block + per_block, geometry.num_samples)
-    slots = np.arange(low, high, dtype=np.int64)
-    offsets = _offsets(slots, geometry)
-    return slots[(offsets < stop) & (offsets + geometry.seq_len >= start)]
 
 
 def _places(slots: Ints, geometry: Geometry, seed: int, source: str, epoch: int) -> Ints:

@@ -8,13 +8,14 @@ keys of the sample order. Cost: one manifest per dataset; no token is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.config import DataConfig, DataError, DataSource, DataUsageError
+from data.config import DataConfig, DataError, DataSource, DataUsageError, Packing
 from data.manifest import Manifest, read_manifest
 from data.mixture import quotas
 from data.order import Geometry
+from data.samples import BestFit, Concat, Samples
 from data.tokens import TokenSource
 
 Data = str | Path | Sequence[DataSource]
@@ -28,10 +29,19 @@ class Source:
     name: str
     dataset: Path
     tokens: TokenSource
-    geometry: Geometry
+    samples: Samples
     fingerprint: str
-    """sha256 over what decides its samples."""
+    """sha256 over its tokens and documents."""
     weight: float
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where its samples lie."""
+        return self.samples.geometry
+
+    def at(self, seq_len: int) -> Source:
+        """The source in samples of another length."""
+        return replace(self, samples=self.samples.at(seq_len))
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Datasets:
     """The id that ends every document; None where the tokens are documents to nobody."""
     fingerprint: str | dict[str, str]
     """Of the dataset, or of every dataset by its name."""
+    packing: Packing
+    """How documents fill samples."""
 
     def slots(self) -> dict[str, int]:
         """The mixture by the weights of the sources, out of NUM_SLOTS."""
@@ -62,7 +74,9 @@ def data_of(config: DataConfig) -> Data:
     return config.sources or config.path
 
 
-def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets:
+def open_datasets(
+    data: Data, *, seq_len: int, split: str = "train", packing: Packing = "concat"
+) -> Datasets:
     """Open the sources of a split.
 
     Training needs all that are named; of another split each dataset gives what it has, by size.
@@ -79,7 +93,7 @@ def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets
     refused: DataUsageError | None = None
     for entry, manifest in zip(listed, manifests, strict=True):
         try:
-            sources += _sources(entry, manifest, split, seq_len, alone=alone)
+            sources += _sources(entry, manifest, split, seq_len, packing, alone=alone)
         except DataUsageError as error:
             if split == "train":
                 raise
@@ -96,11 +110,18 @@ def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets
         bos=_bos(manifests[0]),
         eos_id=manifests[0].special_ids.get("eos"),
         fingerprint=manifests[0].fingerprint if alone else by_name,
+        packing=packing,
     )
 
 
 def _sources(
-    entry: DataSource, manifest: Manifest, split: str, seq_len: int, *, alone: bool
+    entry: DataSource,
+    manifest: Manifest,
+    split: str,
+    seq_len: int,
+    packing: Packing,
+    *,
+    alone: bool,
 ) -> list[Source]:
     folder = Path(entry.path)
     names = manifest.source_names(split)
@@ -115,29 +136,41 @@ def _sources(
             f"seq_len={seq_len} is longer than a block of {folder}, which holds "
             f"{manifest.block_tokens} tokens; lower seq_len"
         )
-    tokens = [TokenSource(folder, manifest, split, name) for name in names]
-    geometries = [Geometry(t.num_tokens, manifest.block_tokens, seq_len) for t in tokens]
-    for source, geometry in zip(tokens, geometries, strict=True):
-        if geometry.num_samples == 0:
-            raise DataUsageError(
-                f"{folder}: source {source.name!r} of split {split!r} holds {source.num_tokens} "
-                f"tokens, but one sample of seq_len={seq_len} needs {seq_len + 1}; lower seq_len "
-                "or prepare more text"
-            )
-    total = sum(geometry.num_samples for geometry in geometries)
+    made: list[Samples] = []
+    for name in names:
+        tokens = TokenSource(folder, manifest, split, name)
+        if packing == "best_fit":
+            made.append(BestFit(tokens, folder, manifest, split, seq_len))
+        else:
+            made.append(Concat(tokens, Geometry(tokens.num_tokens, manifest.block_tokens, seq_len)))
+        if made[-1].geometry.num_samples == 0:
+            raise DataUsageError(_too_small(folder, split, tokens, seq_len, packing))
+    total = sum(samples.geometry.num_samples for samples in made)
     # By size, sources come to the end of their epochs together.
     scale = 1.0 if alone or split != "train" else entry.weight / total
     return [
         Source(
             name=_name(entry.name, name, alone=alone, only=len(names) == 1),
             dataset=folder,
-            tokens=source,
-            geometry=geometry,
+            tokens=samples.tokens,
+            samples=samples,
             fingerprint=manifest.source_fingerprint(split, name),
-            weight=geometry.num_samples * scale,
+            weight=samples.geometry.num_samples * scale,
         )
-        for name, source, geometry in zip(names, tokens, geometries, strict=True)
+        for name, samples in zip(names, made, strict=True)
     ]
+
+
+def _too_small(
+    folder: Path, split: str, tokens: TokenSource, seq_len: int, packing: Packing
+) -> str:
+    held = f"{folder}: source {tokens.name!r} of split {split!r} holds"
+    if packing == "best_fit":
+        return f"{held} no document of two tokens or more; prepare more text"
+    return (
+        f"{held} {tokens.num_tokens} tokens, but one sample of seq_len={seq_len} needs "
+        f"{seq_len + 1}; lower seq_len or prepare more text"
+    )
 
 
 def _name(entry: str, inner: str, *, alone: bool, only: bool) -> str:

@@ -1,4 +1,4 @@
-"""What a dataset is made of: counts, document lengths, copies, and what reading it costs.
+"""What a dataset is made of: counts, document lengths, copies, and what packing and reading cost.
 
 Every token is read once and checked, as `headrace data verify` does; then the first samples of the
 default order are read as a trainer reads them. Cost: 1 s per GB plus 3 us per document. Memory:
@@ -20,6 +20,8 @@ import xxhash
 from data.config import DataError
 from data.manifest import Manifest, ShardEntry, read_manifest
 from data.order import Geometry, locate
+from data.pack import PackedSource, chunk_lens, packed_sources
+from data.plans import planned_lengths, read_plan
 from data.repeats import RepeatCounter, Repeats
 from data.shards import index_path, read_index
 from data.tokens import TokenSource, check_lens, check_tokens, hash_tokens, open_shard
@@ -42,6 +44,8 @@ class SourceStats:
     samples_per_epoch: int = 0
     unused_tokens: int = 0
     """Tokens that no sample of an epoch has as its target: cut off at the ends of blocks."""
+    cut_documents: int = 0
+    """Documents that concatenation cuts, though a sample could hold them whole."""
     read_amplification: float = 0.0
     """Bytes read from files over bytes used, by one reader in the default order; 0: no sample."""
 
@@ -57,6 +61,8 @@ class Stats:
     tokens: int
     documents: int
     sources: tuple[SourceStats, ...]
+    plans: tuple[PackedSource, ...]
+    """What `headrace data pack` has made, for every length."""
     text_bytes: int | None
     """Of the text that was stored; None where the preparation did not count it."""
     bytes_per_token: float | None
@@ -110,6 +116,7 @@ def dataset_stats(
         tokens=tokens,
         documents=sum(s.documents for s in sources),
         sources=sources,
+        plans=_plans(dataset, manifest),
         text_bytes=text_bytes,
         bytes_per_token=None if text_bytes is None else text_bytes / tokens,
         length_histogram={2**power: lengths[power] for power in sorted(lengths)},
@@ -159,6 +166,8 @@ def _source(
     geometry = Geometry(found.tokens, manifest.block_tokens, seq_len)
     if seq_len <= manifest.block_tokens:
         found.samples_per_epoch = geometry.num_samples
+    if found.samples_per_epoch:
+        found.cut_documents = _cut(dataset, entries, geometry)
     found.unused_tokens = found.tokens - found.samples_per_epoch * seq_len
     count = min(found.samples_per_epoch, max(MEASURED_TOKENS // seq_len, 1))
     if count:
@@ -170,6 +179,34 @@ def _source(
         used = count * seq_len * np.dtype(manifest.dtype).itemsize
         found.read_amplification = source.bytes_read / used
     return found
+
+
+def _cut(dataset: Path, entries: tuple[ShardEntry, ...], geometry: Geometry) -> int:
+    """Documents of at most seq_len + 1 tokens that no sample of concatenated tokens holds whole."""
+    begin = count = 0
+    for entry in entries:
+        for lens in chunk_lens(dataset, entry):
+            ends = begin + np.cumsum(lens)
+            blocks, inside = np.divmod(ends - lens, geometry.block_tokens)
+            slots = np.minimum(inside // geometry.seq_len, geometry.samples_per_block - 1)
+            starts = blocks * geometry.block_tokens + slots * geometry.seq_len
+            numbers = blocks * geometry.samples_per_block + slots
+            whole = (ends <= starts + geometry.seq_len + 1) & (numbers < geometry.num_samples)
+            count += int(((lens <= geometry.seq_len + 1) & ~whole).sum())
+            begin = int(ends[-1])
+    return count
+
+
+def _plans(dataset: Path, manifest: Manifest) -> tuple[PackedSource, ...]:
+    """Of every length that has a plan for these data."""
+    found: list[PackedSource] = []
+    for seq_len in planned_lengths(dataset):
+        try:
+            found += packed_sources(read_plan(dataset, manifest, seq_len), manifest)
+        except DataError:
+            # Unfinished, stale or damaged: `headrace data verify` tells which.
+            continue
+    return tuple(found)
 
 
 def _text_bytes(manifest: Manifest) -> int | None:

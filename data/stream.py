@@ -14,15 +14,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data.config import DataError, DataUsageError
+from data.config import DataError, DataUsageError, Packing
 from data.mixture import Mixture
-from data.order import Ints, where
+from data.order import Ints, samples_at
 from data.order import locate as place
+from data.packing import Parts
 from data.phases import Phases, first_phase
 from data.sources import Data, Datasets, Source, check_continues, open_datasets
 from data.tokens import Document
-
-PACKING = "concat"
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,15 @@ class Placement:
     token_offset: int
     """Of the first token, counted from the start of the shard."""
     documents: tuple[Document, ...]
-    """The documents, whole or in part, that make up the sample's seq_len + 1 tokens."""
+    """The documents, whole or in part, that make up the sample's seq_len + 1 tokens; where they
+    are fewer, padding does the rest."""
 
 
 class SampleStream:
     """Samples of a split, seq_len + 1 tokens each: seq_len inputs and, one further, their targets.
 
-    DataUsageError when the dataset cannot give one such sample.
+    DataUsageError when the dataset cannot give one such sample, or lacks the plan for `packing`.
+    Opened datasets bring their own packing.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class SampleStream:
         split: str = "train",
         shuffle: bool = True,
         phases: Phases | None = None,
+        packing: Packing = "concat",
     ) -> None:
         datasets = (
             data
             if isinstance(data, Datasets)
-            else open_datasets(data, seq_len=seq_len, split=split)
+            else open_datasets(data, seq_len=seq_len, split=split, packing=packing)
         )
+        self.packing = datasets.packing
         self.seq_len = seq_len
         self.vocab_size = datasets.vocab_size
         self.fingerprint = datasets.fingerprint
@@ -106,14 +109,21 @@ class SampleStream:
         rows = np.empty((len(sources), self.seq_len + 1), dtype=np.uint32)
         for number in set(sources.tolist()):
             chosen = np.flatnonzero(sources == number)
-            self.source(number).tokens.read_rows(offsets[chosen].tolist(), rows, chosen.tolist())
+            self.source(number).samples.read_rows(offsets[chosen].tolist(), rows, chosen.tolist())
         return rows
+
+    def parts(self, sources: Ints, offsets: Ints) -> list[Parts]:
+        """The runs of tokens that samples which `locate` has found are made of."""
+        places = zip(sources.tolist(), offsets.tolist(), strict=True)
+        return [self.source(number).samples.parts(offset) for number, offset in places]
 
     def placement(self, sample: int) -> Placement:
         """Where a sample comes from."""
         sources, epochs, offsets = self.locate(np.array([sample], dtype=np.int64))
-        source, offset = self.source(int(sources[0])), int(offsets[0])
-        shard, chunk, token_offset = source.tokens.place(offset)
+        source = self.source(int(sources[0]))
+        parts = source.samples.parts(int(offsets[0]))
+        runs = list(zip(parts.starts.tolist(), parts.lens.tolist(), strict=True))
+        shard, chunk, token_offset = source.tokens.place(runs[0][0])
         return Placement(
             sample=sample,
             source=source.name,
@@ -121,7 +131,11 @@ class SampleStream:
             shard=shard,
             chunk=chunk,
             token_offset=token_offset,
-            documents=tuple(source.tokens.documents(offset, offset + self.seq_len + 1)),
+            documents=tuple(
+                document
+                for start, size in runs
+                for document in source.tokens.documents(start, start + size)
+            ),
         )
 
     def documents(self, sample: int) -> tuple[Document, ...]:
@@ -132,10 +146,10 @@ class SampleStream:
         """The samples that hold some of tokens [start, stop) of a source in one of its epochs; a
         sample that no phase comes to is left out.
         """
-        indices = where(
-            start,
-            stop,
-            self.source(source).geometry,
+        samples = self.source(source).samples
+        indices = samples_at(
+            samples.slots_of(start, stop),
+            samples.geometry,
             epoch=epoch,
             seed=self.seed,
             source=self.mixture.names[source],
@@ -163,7 +177,7 @@ class SampleStream:
         return {
             "consumed_samples": consumed_samples,
             "seed": self.seed,
-            "packing": PACKING,
+            "packing": self.packing,
             "phases": [{"seq_len": self.seq_len, **phase} for phase in phases],
             "fingerprints": {name: self._fingerprints[name] for name in names},
         }
@@ -221,7 +235,7 @@ _WHAT = {
 }
 _CURE = {
     "seed": "Continue with the old seed, or start a new run directory",
-    "packing": "Start a new run directory",
+    "packing": "Continue with the old data.packing, or start a new run directory",
     "phases": "Continue with the old seq_len, or start a new run directory",
     "fingerprints": "Name the dataset that the run began with, or start a new run directory",
 }

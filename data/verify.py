@@ -1,8 +1,9 @@
 """Check a dataset on disk against its manifest and name whatever is damaged.
 
 Fast: manifest, table, tokenizer, indexes, file sizes, and the xxh3 of every chunk; token ids inside
-the vocabulary; what manifest, table and indexes say of each other. Full adds the sha256 of every
-shard, which also covers the tar headers between the arrays.
+the vocabulary; what manifest, table and indexes say of each other; the hash of every packing plan.
+Full adds the sha256 of every shard, which also covers the tar headers between the arrays, and makes
+the plans again.
 Cost: fast reads all tokens once, full twice, at about 1.5 GB per CPU-second. Memory: one piece of a
 chunk.
 """
@@ -19,6 +20,16 @@ import numpy as np
 
 from data.config import DataError
 from data.manifest import MANIFEST, TABLE, Manifest, ShardEntry, read_manifest, read_table
+from data.pack import pack_shard
+from data.plans import (
+    PLAN,
+    command,
+    open_plan_file,
+    plan_file,
+    plan_folder,
+    planned_lengths,
+    read_plan,
+)
 from data.shards import ShardIndex, file_sha256, index_path, read_index
 from data.tokenizer import tokenizer_file
 from data.tokens import check_lens, check_tokens, open_shard
@@ -79,6 +90,8 @@ def verify(
         num_chunks += chunks
         if progress is not None:
             progress(entry)
+    for seq_len in planned_lengths(dataset):
+        problems += _check_plan(dataset, manifest, seq_len, full=full and not problems)
     return Verification(
         dataset=str(dataset),
         full=full,
@@ -136,6 +149,32 @@ def _check_shard(
         )
         problems.append(Problem(entry.path, None, message))
     return problems, num_chunks
+
+
+def _check_plan(
+    dataset: Path, manifest: Manifest, seq_len: int, *, full: bool
+) -> Iterator[Problem]:
+    """What is wrong with the packing plan of a length."""
+    try:
+        plan = read_plan(dataset, manifest, seq_len)
+    except DataError as error:
+        name = (plan_folder(dataset, seq_len) / PLAN).relative_to(dataset).as_posix()
+        yield Problem(name, None, str(error))
+        return
+    for entry, shard in zip(manifest.shards, plan.shards, strict=True):
+        path = plan_file(dataset, seq_len, entry.path)
+        name = path.relative_to(dataset).as_posix()
+        try:
+            os.close(open_plan_file(path, shard.sha256))
+        except DataError as error:
+            yield Problem(name, None, str(error))
+            continue
+        if full and pack_shard(dataset, entry, seq_len)[1] != shard:
+            message = (
+                f"{path} is not what the lengths of the documents give; make the plan again with "
+                f"{command(dataset, seq_len)}"
+            )
+            yield Problem(name, None, message)
 
 
 def _contradictions(dataset: Path, manifest: Manifest) -> Iterator[Problem]:

@@ -71,6 +71,26 @@ def stats(
 
 
 @data_app.command()
+def pack(
+    dataset: options.DatasetFolder,
+    seq_len: options.PackedLen,
+    workers: options.Workers = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Plan which documents share a sample, for data.packing=best_fit with this seq_len."""
+    from data.pack import pack_dataset
+    from launcher import spawn
+    from launcher.show import stage_progress
+    from launcher.stats import show_packed
+
+    with stage_progress() as progress:
+        found = pack_dataset(
+            dataset, seq_len=seq_len, workers=workers or spawn.num_cores(), progress=progress
+        )
+    show_packed(found, as_json=as_json)
+
+
+@data_app.command()
 def index(
     tars: options.Tars,
     tokenizer: options.TheirTokenizer,

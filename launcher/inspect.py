@@ -137,8 +137,11 @@ def open_subject(
         path = str(dataset or config.data.path)
         if not path:
             raise InspectUsageError(f"{name} names no data; write the DATASET to look into")
-        config = config.model_copy(update={"data": DataConfig(path=path)})
-    datasets = open_datasets(data_of(config.data), seq_len=config.seq_len)
+        data = DataConfig(path=path, packing=config.data.packing)
+        config = config.model_copy(update={"data": data})
+    datasets = open_datasets(
+        data_of(config.data), seq_len=config.seq_len, packing=config.data.packing
+    )
     rows = () if run is None else read_phases(run)
     phases = Phases(
         rows or [first_phase(config.batch_samples, datasets.slots(), datasets.fingerprints())]
@@ -165,7 +168,9 @@ def _with_earlier(datasets: Datasets, run: Path, config: RunConfig) -> Datasets:
     for table in reversed(data_tables(run)):
         try:
             earlier = open_datasets(
-                data_of(DataConfig.model_validate(table)), seq_len=config.seq_len
+                data_of(DataConfig.model_validate(table)),
+                seq_len=config.seq_len,
+                packing=config.data.packing,
             )
         except DataUsageError:
             # Its steps cannot be shown; those of other phases can.

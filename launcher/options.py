@@ -148,6 +148,10 @@ SeqLen = Annotated[
     typer.Option("--seq-len", min=1, help="Tokens per sample.", show_default="the run's, or 2048"),
 ]
 
+PackedLen = Annotated[
+    int, typer.Option("--seq-len", min=1, help="Tokens per sample, as in the recipe.")
+]
+
 Tars = Annotated[
     list[Path],
     typer.Argument(metavar="TAR...", help="Tars of KEY.npy or KEY.bin arrays."),

@@ -258,7 +258,12 @@ def _epochs(config: RunConfig) -> Iterator[Figure]:
     from data.sources import data_of
     from data.stream import SampleStream
 
-    stream = SampleStream(data_of(config.data), seq_len=config.seq_len, seed=config.seed)
+    stream = SampleStream(
+        data_of(config.data),
+        seq_len=config.seq_len,
+        seed=config.seed,
+        packing=config.data.packing,
+    )
     found = uses(stream, config.steps * config.batch_samples)
     check_epochs(found, config.data.max_epochs)
     for use in found:

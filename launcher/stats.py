@@ -1,5 +1,5 @@
 """`headrace data stats`: what a dataset is made of, and how often a run passes over it; and what
-`headrace data index` has made of tars.
+`headrace data index` has made of tars, and `headrace data pack` of documents.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.foreign import Indexed
+from data.pack import PackedDataset
 from data.stats import Stats, dataset_stats
 from launcher.inspect import config_of, open_subject
 from launcher.show import stage_progress
@@ -47,6 +48,7 @@ def show_stats(found: Stats, *, as_json: bool) -> None:
     console = Console()
     console.print(_totals(found))
     console.print(_sources(found))
+    console.print(_packing(found))
     console.print(_histogram(found))
 
 
@@ -77,6 +79,20 @@ def show_indexed(found: Indexed, *, as_json: bool) -> None:
         f"{manifest.counts['documents']:,} documents, EOS appended to {found.eos_appended:,} of "
         f"them, {found.eos_inside:,} hold EOS inside, fingerprint {manifest.fingerprint[:16]}"
     )
+
+
+def show_packed(found: PackedDataset, *, as_json: bool) -> None:
+    """Print the samples of a plan and what of them is padding."""
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    for s in found.sources:
+        print(
+            f"{s.split}/{s.source}: {s.samples:,} samples of {s.seq_len:,} tokens, "
+            f"{s.targets:,} targets, {s.padding:.2%} padding"
+        )
+    done = "was packed" if found.was_complete else "is packed"
+    print(f"{found.dataset} {done}; train with data.packing=best_fit seq_len={found.seq_len}")
 
 
 def _totals(found: Stats) -> Table:
@@ -117,6 +133,23 @@ def _sources(found: Stats) -> Table:
         numbers = [s.shards, s.documents, s.tokens, s.samples_per_epoch, s.unused_tokens]
         row = [f"{number:,}" for number in numbers] + [f"{s.read_amplification:.2f}"]
         table.add_row(escape(f"{s.split}/{s.source}"), *row)
+    return table
+
+
+def _packing(found: Stats) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("packing", "source"):
+        table.add_column(name)
+    for name in ("samples", "padding", "cut documents"):
+        table.add_column(name, justify="right")
+    for s in found.sources:
+        label = f"concat {found.seq_len}"
+        where = escape(f"{s.split}/{s.source}")
+        cut = _share(s.cut_documents, s.documents)
+        table.add_row(label, where, f"{s.samples_per_epoch:,}", "0.00%", cut)
+    for p in found.plans:
+        numbers = [f"{p.samples:,}", f"{p.padding:.2%}", _share(p.cut_documents, p.documents)]
+        table.add_row(f"best_fit {p.seq_len}", escape(f"{p.split}/{p.source}"), *numbers)
     return table
 
 

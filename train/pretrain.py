@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data.config import DataUsageError
+from data.config import Boundaries, DataUsageError
 from data.epochs import check_epochs, uses
 from data.loader import SampleStream, micro_batches
 from data.order import accumulation as rounds
@@ -74,13 +74,14 @@ def pretraining(
     dataset.
     """
     require_data(config)
-    datasets = open_datasets(data_of(config.data), seq_len=config.seq_len)
+    datasets = open_datasets(
+        data_of(config.data), seq_len=config.seq_len, packing=config.data.packing
+    )
     for path in config.data.paths:
         check_tokenizer(Path(path), datasets.tokenizer_sha256)
     phases = phases_of(config, datasets, history or History())
     stream = SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, phases=phases)
-    if config.data.boundaries != "ignore":
-        _check_boundaries(stream)
+    _check_boundaries(stream, config.data.boundaries)
     found = uses(stream, phases.samples(config.steps)[1])
     for use in found:
         log.info("%s", use)
@@ -151,7 +152,7 @@ class PretrainTask:
 
     def num_valid(self, step: int) -> int | None:
         """Every place of every sample has a target, unless the ends of documents count."""
-        if self._config.data.boundaries != "ignore":
+        if self._config.data.boundaries != "ignore" or self._config.data.packing != "concat":
             return None
         return self._phases.at(step).batch_samples * self._config.seq_len
 
@@ -236,17 +237,24 @@ class PretrainTask:
         self._phases.check_state(state)
 
 
-def _check_boundaries(stream: SampleStream) -> None:
+def _check_boundaries(stream: SampleStream, boundaries: Boundaries) -> None:
     """DataUsageError where nobody can tell where documents end; a warning where nothing will be
     learned of how they begin.
     """
-    eos_id = stream.eos_id
-    if not stream.bos:
-        log.warning(
-            "no target tells how a document begins: its first token is none, and follows nothing "
-            "but id %d, the end of another; prepare with --bos for a model that begins texts",
-            eos_id,
-        )
+    if stream.packing == "best_fit":
+        # The plan knows where documents end.
+        follows = "nothing"
+    elif boundaries == "ignore":
+        return
+    else:
+        follows = f"nothing but id {stream.eos_id}, the end of another"
+    if stream.bos:
+        return
+    log.warning(
+        "no target tells how a document begins: its first token is none, and follows %s; prepare "
+        "with --bos for a model that begins texts",
+        follows,
+    )
 
 
 def _validation(config: RunConfig) -> SampleStream | None:
@@ -257,6 +265,7 @@ def _validation(config: RunConfig) -> SampleStream | None:
             seed=config.seed,
             split="val",
             shuffle=False,
+            packing=config.data.packing,
         )
     except DataUsageError as error:
         log.warning("no validation loss in this run: %s", error)

@@ -150,8 +150,9 @@ def _comparable(content: dict[str, Any]) -> dict[str, Any]:
     """Every value by its dotted key; sources by name, and without their paths: data may move."""
     config = dict(content["config"])
     if content["kind"] == "pretrain":
-        # Runs from before the key was there.
-        config["data"] = {"boundaries": "ignore", **config.get("data", {})}
+        # Runs from before the keys were there.
+        defaults = {"boundaries": "ignore", "packing": "concat"}
+        config["data"] = {**defaults, **config.get("data", {})}
     if config.get("data", {}).get("sources") is not None:
         table = dict(config["data"])
         listed = table.pop("sources")

@@ -18,8 +18,9 @@ from data.order import (
     key,
     locate,
     permute,
+    samples_at,
+    slots_of,
     unpermute,
-    where,
 )
 
 # 11 full blocks of 8 samples and 3 samples in the tail; windows of 4, 4 and 3 blocks.
@@ -222,7 +223,7 @@ def test_a_permutation_is_undone(size: int, permutation_key: int) -> None:
     ],
 )
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_where_is_the_inverse_of_locate_for_every_range(
+def test_the_samples_of_every_range_are_the_inverse_of_locate(
     monkeypatch: pytest.MonkeyPatch,
     num_tokens: int,
     block_tokens: int,
@@ -245,19 +246,21 @@ def test_where_is_the_inverse_of_locate_for_every_range(
                 if start < stop <= num_tokens:
                     wanted = set(range(start, stop))
                     expected = sorted(s for s, tokens in held.items() if tokens & wanted)
-                    found = where(
-                        start, stop, geometry, epoch=epoch, seed=4, source="s", shuffle=shuffle
+                    slots = slots_of(start, stop, geometry)
+                    found = samples_at(
+                        slots, geometry, epoch=epoch, seed=4, source="s", shuffle=shuffle
                     )
                     assert found.tolist() == expected, (epoch, start, stop)
 
 
-def test_where_in_windows_of_real_size() -> None:
+def test_samples_of_a_range_in_windows_of_real_size() -> None:
     """Blocks of 2^25 tokens: three windows without a smaller window for the test."""
     for epoch in (0, 3):
         samples = np.arange(epoch * 91, (epoch + 1) * 91)
         _, offsets = locate(samples, MANY_WINDOWS, seed=5, source="s")
         for sample, offset in zip(samples.tolist(), offsets.tolist(), strict=True):
-            found = where(offset + 1, offset + 2, MANY_WINDOWS, epoch=epoch, seed=5, source="s")
+            slots = slots_of(offset + 1, offset + 2, MANY_WINDOWS)
+            found = samples_at(slots, MANY_WINDOWS, epoch=epoch, seed=5, source="s")
             assert found.tolist() == [sample]
 
 
