@@ -45,7 +45,7 @@ class SourceStats:
     unused_tokens: int = 0
     """Tokens that no sample of an epoch has as its target: cut off at the ends of blocks."""
     cut_documents: int = 0
-    """Documents that concatenation cuts, though a sample could hold them whole."""
+    """Documents that no sample of concatenated tokens holds whole."""
     read_amplification: float = 0.0
     """Bytes read from files over bytes used, by one reader in the default order; 0: no sample."""
 
@@ -182,7 +182,7 @@ def _source(
 
 
 def _cut(dataset: Path, entries: tuple[ShardEntry, ...], geometry: Geometry) -> int:
-    """Documents of at most seq_len + 1 tokens that no sample of concatenated tokens holds whole."""
+    """Documents that no sample of concatenated tokens holds whole."""
     begin = count = 0
     for entry in entries:
         for lens in chunk_lens(dataset, entry):
@@ -192,7 +192,7 @@ def _cut(dataset: Path, entries: tuple[ShardEntry, ...], geometry: Geometry) -> 
             starts = blocks * geometry.block_tokens + slots * geometry.seq_len
             numbers = blocks * geometry.samples_per_block + slots
             whole = (ends <= starts + geometry.seq_len + 1) & (numbers < geometry.num_samples)
-            count += int(((lens <= geometry.seq_len + 1) & ~whole).sum())
+            count += int((~whole).sum())
             begin = int(ends[-1])
     return count
 
