@@ -15,10 +15,20 @@ from typing import Any
 
 from data.config import CleanConfig
 from data.decontaminate import EvaluationFile, load_evaluation
+from data.language import check_languages, language_of
 from data.privacy import mask
 from data.quality import broken_rule
+from data.trove import apply_rules, check_rules
 
-STAGES = ("normalize", "filter", "decontaminate", "mask_pii", "dedup")
+STAGES = (
+    "normalize",
+    "language",
+    "filter",
+    "filter_datatrove",
+    "decontaminate",
+    "mask_pii",
+    "dedup",
+)
 """In this order; each sees what the one before has left."""
 _BOM = "\ufeff"
 
@@ -79,10 +89,23 @@ class Cleaner:
         """Whether any stage is."""
         return self != Cleaner(CleanConfig())
 
+    def check(self) -> dict[str, str]:
+        """Versions of the packages that decide. DataUsageError for what cannot be done here."""
+        versions: dict[str, str] = {}
+        if self.config.language:
+            versions |= check_languages(self.config.language)
+        if self.config.filter_datatrove:
+            versions |= check_rules()
+        if self.evaluation:
+            load_evaluation(self.evaluation)
+        return versions
+
     def changed(self, text: bytes) -> bytes:
         """A document that no stage drops, as it is stored."""
         if self.config.normalize:
             text = _normal(text.decode(), Counter()).encode()
+        if "c4" in self.config.filter_datatrove:
+            text = apply_rules(text.decode(), ("c4",))[0].encode()
         return mask(text.decode())[0].encode() if self.config.mask_pii else text
 
     def clean(self, text: bytes, account: Account) -> str | None:
@@ -91,7 +114,9 @@ class Cleaner:
         size = len(text)
         for stage, is_on in (
             ("normalize", self.config.normalize),
+            ("language", bool(self.config.language)),
             ("filter", self.config.filter),
+            ("filter_datatrove", bool(self.config.filter_datatrove)),
             ("decontaminate", bool(self.evaluation)),
             ("mask_pii", self.config.mask_pii),
         ):
@@ -117,6 +142,15 @@ class Cleaner:
             if (rule := broken_rule(text)) is not None:
                 count.dropped[rule] += 1
             return text if rule is None else None
+        if stage == "language":
+            return self._in_language(text, count)
+        if stage == "filter_datatrove":
+            kept, rule = apply_rules(text, self.config.filter_datatrove)
+            if rule is not None:
+                count.dropped[rule] += 1
+                return None
+            count.found["documents that c4 took lines from"] += kept != text
+            return kept
         if stage == "decontaminate":
             overlaps = load_evaluation(self.evaluation).overlaps(text)
             for name, times in overlaps.items():
@@ -128,6 +162,17 @@ class Cleaner:
         masked, kinds = mask(text)
         count.found += kinds
         return masked
+
+    def _in_language(self, text: str, count: StageCount) -> str | None:
+        code, confidence = language_of(text)
+        if code not in self.config.language:
+            count.dropped[f"language {code}"] += 1
+        elif confidence < self.config.language_min:
+            count.dropped[f"language {code}, but less sure than {self.config.language_min}"] += 1
+        else:
+            count.found[f"documents in {code}"] += 1
+            return text
+        return None
 
 
 def _normal(text: str, found: Counter[str]) -> str:

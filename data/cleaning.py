@@ -110,10 +110,9 @@ def clean_input(
     `command` is that of the preparation; what one has left that cleans or reads otherwise is
     removed. Raises DataUsageError when nothing is left of the input.
     """
-    if cleaner.evaluation:
-        load_evaluation(cleaner.evaluation)
+    versions = cleaner.check()
     reading = reading_of(config)
-    folder = _begin(output / WORK, _depends_on(cleaner, config, command))
+    folder = _begin(output / WORK, _depends_on(cleaner, config, command, versions))
     jobs = [CleanJob(n, part, reading, cleaner, folder) for n, part in enumerate(parts)]
     num_bytes = sum(extent.stop - extent.start for part in parts for extent in part)
     account: Account = {}
@@ -127,7 +126,8 @@ def clean_input(
     counts = list(account.values()) or [StageCount()]
     if counts[0].documents_in and not counts[-1].documents_out:
         raise DataUsageError(_nothing_left(counts))
-    return Cleaning(Cleaned(cleaner, folder), counts[-1].bytes_out, _report(cleaner, account))
+    report = _report(cleaner, account, versions)
+    return Cleaning(Cleaned(cleaner, folder), counts[-1].bytes_out, report)
 
 
 def _nothing_left(counts: list[StageCount]) -> str:
@@ -135,7 +135,7 @@ def _nothing_left(counts: list[StageCount]) -> str:
     listed = ", ".join(f"{times} {reason}" for reason, times in sorted(reasons.items()))
     return (
         f"cleaning drops all {counts[0].documents_in} documents ({listed}); leave out the option "
-        "that drops them: --filter, --dedup or --decontaminate"
+        "that drops them: --filter, --filter-datatrove, --language, --dedup or --decontaminate"
     )
 
 
@@ -199,7 +199,7 @@ def _drop_duplicates(
 
 
 def _depends_on(
-    cleaner: Cleaner, config: PrepareConfig, command: Mapping[str, Any]
+    cleaner: Cleaner, config: PrepareConfig, command: Mapping[str, Any], versions: dict[str, str]
 ) -> dict[str, Any]:
     """What the results of cleaning depend on."""
     keys = {"clean", "text_field", "on_bad_text", "part_bytes"}
@@ -207,6 +207,7 @@ def _depends_on(
         "inputs": command["inputs"],
         "config": config.model_dump(mode="json", include=keys),
         "decontaminate": [[file.path.name, file.xxh3] for file in cleaner.evaluation],
+        **({"versions": versions} if versions else {}),
     }
 
 
@@ -221,12 +222,14 @@ def _begin(folder: Path, command: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _report(cleaner: Cleaner, account: Account) -> dict[str, Any]:
+def _report(cleaner: Cleaner, account: Account, versions: dict[str, str]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "stages": [
             {"stage": stage, **account[stage].to_json()} for stage in STAGES if stage in account
         ]
     }
+    if versions:
+        report["versions"] = versions
     if cleaner.config.dedup != "off":
         report["dedup"] = METHODS[cleaner.config.dedup].description
     if cleaner.evaluation:

@@ -5,6 +5,7 @@ Nothing here imports more than pydantic, so that commands on a login node answer
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
 )
 
 BadText = Literal["strict", "replace", "skip"]
+DatatroveRule = Literal["gopher-repetition", "gopher-quality", "c4", "fineweb-quality"]
 Boundaries = Literal["ignore", "labels", "attention"]
 Packing = Literal["concat", "best_fit"]
 
@@ -33,6 +35,14 @@ class DataUsageError(DataError):
     exit_code: ClassVar[int] = 2
 
 
+def missing_extra(what: str, extra: str, error: ImportError) -> DataUsageError:
+    """The refusal of what needs an optional extra that is not installed."""
+    return DataUsageError(
+        f"{what} needs the packages of the extra {extra!r} ({error}); install them with "
+        f"{sys.executable} -m pip install 'headrace[{extra}]'"
+    )
+
+
 class CleanConfig(BaseModel):
     """What is done to documents before anything else; without it they are stored as they came."""
 
@@ -42,6 +52,12 @@ class CleanConfig(BaseModel):
     """Unicode NFC, without NUL and without U+FEFF at the start."""
     filter: bool = False
     """Drop what the published rules of Gopher and C4 (English prose) drop: data/quality.py."""
+    language: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] = ()
+    """Keep documents of these languages (ISO 639) alone, where any is named: data/language.py."""
+    language_min: Annotated[float, Field(ge=0, le=1)] = 0.65
+    """How sure of its language a document must be, in [0, 1], where languages are named."""
+    filter_datatrove: tuple[DatatroveRule, ...] = ()
+    """Rules of datatrove, in this order; c4 also takes lines out: data/trove.py."""
     mask_pii: bool = False
     """Put placeholders for e-mail and IP addresses, phone and card numbers: data/privacy.py."""
     dedup: Literal["off", "exact", "near"] = "off"
@@ -50,7 +66,29 @@ class CleanConfig(BaseModel):
     @property
     def changes_text(self) -> bool:
         """Whether the text that is stored can differ from the text that was read."""
-        return self.normalize or self.mask_pii
+        return self.normalize or self.mask_pii or "c4" in self.filter_datatrove
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        for names in (self.language, self.filter_datatrove):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{', '.join(names)}: one of them is named twice; name it once")
+        if (
+            not self.language
+            and self.language_min != type(self).model_fields["language_min"].default
+        ):
+            raise ValueError("--language-min needs --language: which ones to be sure of")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As it was recorded before there were languages and rules of datatrove."""
+        values: dict[str, Any] = serialize(self)
+        if not self.language:
+            del values["language"], values["language_min"]
+        if not self.filter_datatrove:
+            del values["filter_datatrove"]
+        return values
 
 
 class PrepareConfig(BaseModel):

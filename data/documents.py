@@ -33,6 +33,8 @@ FORMATS = {
     ".parquet": "parquet",
     ".tar": "tar",
     ".tgz": "tar",
+    ".warc": "warc",
+    ".wet": "warc",
 }
 RECORD_FORMATS = {".json": "json", ".csv": "csv", ".tsv": "tsv"}
 """Read as records where somebody wrote the suffix, or packed; below a folder they are text, as the
@@ -66,7 +68,7 @@ class InputFile:
 
     @property
     def format(self) -> str:
-        """text, lines, json, csv, tsv, parquet or tar."""
+        """text, lines, json, csv, tsv, parquet, tar or warc."""
         suffix = self.path.suffix.lower()
         if self.compression and suffix not in FORMATS:
             suffix = self.path.with_suffix("").suffix.lower()
@@ -111,6 +113,8 @@ class Document:
     text: bytes
     replaced: int = 0
     """Characters that the policy for bad text has put in."""
+    id: str = ""
+    """What its input calls it, such as the address of a page; empty where nothing does."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data.documents import COMPRESSIONS, InputFile
 from data.durable import publish, writing
 
 UNREADABLE_SUFFIXES = frozenset(
-    {".lz4", ".zip", ".7z", ".arrow", ".warc", ".rar", ".br", ".z", ".tbz2", ".txz"}
+    {".lz4", ".zip", ".7z", ".arrow", ".rar", ".br", ".z", ".tbz2", ".txz"}
     | {".pdf", ".docx", ".npy", ".npz", ".bin", ".safetensors", ".png", ".jpg", ".jpeg"}
 )
 _STDIN = "-"

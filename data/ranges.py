@@ -9,12 +9,13 @@ at 100 to 200 MB/s; pack corpora in files of up to 1 GB of text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from data.documents import Document, Extent, InputFile, Part, Reading
 from data.pool import Pool
 from data.readers import read_extent
+from data.warc import page_sizes
 
 LONG_BYTES = 2**24
 RANGE_BYTES = 2**27
@@ -39,13 +40,21 @@ def find_ranges(file: InputFile, *, reading: Reading, range_bytes: int) -> list[
     """Offsets of the documents at which a new range begins; the first range begins before all."""
     starts: list[int] = []
     size = 0
-    for item in read_extent(Extent(file, 0, file.num_bytes), reading):
+    for offset, num_bytes in _sizes(file, reading):
         if size >= range_bytes:
-            starts.append(item.offset)
+            starts.append(offset)
             size = 0
-        if isinstance(item, Document):
-            size += len(item.text)
+        size += num_bytes
     return starts
+
+
+def _sizes(file: InputFile, reading: Reading) -> Iterator[tuple[int, int]]:
+    """Offset and bytes of every document; of a page as it is stored, since its text costs most."""
+    if file.format == "warc":
+        yield from page_sizes(file)
+        return
+    for item in read_extent(Extent(file, 0, file.num_bytes), reading):
+        yield item.offset, len(item.text) if isinstance(item, Document) else 0
 
 
 def _is_long(part: Part) -> bool:

@@ -29,6 +29,7 @@ from data.documents import (
 from data.formats import READERS, is_json_lines
 from data.inputs import find_files
 from data.parquet import read_parquet
+from data.warc import read_warc
 
 __all__ = [
     "BAD_TEXT",
@@ -85,6 +86,8 @@ def read_extent(extent: Extent, reading: Reading | str = "text") -> Iterator[Doc
     file = extent.file
     if file.format == "parquet":
         return _within(extent, read_parquet(file, reading))
+    if file.format == "warc":
+        return read_warc(extent, reading)
     if file.compression is None:
         if file.num_bytes == 0:
             return iter([Dropped(file, 0, "empty file", is_bad=False)])

@@ -98,6 +98,9 @@ def prepare(
     bos: options.Bos = False,
     normalize: options.Normalize = False,
     filter: options.Filter = False,
+    filter_datatrove: options.FilterDatatrove = None,
+    language: options.Languages = None,
+    language_min: options.LanguageMin = None,
     mask_pii: options.MaskPii = False,
     dedup: options.Dedup = "off",
     decontaminate: options.Decontaminate = None,
@@ -121,6 +124,9 @@ def prepare(
         "clean": {
             "normalize": normalize,
             "filter": filter,
+            "filter_datatrove": _names(filter_datatrove),
+            "language": _names(language),
+            **({} if language_min is None else {"language_min": language_min}),
             "mask_pii": mask_pii,
             "dedup": dedup,
         },
@@ -308,8 +314,16 @@ def _parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
+        if isinstance(first["input"], dict):
+            # What several options say together; the message names them.
+            raise typer.BadParameter(first["msg"].removeprefix("Value error, ")) from None
+        names = [name for name in first["loc"] if isinstance(name, str)]
+        option = "--" + names[-1].replace("_", "-")
         raise typer.BadParameter(f"{option} {first['input']}: {first['msg']}") from None
+
+
+def _names(value: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
 def _leave(code: int) -> None:

@@ -64,9 +64,9 @@ Inputs = Annotated[
     list[str],
     typer.Option(
         "--input",
-        help="Text, .jsonl, .json, .csv, .tsv, .parquet or WebDataset .tar file, also as .gz .bz2 "
-        ".xz .zst; directory, glob, URL (s3 gs http hf), @LIST, or - (-.jsonl) for standard "
-        "input; repeatable.",
+        help="Text, .jsonl, .json, .csv, .tsv, .parquet, .warc or WebDataset .tar file, also as "
+        ".gz .bz2 .xz .zst; directory, glob, URL (s3 gs http hf), @LIST, or - (-.jsonl) for "
+        "standard input; repeatable.",
     ),
 ]
 MoreInputs = Annotated[
@@ -100,6 +100,21 @@ Normalize = Annotated[
 ]
 Filter = Annotated[
     bool, typer.Option("--filter", help="Drop what the Gopher and C4 rules (English prose) drop.")
+]
+FilterDatatrove = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULES",
+        help="Drop what these rules of datatrove drop, in order: gopher-repetition,gopher-quality,"
+        "c4,fineweb-quality.",
+    ),
+]
+Languages = Annotated[
+    str | None,
+    typer.Option("--language", metavar="CODES", help="Keep only these languages: en,zh."),
+]
+LanguageMin = Annotated[
+    float | None, typer.Option(help="How sure of the language to be.", show_default="0.65")
 ]
 MaskPii = Annotated[
     bool, typer.Option("--mask-pii", help="Mask e-mail and IP addresses, phone and card numbers.")

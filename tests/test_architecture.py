@@ -57,7 +57,7 @@ VENDORS = {
 """What is imported -> the only modules that may."""
 
 ONE_MODULE_EACH = {
-    "data": ("fsspec", "pyarrow", "datatrove", "rensa"),
+    "data": ("fsspec", "pyarrow", "datatrove", "spacy", "warcio", "py3langid", "rensa"),
     "train": ("sklearn", "sacrebleu", "gguf"),
 }
 """Package -> vendors that one of its modules may import; no second one, no other package."""

@@ -232,7 +232,7 @@ REFUSED_FILES = [
     ("a.txt", gzip.compress(b"x"), "is gzip by its first bytes, although its name"),
     ("a.csv", b"PK\x03\x04rest", "is zip by its first bytes"),
     ("a.txt", FORMATS["a.tar"], "is tar by its first bytes"),
-    ("a.warc.gz", gzip.compress(b"x"), r"files ending in \.warc cannot be read"),
+    ("a.zip.gz", gzip.compress(b"x"), r"files ending in \.zip cannot be read"),
 ]
 
 

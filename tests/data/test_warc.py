@@ -1,0 +1,283 @@
+"""Pages of a crawl become documents, by their records; damage is named by file and record."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import re
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
+
+from data.config import DataError, DataUsageError
+from data.documents import Document, Dropped, Extent, Reading
+from data.ranges import find_ranges
+from data.readers import find_files, read_extent
+from tests.data.texts import prose
+
+MAIN = [f"The mill at caf\u00e9 Z\u00fcrich. {prose(400, seed=i)}".split("\n")[0] for i in range(5)]
+
+
+def html(main: list[str] = MAIN, head: str = "") -> str:
+    paragraphs = "".join(f"<p>{paragraph}</p>" for paragraph in main)
+    menu = "<nav><ul><li><a href='/'>Home</a></li></ul></nav>"
+    return f"<html><head>{head}</head><body>{menu}<article>{paragraphs}</article></body></html>"
+
+
+def chunks(body: bytes) -> bytes:
+    half = len(body) // 2
+    return b"".join(b"%x\r\n%b\r\n" % (len(x), x) for x in (body[:half], body[half:], b""))
+
+
+class Writer(WARCWriter):  # type: ignore[misc]
+    """It leaves temporary files to the garbage collector, which is a warning."""
+
+    @staticmethod
+    def _create_temp_file() -> io.BytesIO:
+        return io.BytesIO()
+
+
+class Warc:
+    """A file in the making, through the library's own writer."""
+
+    def __init__(self, *, packed: bool = False) -> None:
+        self.out = io.BytesIO()
+        self.writer = Writer(self.out, gzip=packed)
+        self.starts: list[int] = []
+
+    def add(self, kind: str, url: str, body: bytes, type: str | None = None, **more: str) -> None:
+        status = more.pop("status", "200 OK")
+        headers = [("Content-Type", type)] if type else []
+        headers += [(key.replace("_", "-"), value) for key, value in more.items()]
+        http = StatusAndHeaders(status, headers, protocol="HTTP/1.1")
+        self.starts.append(self.out.tell())
+        self.writer.write_record(
+            self.writer.create_warc_record(
+                url,
+                kind,
+                payload=io.BytesIO(body),
+                http_headers=http if kind == "response" else None,
+                warc_content_type="" if kind == "response" else type or "",
+            )
+        )
+
+    def page(self, url: str, body: bytes, type: str = "text/html", **more: str) -> None:
+        self.add("response", url, body, type, **more)
+
+    def write(self, path: Path) -> Path:
+        path.write_bytes(self.out.getvalue())
+        return path
+
+
+def read(
+    path: Path, reading: Reading | str = "text", first: int = 0, last: int | None = None
+) -> list[Document | Dropped]:
+    [file] = find_files([str(path)])
+    return list(read_extent(Extent(file, 0, file.num_bytes, first, last), reading))
+
+
+def crawl(*, packed: bool = False, pages: int = 4) -> Warc:
+    warc = Warc(packed=packed)
+    warc.add("warcinfo", "", b"software: test\r\n", "application/warc-fields")
+    for i in range(pages):
+        warc.add("request", f"http://a.org/{i}", b"GET / HTTP/1.1\r\n\r\n", "application/http")
+        warc.page(f"http://a.org/{i}", html([f"Page {i}.", *MAIN]).encode())
+    return warc
+
+
+@pytest.mark.parametrize("name", ["a.warc", "a.warc.gz", "folder/b.warc.gz"])
+def test_pages_are_documents_and_the_rest_is_counted(tmp_path: Path, name: str) -> None:
+    warc = crawl(packed=name.endswith("gz"))
+    warc.page("http://a.org/logo", b"\x89PNG", "image/png")
+    warc.page("http://a.org/gone", html().encode(), status="404 Not Found")
+    warc.page("http://a.org/empty", b"<html><body></body></html>")
+    warc.page("http://a.org/notes.txt", b"plain notes", "text/plain")
+    warc.add("conversion", "http://a.org/wet", "\u4e2d\u6587".encode(), "text/plain")
+    warc.add("metadata", "http://a.org/0", b"a: b\r\n", "application/warc-fields")
+    warc.add("sonnet", "http://a.org/0", b"a: b\r\n", "text/plain")
+    (tmp_path / "folder").mkdir()
+    items = read(warc.write(tmp_path / name))
+    documents = [item for item in items if isinstance(item, Document)]
+    assert [item.id for item in documents[:4]] == [f"http://a.org/{i}" for i in range(4)]
+    assert [item.text.startswith(b"Page %d. " % i) for i, item in enumerate(documents[:4])]
+    assert b"Home" not in documents[0].text, "navigation is no text of a page"
+    assert [(d.id, d.text.decode()) for d in documents[4:]] == [
+        ("http://a.org/notes.txt", "plain notes"),
+        ("http://a.org/wet", "\u4e2d\u6587"),
+    ]
+    assert Counter(item.reason for item in items if isinstance(item, Dropped)) == {
+        "warcinfo record": 1,
+        "request record": 4,
+        "metadata record": 1,
+        "record of unknown type": 1,
+        "not HTML or text": 1,
+        "HTTP status other than 2xx": 1,
+        "no main text": 1,
+    }
+    assert not any(item.is_bad for item in items if isinstance(item, Dropped))
+    assert [item.offset for item in items] == list(range(16)), "its record is its place"
+
+
+@pytest.mark.parametrize(
+    ("body", "more"),
+    [
+        (html().encode(), {}),
+        (b"\xef\xbb\xbf" + html().encode(), {}),
+        (html().encode("latin-1"), {"type": "text/html; charset=ISO-8859-1"}),
+        (html(head='<meta charset="latin1">').encode("latin-1"), {}),
+        (html().encode("utf-16"), {"type": "text/html; charset=utf-16"}),
+        (html().encode(), {"type": "text/html; charset=no-such"}),
+        (gzip.compress(html().encode()), {"Content_Encoding": "gzip"}),
+        (html().encode(), {"Content_Encoding": "gzip"}),
+        (chunks(html().encode()), {"Transfer_Encoding": "chunked"}),
+        (html().encode(), {"Transfer_Encoding": "chunked"}),
+        (
+            chunks(gzip.compress(html().encode())),
+            {"Transfer_Encoding": "chunked", "Content_Encoding": "gzip"},
+        ),
+        (html().encode(), {"type": ""}),
+        (html().encode(), {"type": "application/xhtml+xml"}),
+    ],
+    ids=range(13),
+)
+def test_a_page_is_the_same_however_it_was_sent(
+    tmp_path: Path, body: bytes, more: dict[str, str]
+) -> None:
+    warc = Warc()
+    warc.page("http://a.org", body, **{"type": "text/html", **more})
+    [item] = read(warc.write(tmp_path / "a.warc"))
+    assert isinstance(item, Document), item
+    assert item.text.decode().splitlines() == [line.strip() for line in MAIN]
+
+
+@pytest.mark.parametrize(
+    ("body", "more", "reason"),
+    [
+        (gzip.compress(html().encode())[:-20], {"Content_Encoding": "gzip"}, "content encoding"),
+        (b"\x1b\x03", {"Content_Encoding": "br"}, "content encoding"),
+        (b"\x1f\x8b\xff\xff", {"Content_Encoding": "gzip"}, "content encoding"),
+        (b"<html>\xff\xfe</html>", {"type": "text/html; charset=utf-7"}, "not UTF-8"),
+        (b"<html>\xff\\ud800</html>", {"type": "text/html; charset=unicode_escape"}, "not UTF-8"),
+        (b"", {}, "no main text"),
+    ],
+)
+def test_a_page_whose_text_cannot_be_had_is_counted(
+    tmp_path: Path, body: bytes, more: dict[str, str], reason: str
+) -> None:
+    warc = Warc()
+    warc.page("http://a.org", body, **{"type": "text/html", **more})
+    path = warc.write(tmp_path / "a.warc")
+    [item] = read(path)
+    assert isinstance(item, Dropped) and item.reason.startswith(reason)
+    assert item.is_bad == (reason == "not UTF-8"), "strict text counts against the budget"
+    assert item.place == f"{path}, record 1"
+    [item] = read(path, Reading(on_bad_text="skip"))
+    assert isinstance(item, Dropped) and not item.is_bad
+
+
+def test_bad_text_is_replaced_under_that_policy(tmp_path: Path) -> None:
+    warc = Warc()
+    warc.page("http://a.org", html().encode().replace("\u00e9".encode(), b"\xff"))
+    [item] = read(warc.write(tmp_path / "a.warc"), Reading(on_bad_text="replace"))
+    assert isinstance(item, Document) and item.text.decode().startswith("The mill at caf\ufffd")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_a_cut_file_is_never_silently_short(tmp_path: Path, packed: bool) -> None:
+    warc = crawl(packed=packed, pages=2)
+    whole = warc.out.getvalue()
+    rng = random.Random(0)
+    path = tmp_path / ("a.warc.gz" if packed else "a.warc")
+    near = [start + i for start in [*warc.starts[1:], len(whole)] for i in (-5, -4, -2, -1, 1, 3)]
+    cuts = {cut for cut in near + rng.sample(range(1, len(whole)), 100) if 0 < cut < len(whole)}
+    for cut in cuts - set(warc.starts):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"cut off|damaged|begins with") as refused:
+            read(path)
+        assert str(path) in str(refused.value)
+        if not packed:
+            number = sum(start < cut for start in warc.starts)
+            assert f", record {number}" in str(refused.value)
+
+
+def test_damage_in_a_page_is_named(tmp_path: Path) -> None:
+    warc = crawl(pages=3)
+    whole = warc.out.getvalue()
+    path = tmp_path / "a.warc"
+    body = whole.index(b"<html>", warc.starts[4])
+    rng = random.Random(0)
+    for at in rng.sample(range(body, whole.index(b"</html>", body)), 50):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.warc, record 5: .*not what its WARC-Block-Digest"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (rb"Content-Length: (\d+)", b"Content-Length: 7", r"its 7 bytes are not what its WARC-B"),
+        (rb"(?s)Block(-.*?Content-Length: )\d+", rb"Blick\g<1>7", r"b'.*' follows its 7 bytes"),
+        (rb"Content-Length: (\d+)", b"Content-Length: x", r"has 0 Content-Length and 1 WARC-Type"),
+        (rb"WARC-Type: \w+\r\n", b"", r"has 1 Content-Length and 0 WARC-Type"),
+        (rb"WARC/1\.\d", b"WARK/1.0", r"begins with b'WARK/1\.0\\r\\n', not with a WARC version"),
+        (rb"Content-Length: (\d+)", b"Content-Length: 99999999", r"record 3: \d+ of its 99999999"),
+    ],
+)
+def test_a_damaged_header_is_named(tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
+    warc = crawl()
+    whole, start = warc.out.getvalue(), warc.starts[2]
+    path = tmp_path / "a.warc"
+    path.write_bytes(whole[:start] + re.sub(old, new, whole[start:], count=1))
+    with pytest.raises(DataError, match=message) as refused:
+        read(path)
+    assert f"{path}, record 3" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"<html>no", "it is no WARC"), (b"\r\n\r\n", "holds no record")],
+)
+def test_what_is_no_warc_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.warc"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_ranges_of_a_long_file_hold_each_page_once(tmp_path: Path) -> None:
+    path = crawl(packed=True, pages=9).write(tmp_path / "a.warc.gz")
+    [file] = find_files([str(path)])
+    starts = find_ranges(file, reading=Reading(), range_bytes=1000)
+    assert len(starts) > 2
+    edges = [0, *starts, None]
+    parts = [read(path, first=a or 0, last=b) for a, b in pairwise(edges)]
+    assert [item for part in parts for item in part] == read(path)
+
+
+def test_a_page_does_not_depend_on_those_before(tmp_path: Path) -> None:
+    warc = Warc()
+    for i in range(6):
+        warc.page(f"http://a.org/{i}", html().encode())
+    items = read(warc.write(tmp_path / "a.warc"))
+    assert len({item.text for item in items if isinstance(item, Document)}) == 1
+    assert all(isinstance(item, Document) for item in items)
+
+
+@pytest.mark.parametrize("missing", ["warcio.recordloader", "trafilatura"])
+def test_without_the_extra_the_refusal_says_what_to_install(
+    tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = crawl().write(tmp_path / "a.warc")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        DataUsageError, match=r"WARC files needs .* install 'headrace\[datatrove\]'"
+    ):
+        read(path)
