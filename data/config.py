@@ -107,6 +107,10 @@ class PrepareConfig(BaseModel):
     """Share of the text held out for validation; 0 holds nothing out."""
     text_field: Annotated[str, Field(min_length=1)] = "text"
     """Key of a record that holds its text; dots go into nested objects: `a.b.text`."""
+    id_field: str = ""
+    """Key of a record that holds its id, with dots as above; the id is kept beside the tokens, and
+    so is the address of a page, or else the name of the file and the place in it. Empty keeps none.
+    """
     on_bad_text: BadText = "strict"
     """Text that is not UTF-8: stop, put U+FFFD in (for NUL and half surrogate pairs too), or skip
     the document or line that holds any; what was replaced or skipped is counted."""
@@ -132,6 +136,8 @@ class PrepareConfig(BaseModel):
             values.pop("clean", None)
         if self.on_bad_text == "strict":
             del values["on_bad_text"]
+        if not self.id_field:
+            del values["id_field"]
         return values
 
 

@@ -141,6 +141,12 @@ class Reading:
 
     text_field: str = "text"
     on_bad_text: BadText = "strict"
+    id_field: str = ""
+    """Key of a record that holds its id; empty keeps no ids."""
+
+    def id_of(self, record: Any) -> str:
+        """What a record calls itself; empty where it does not, or nobody asks."""
+        return as_id(_nested(record, self.id_field)[0]) if self.id_field else ""
 
     def document(
         self, raw: bytes, file: InputFile, offset: int, where: str | None = None
@@ -230,7 +236,19 @@ class Reading:
             encoded = encoded.replace(b"\0", _REPLACEMENT.encode())
         if not encoded:
             return Dropped(file, offset, "empty document", is_bad=False, where=where)
-        return Document(offset, encoded, replaced)
+        return Document(offset, encoded, replaced, self.id_of(value))
+
+
+def as_id(value: Any) -> str:
+    """A string or whole number as an id; anything else is none."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
+
+
+def place_name(file: InputFile, document: Document) -> str:
+    """An id for a document that has none: its file, and where in it if the file holds several."""
+    return file.name if file.format == "text" else f"{file.name}:{document.offset}"
 
 
 def line_number(file: InputFile, offset: int) -> int:

@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.cleaning import Cleaned, read_cleaned
 from data.config import DataError, PrepareConfig
+from data.documents import place_name
 from data.manifest import ShardEntry, dtype_for
 from data.pool import Pool, Progress
 from data.readers import Document, Part, Reading, reading_of
-from data.shards import finished_shard, write_shard
+from data.shards import Named, finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
 from data.survey import Survey, Surveyed
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -58,6 +60,8 @@ class Encoded:
     lengths: NDArray[np.uint32]
     """Ids of each document, BOS and EOS included."""
     text_bytes: int
+    names: tuple[str, ...] = ()
+    """The id of each document, where ids are kept."""
 
     def documents(self) -> Iterator[NDArray[np.uint32]]:
         """Every document as a view."""
@@ -65,6 +69,10 @@ class Encoded:
         for length in self.lengths.tolist():
             yield self.ids[end : end + length]
             end += length
+
+    def named(self) -> Iterator[Named]:
+        """Every document with its id."""
+        return (Named(ids, name) for ids, name in zip(self.documents(), self.names, strict=True))
 
 
 @dataclass
@@ -96,10 +104,10 @@ def write_shards(
     # One stream over all shards: workers encode the next shard while this one is finished.
     stream = pool.map(encode_part, chain.from_iterable(plan.jobs for plan in todo))
 
-    def documents(plan: ShardPlan) -> Iterator[NDArray[np.uint32]]:
+    def documents(plan: ShardPlan) -> Iterator[Any]:
         nonlocal done
         for encoded in islice(stream, len(plan.jobs)):
-            yield from encoded.documents()
+            yield from encoded.named() if config.id_field else encoded.documents()
             done += encoded.text_bytes
             progress("encode", done, num_bytes)
 
@@ -184,8 +192,9 @@ def encode_part(job: EncodeJob) -> Encoded:
     after = np.array([tokenizer.eos_id], np.uint32)
     arrays = [np.zeros(0, np.uint32)]
     lengths: list[int] = []
+    names: list[str] = []
     text_bytes = 0
-    for texts in _batches(_texts(job)):
+    for texts in _batches(_texts(job, names)):
         text_bytes += sum(len(text.encode()) for text in texts)
         for ids in _encode(tokenizer, texts):
             array = np.concatenate([before, ids, after])
@@ -196,13 +205,16 @@ def encode_part(job: EncodeJob) -> Encoded:
                 )
             arrays.append(array)
             lengths.append(len(array))
-    return Encoded(np.concatenate(arrays), np.array(lengths, np.uint32), text_bytes)
+    kept = tuple(names) if job.reading.id_field else ()
+    return Encoded(np.concatenate(arrays), np.array(lengths, np.uint32), text_bytes, kept)
 
 
-def _texts(job: EncodeJob) -> Iterator[str]:
+def _texts(job: EncodeJob, names: list[str]) -> Iterator[str]:
+    """The text of every stored document; its id goes to `names`."""
     if job.runs:
         with open(job.part[0].file.path, "rb") as stream:
             for run in job.runs:
+                names.append(job.part[0].file.name)
                 stream.seek(run.start)
                 yield stream.read(run.stop - run.start).decode()
         return
@@ -210,6 +222,7 @@ def _texts(job: EncodeJob) -> Iterator[str]:
         if isinstance(document, Document):
             for run in job.rule.runs(file, document):
                 if run.side == job.side:
+                    names.append(document.id or place_name(file, document))
                     yield document.text[run.start : run.stop].decode()
 
 

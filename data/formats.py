@@ -13,6 +13,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import IO, Any, BinaryIO, cast
 
@@ -57,9 +58,13 @@ def read_table(stream: BinaryIO, file: InputFile, reading: Reading) -> Iterator[
     try:
         header = next(rows, [])
         column = _column(header, file, reading)
+        id_column = header.index(reading.id_field) if header.count(reading.id_field) == 1 else None
         at = rows.line_num
         for row in rows:
-            yield _row(row, header, column, file, reading, at)
+            item = _row(row, header, column, file, reading, at)
+            if isinstance(item, Document) and id_column is not None:
+                item = replace(item, id=row[id_column])
+            yield item
             at = rows.line_num
     except csv.Error as error:
         raise DataError(
@@ -242,7 +247,15 @@ def _samples(
 def _sample(
     members: dict[str, bytes | None], file: InputFile, reading: Reading, index: int, key: str
 ) -> Document | Dropped:
-    where = f"{file.path}, sample {key!r}"
+    item = _text_of(members, file, reading, index, f"{file.path}, sample {key!r}")
+    if isinstance(item, Document) and not item.id:
+        return replace(item, id=f"{file.name}:{key}")
+    return item
+
+
+def _text_of(
+    members: dict[str, bytes | None], file: InputFile, reading: Reading, index: int, where: str
+) -> Document | Dropped:
     for ending in _TEXT_MEMBERS:
         if (text := members.get(ending)) is not None:
             return reading.document(text.removeprefix(_BOM), file, index, where)

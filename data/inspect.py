@@ -25,6 +25,8 @@ class Piece:
     first_token: int
     """Where the part begins in the document; 0 when the sample holds its beginning."""
     num_tokens: int
+    id: str | None
+    """What its input called it (`headrace prepare --id-field`); None where no ids are kept."""
     text: str
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from data.config import DataError, DataUsageError
-from data.documents import Document, Dropped, InputFile, Reading
+from data.documents import Document, Dropped, InputFile, Reading, as_id
 
 _ROWS = 256
 
@@ -32,10 +33,15 @@ def read_parquet(file: InputFile, reading: Reading) -> Iterator[Document | Dropp
     try:
         with pq.ParquetFile(file.path, page_checksum_verification=True) as table:
             _check_column(table.schema_arrow, file, reading)
-            column = reading.text_field
-            for batch in table.iter_batches(_ROWS, columns=[column], use_threads=False):
-                for value in _raw(pa, batch, column):
-                    yield _row(value, file, reading, index)
+            column, id_column = reading.text_field, _id_column(table.schema_arrow, reading)
+            columns = [column, id_column] if id_column else [column]
+            for batch in table.iter_batches(_ROWS, columns=columns, use_threads=False):
+                names = _values(pa, batch, id_column).to_pylist() if id_column else None
+                for at, value in enumerate(_values(pa, batch, column).cast(pa.large_binary())):
+                    item = _row(value.as_py(), file, reading, index)
+                    if names is not None and isinstance(item, Document):
+                        item = replace(item, id=as_id(names[at]))
+                    yield item
                     index += 1
             expected = table.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
@@ -86,17 +92,30 @@ def _num_fields(pa: Any, at: Any) -> int:
     return at.num_fields if pa.types.is_struct(at) else 0
 
 
-def _raw(pa: Any, batch: Any, column: str) -> Iterator[bytes | None]:
-    """The column's values as bytes: text in a file may be no UTF-8, which is our policy's."""
+def _id_column(schema: Any, reading: Reading) -> str:
+    """The column of ids, where the file has it; else its rows are named by their place."""
+    import pyarrow as pa
+
+    at: Any = schema
+    keys = [reading.id_field] if reading.id_field in schema.names else reading.id_field.split(".")
+    for key in keys:
+        names = [at.field(i).name for i in range(_num_fields(pa, at))]
+        if names.count(key) != 1:
+            return ""
+        at = at.field(names.index(key)).type
+    return reading.id_field
+
+
+def _values(pa: Any, batch: Any, column: str) -> Any:
+    """The values of a column. Text is cast from them: it may be no UTF-8, which is our policy's."""
     import pyarrow.compute as pc
 
-    values = batch.column(0)
-    if batch.schema.names[0] != column:
-        values = pc.struct_field(values, column.split(".")[1:])
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    for value in values.cast(pa.large_binary()):
-        yield value.as_py()
+    if column in batch.schema.names:
+        values = batch.column(column)
+    else:
+        first, *inner = column.split(".")
+        values = pc.struct_field(batch.column(first), inner)
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 def _row(value: bytes | None, file: InputFile, reading: Reading, index: int) -> Document | Dropped:

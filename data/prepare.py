@@ -35,6 +35,7 @@ from data.survey import (
     Surveyed,
     bad_noun,
     bad_text_warnings,
+    id_warnings,
     listed,
     share_warnings,
     survey,
@@ -217,7 +218,7 @@ def _commit(
         warnings.append(
             f"{total.bad_lines.total()} {bad_noun(total)} were skipped: {listed(total.bad_lines)}"
         )
-    warnings += bad_text_warnings(total)
+    warnings += bad_text_warnings(total) + id_warnings(total, command["config"].get("id_field", ""))
     counts = {
         "files": len(command["inputs"]),
         "input_bytes": sum(file["bytes"] for file in command["inputs"]),

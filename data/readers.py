@@ -53,7 +53,7 @@ _BOM = b"\xef\xbb\xbf"
 
 def reading_of(config: PrepareConfig) -> Reading:
     """How a preparation reads."""
-    return Reading(config.text_field, config.on_bad_text)
+    return Reading(config.text_field, config.on_bad_text, config.id_field)
 
 
 def cut_parts(files: Sequence[InputFile], part_bytes: int) -> list[Part]:

@@ -1,6 +1,7 @@
 """Token shards v1: a tar that WebDataset and `tar` read, and an index that makes it addressable.
 
     shard-000000.tar        000000-00000.lens.npy (<u4 document lengths), 000000-00000.tokens.npy
+                            and, only where ids are kept, 000000-00000.ids.txt (data/names.py)
     shard-000000.idx.json   per chunk: where its arrays lie, counts, xxh3; sha256 of the tar
 
 A chunk holds whole documents, at least 1 Mi tokens but for the last one. Equal documents make equal
@@ -33,6 +34,7 @@ from data.manifest import ShardEntry as ShardEntry
 from data.manifest import dtype_for as dtype_for
 from data.manifest import read_manifest as read_manifest
 from data.manifest import write_manifest as write_manifest
+from data.names import lines_of, names_of
 
 CHUNK_TOKENS = 2**20
 INDEX_FORMAT = "headrace-shard-index"
@@ -51,6 +53,24 @@ class Chunk:
     tokens_offset: int
     lens_xxh3: str
     tokens_xxh3: str
+    ids_offset: int | None = None
+    """Of the document ids; None, like what follows, where the shard keeps none."""
+    ids_bytes: int = 0
+    ids_xxh3: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the index: shards without document ids have the index that they always had."""
+        ids = ("ids_offset", "ids_bytes", "ids_xxh3")
+        has_ids = self.ids_offset is not None
+        return {key: value for key, value in vars(self).items() if has_ids or key not in ids}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A document with the id that is kept beside its tokens."""
+
+    ids: NDArray[Any]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,9 @@ class ShardIndex:
         return sum(chunk.documents for chunk in self.chunks)
 
 
-def write_shard(path: Path, documents: Iterable[NDArray[Any]], dtype: Dtype) -> ShardEntry:
+def write_shard(
+    path: Path, documents: Iterable[NDArray[Any]] | Iterable[Named], dtype: Dtype
+) -> ShardEntry:
     """Write one shard DATASET/SPLIT/SOURCE/shard-NNNNNN.tar and then its index.
 
     A kill leaves no shard, or a shard without index, which the next call replaces. DataError when
@@ -81,8 +103,11 @@ def write_shard(path: Path, documents: Iterable[NDArray[Any]], dtype: Dtype) -> 
     """
     shard = _OpenShard(path, dtype)
     try:
-        for ids in documents:
-            shard.add(ids)
+        for document in documents:
+            if isinstance(document, Named):
+                shard.add(document.ids, document.name)
+            else:
+                shard.add(document)
         return shard.close()
     except BaseException:
         shard.abandon()
@@ -131,6 +156,23 @@ def read_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
     )
 
 
+def read_names(file: int, path: Path, chunk: Chunk) -> list[str] | None:
+    """The id of every document of a chunk, checked; None where the shard keeps none.
+
+    DataError naming the shard and the chunk.
+    """
+    if chunk.ids_offset is None:
+        return None
+    raw = os.pread(file, chunk.ids_bytes, chunk.ids_offset)
+    if xxhash.xxh3_64_hexdigest(raw) != chunk.ids_xxh3:
+        raise DataError(
+            f"{path}, chunk {chunk.key}: its document ids are damaged (xxh3 differs from the "
+            "index); restore the shard from a copy, and run `headrace data verify --full` on the "
+            "dataset to see what else is"
+        )
+    return names_of(raw)
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file in hex, read in pieces."""
     with path.open("rb") as file:
@@ -155,11 +197,12 @@ class _OpenShard:
             cast(BinaryIO, self._file), encoder=False, mtime=0, user="", group="", mode=0o444
         )
         self._documents: list[NDArray[Any]] = []
+        self._names: list[str] = []
         self._buffered = 0
         self._chunks: list[Chunk] = []
         self.token_bytes = 0
 
-    def add(self, ids: NDArray[Any]) -> None:
+    def add(self, ids: NDArray[Any], name: str | None = None) -> None:
         assert ids.ndim == 1 and len(ids) > 0, "a document holds at least its end-of-text id"
         limit = np.iinfo(self._dtype).max
         if int(ids.min()) < 0 or int(ids.max()) > limit:
@@ -168,6 +211,8 @@ class _OpenShard:
                 f"{self._dtype} reach from 0 to {limit}; is this the dataset's tokenizer?"
             )
         self._documents.append(ids.astype(self._dtype))
+        if name is not None:
+            self._names.append(name)
         self._buffered += len(ids)
         self.token_bytes += len(ids) * np.dtype(self._dtype).itemsize
         if self._buffered >= CHUNK_TOKENS:
@@ -193,7 +238,7 @@ class _OpenShard:
             "dtype": index.dtype,
             "bytes": index.bytes,
             "tar_sha256": index.tar_sha256,
-            "chunks": [vars(chunk) for chunk in index.chunks],
+            "chunks": [chunk.to_json() for chunk in index.chunks],
         }
         return _entry(self._path, index, write_sealed(index_path(self._path), content))
 
@@ -206,7 +251,11 @@ class _OpenShard:
         lens = np.array([len(ids) for ids in self._documents], dtype="<u4")
         tokens = np.concatenate(self._documents)
         key = f"{self._path.stem.rpartition('-')[2]}-{len(self._chunks):05d}"
-        self._tar.write({"__key__": key, "lens.npy": _npy(lens), "tokens.npy": _npy(tokens)})
+        members: dict[str, Any] = {"lens.npy": _npy(lens), "tokens.npy": _npy(tokens)}
+        assert len(self._names) in (0, len(lens)), "all documents of a shard have an id, or none"
+        if self._names:
+            members["ids.txt"] = lines_of(self._names)
+        self._tar.write({"__key__": key, **members})
         self._chunks.append(
             Chunk(
                 key=key,
@@ -216,9 +265,10 @@ class _OpenShard:
                 tokens_offset=-1,
                 lens_xxh3=xxhash.xxh3_64_hexdigest(lens.tobytes()),
                 tokens_xxh3=xxhash.xxh3_64_hexdigest(tokens.tobytes()),
+                **(_ids_entry(members["ids.txt"]) if self._names else {}),
             )
         )
-        self._documents = []
+        self._documents, self._names = [], []
         self._buffered = 0
 
     def _chunks_with_offsets(self) -> tuple[Chunk, ...]:
@@ -230,6 +280,9 @@ class _OpenShard:
             Chunk(
                 **{
                     **vars(chunk),
+                    "ids_offset": None
+                    if chunk.ids_offset is None
+                    else end[f"{chunk.key}.ids.txt"] - chunk.ids_bytes,
                     "lens_offset": end[f"{chunk.key}.lens.npy"] - 4 * chunk.documents,
                     "tokens_offset": end[f"{chunk.key}.tokens.npy"] - width * chunk.tokens,
                 }
@@ -268,6 +321,11 @@ class _HashingFile:
         # A full disk refuses what is still buffered once more.
         with suppress(OSError):
             self._file.close()
+
+
+def _ids_entry(lines: bytes) -> dict[str, Any]:
+    digest = xxhash.xxh3_64_hexdigest(lines)
+    return {"ids_offset": -1, "ids_bytes": len(lines), "ids_xxh3": digest}
 
 
 def _npy(array: NDArray[Any]) -> bytes:

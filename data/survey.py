@@ -89,6 +89,8 @@ class Survey:
     """The first bad lines."""
     num_replaced: int = 0
     """Documents in which the policy for bad text has put other characters."""
+    num_unnamed: int = 0
+    """Records without the id that was asked for."""
     smallest: Place | None = None
     """The piece with the smallest hash; the first one of equals."""
     largest: Place | None = None
@@ -106,6 +108,7 @@ class Survey:
         self.num_pieces += other.num_pieces
         self.num_spaces += other.num_spaces
         self.num_replaced += other.num_replaced
+        self.num_unnamed += other.num_unnamed
         self.dropped += other.dropped
         self.bad_lines += other.bad_lines
         self.examples = (self.examples + other.examples)[:_EXAMPLES]
@@ -129,6 +132,8 @@ class Survey:
         self.num_documents += 1
         self.num_spaces += document.text.count(_SPACE_BYTES)
         self.num_replaced += document.replaced > 0
+        asked = bool(job.reading.id_field) and file.format != "text"
+        self.num_unnamed += asked and not document.id
         lowest = _LOW * rule.val_fraction * HASH_RANGE if rule.is_small else 0
         sampled = rule.first_train_hash + job.sample_share * (HASH_RANGE - rule.first_train_hash)
         sides = rule.sides(file, document)
@@ -309,6 +314,16 @@ def bad_text_warnings(found: Survey) -> list[str]:
             f"{listed(skipped)}"
         )
     return warnings
+
+
+def id_warnings(found: Survey, id_field: str) -> list[str]:
+    """What a person should know of ids that were asked for; nothing where all were there."""
+    if not found.num_unnamed:
+        return []
+    return [
+        f"{found.num_unnamed} of {found.num_documents} documents have no id {id_field!r} "
+        "(--id-field); they are called by their file and the place in it"
+    ]
 
 
 def bad_noun(found: Survey) -> str:

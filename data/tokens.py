@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from data.config import DataError, DataUsageError
 from data.manifest import Manifest, read_table
 from data.recent import Recent
-from data.shards import Chunk, ShardIndex, index_path, read_index
+from data.shards import Chunk, ShardIndex, index_path, read_index, read_names
 
 CACHE_BYTES = 2**26
 LARGEST_CACHED_CHUNK = 2**24
@@ -46,6 +46,8 @@ class Document:
     first_token: int
     """Where the part begins, counted from the start of the document."""
     num_tokens: int
+    id: str | None = None
+    """What its input called it; None where the dataset keeps no ids."""
 
 
 class TokenSource:
@@ -136,11 +138,13 @@ class TokenSource:
             chunk = index.chunks[number]
             before = sum(c.documents for c in index.chunks[:number])
             lens = check_lens(self._file(shard), self._dataset / self._path(shard), chunk)
+            names = read_names(self._file(shard), self._dataset / self._path(shard), chunk)
             begin = 0
             for i, length in enumerate(lens.tolist()):
                 low, high = max(begin, first), min(begin + length, last)
                 if low < high:
-                    yield Document(self._path(shard), before + i, low - begin, high - low)
+                    name = names[i] if names else None
+                    yield Document(self._path(shard), before + i, low - begin, high - low, name)
                 begin += length
 
     def __getstate__(self) -> dict[str, Any]:

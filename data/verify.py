@@ -30,7 +30,7 @@ from data.plans import (
     planned_lengths,
     read_plan,
 )
-from data.shards import ShardIndex, file_sha256, index_path, read_index
+from data.shards import ShardIndex, file_sha256, index_path, read_index, read_names
 from data.tokenizer import tokenizer_file
 from data.tokens import check_lens, check_tokens, open_shard
 
@@ -134,6 +134,7 @@ def _check_shard(
             num_chunks += 1
             try:
                 check_lens(file, path, chunk)
+                read_names(file, path, chunk)
                 check_tokens(file, path, chunk, np.dtype(manifest.dtype), manifest.vocab_size)
             except DataError as error:
                 problems.append(Problem(entry.path, chunk.key, str(error)))

@@ -89,6 +89,13 @@ ValFraction = Annotated[float | None, typer.Option(help="Share of the text that 
 TextField = Annotated[
     str | None, typer.Option(help="Key (a.b.c goes into objects) or column of the text.")
 ]
+IdField = Annotated[
+    str | None,
+    typer.Option(
+        help="Key or column of a record's id: keep ids (or file and place) with the tokens, for "
+        "`data inspect`."
+    ),
+]
 OnBadText = Annotated[
     Literal["strict", "replace", "skip"],
     typer.Option(help="Text that is not UTF-8: stop, put U+FFFD in, or skip the document."),

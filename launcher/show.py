@@ -112,7 +112,8 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
         )
         for piece in sample.pieces:
             text = json.dumps(piece.text[:MAX_TEXT], ensure_ascii=False)
-            print(f"  document {piece.number} from token {piece.first_token:,}: {text}")
+            named = "" if piece.id is None else f" ({ascii(piece.id)[1:-1]})"
+            print(f"  document {piece.number}{named} from token {piece.first_token:,}: {text}")
     print(
         f"step {found.step}: samples [{found.first}, {found.last}), seed {found.seed}, "
         f"seq_len {found.seq_len}, data_hash {found.data_hash}"

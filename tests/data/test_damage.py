@@ -65,7 +65,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         patch.setattr(shards, "CHUNK_TOKENS", 300)
         for name, texts in (("own", TEXTS), ("foreign", documents(40, seed=6))):
             sources = {"train/text": texts, "val/text": documents(3, seed=7)}
-            write_dataset(folder / name, sources, shard_bytes=1600)
+            write_dataset(folder / name, sources, shard_bytes=1600, named=True)
     yield Bench(folder / "own", _files(folder / "own"), _files(folder / "foreign"))
     shutil.rmtree(folder)
 

@@ -72,6 +72,7 @@ def test_the_result_is_plain_values(dataset: Path) -> None:
         "shard",
         "number",
         "first_token",
+        "id",
         "num_tokens",
         "text",
     }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards import Manifest, ShardEntry, dtype_for, write_manifest, write_shard
+from data.shards import Manifest, Named, ShardEntry, dtype_for, write_manifest, write_shard
 
 VOCAB_SIZE = 300
 EOS = 2
@@ -29,13 +29,15 @@ def write_dataset(
     vocab_size: int = VOCAB_SIZE,
     shard_bytes: int = 4000,
     block_tokens: int = 512,
+    named: bool = False,
 ) -> Manifest:
-    """A dataset of the given sources, named "SPLIT/SOURCE"."""
+    """A dataset of the given sources, named "SPLIT/SOURCE"; `named` documents have ids."""
     entries: list[ShardEntry] = []
     for name, texts in sources.items():
         for number, part in enumerate(cut(texts, shard_bytes)):
             path = folder / name / f"shard-{number:06d}.tar"
-            entries.append(write_shard(path, part, dtype_for(vocab_size)))
+            ided = [Named(ids, f"{name}-{number}-{i}") for i, ids in enumerate(part)]
+            entries.append(write_shard(path, ided if named else part, dtype_for(vocab_size)))
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(b"stands for a tokenizer")
     return write_manifest(
