@@ -3,7 +3,8 @@
 Bad text is bytes that are no UTF-8, halves of a surrogate pair, and, unless the policy is strict,
 NUL. "strict" stops at the first byte that is no UTF-8 (halves are bad lines, NUL is kept),
 "replace" puts U+FFFD in its place and counts the document, "skip" drops the document or line and
-counts it. UTF-16 is no text with a few bad bytes: it is never replaced. Cost: one decoding.
+counts it. UTF-16 and UTF-32 are no text with a few bad bytes: they are never replaced. Cost: one
+decoding.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ HALF_PAIR = "lone surrogate"
 BAD_TEXT = (NOT_UTF8, NUL, HALF_PAIR)
 """Reasons for which the policy "skip" drops."""
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF32_MARKS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 _REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -279,10 +281,15 @@ def _nested(value: dict[str, Any], field: str) -> tuple[Any, str | None]:
 
 
 def _utf16(raw: bytes) -> str | None:
-    """The encoding of text that looks like UTF-16: by its mark, or ASCII with a NUL each."""
+    """The encoding of text that looks like UTF-16 or UTF-32: by its mark, or ASCII among NULs."""
+    head = raw[:1024]
+    if raw[:4] in _UTF32_MARKS:
+        return "UTF-32"
     if raw[:2] in _UTF16_MARKS:
         return "UTF-16"
-    head = raw[:1024]
+    zeros = [head[i::4].count(0) > 0.24 * len(head) for i in range(4)]
+    if len(head) >= 8 and sum(zeros) == 3 and zeros[1] and zeros[2]:
+        return "UTF-32LE" if zeros[3] else "UTF-32BE"
     even, odd = head[::2].count(0), head[1::2].count(0)
     if len(head) >= 8 and max(even, odd) > 0.4 * len(head) and min(even, odd) < 0.1 * len(head):
         return "UTF-16LE" if odd > even else "UTF-16BE"
@@ -299,7 +306,7 @@ def _not_utf8(
 ) -> DataError:
     guess = guess or _utf16(raw) or "LATIN1"
     start = error.start if error else raw.index(0)
-    reason = error.reason if error else "every other byte is NUL"
+    reason = error.reason if error else "half or more of its bytes are NUL"
     at = start if where else offset + start
     if where is None:
         where = f"{file.path}:{line_number(file, at)}" if file.is_lines else f"{file.path}"

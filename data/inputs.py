@@ -171,7 +171,7 @@ def _expand(named: str) -> list[Found]:
 
 
 def _walk(folder: Path) -> list[Found]:
-    """Regular files below `folder`, sorted by relative path; linked folders are followed once."""
+    """Files below `folder`, sorted by relative path; linked folders are followed once."""
     found: list[tuple[str, Path]] = []
     visited: set[str] = set()
     for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
@@ -183,8 +183,13 @@ def _walk(folder: Path) -> list[Found]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             path = Path(root, name)
-            if not name.startswith(".") and path.is_file():
-                found.append((path.relative_to(folder).as_posix(), path))
+            if name.startswith("."):
+                continue
+            if not path.exists():
+                raise DataUsageError(
+                    f"{path} is a link to nothing; mend or remove it, or name the files beside it"
+                )
+            found.append((path.relative_to(folder).as_posix(), path))
     if not found:
         raise DataUsageError(f"--input {folder}: the folder holds no files")
     top = folder.resolve().name

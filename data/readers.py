@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from data.compressed import open_input
+from data.compressed import kind_by_content, open_input
 from data.config import DataError, PrepareConfig
 from data.documents import (
     BAD_TEXT,
@@ -100,11 +100,14 @@ def read_extent(extent: Extent, reading: Reading | str = "text") -> Iterator[Doc
 
 def _within(extent: Extent, items: Iterator[Document | Dropped]) -> Iterator[Document | Dropped]:
     """The items numbered [first, last); what follows is not read."""
+    item = None
     for item in items:
         if extent.last is not None and item.offset >= extent.last:
             return
         if item.offset >= extent.first:
             yield item
+    if item is None:
+        yield Dropped(extent.file, 0, "file without records", is_bad=False)
 
 
 def _read_text(extent: Extent, reading: Reading) -> Iterator[Document | Dropped]:
@@ -143,6 +146,13 @@ def _read_lines(extent: Extent, reading: Reading) -> Iterator[Document | Dropped
 
 def _read_stream(file: InputFile, reading: Reading) -> Iterator[Document | Dropped]:
     with open_input(file) as stream:
+        # Nobody sees inside a packed file by its name: what is in it may be packed again.
+        kind = kind_by_content(stream.peek()[:512])  # type: ignore[attr-defined]
+        if kind is not None and file.compression is not None and file.format != "tar":
+            raise DataError(
+                f"{file.path} unpacks to {kind}, not to text; unpack it once, and name what is "
+                "inside by its own suffix"
+            )
         if file.format == "text":
             yield _packed_text(stream, file, reading)
             return
