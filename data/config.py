@@ -135,9 +135,9 @@ class PrepareConfig(BaseModel):
         if self.clean == CleanConfig():
             values.pop("clean", None)
         if self.on_bad_text == "strict":
-            del values["on_bad_text"]
+            values.pop("on_bad_text", None)
         if not self.id_field:
-            del values["id_field"]
+            values.pop("id_field", None)
         return values
 
 

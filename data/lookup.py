@@ -41,6 +41,8 @@ class Lookup:
     first_token: int
     """Of the document, counted from the start of its source."""
     num_tokens: int
+    id: str | None
+    """What its input called it; None where the dataset keeps no ids."""
     occurrences: tuple[Occurrence, ...]
     """By epoch, and in the order of training."""
 
@@ -73,7 +75,8 @@ def look_up(
         for sample in stream.samples_of(k, start, stop, epoch):
             step = phases.step_of(sample) if sample < total else None
             found.append(Occurrence(epoch, sample, step))
-    return Lookup(source.name, shard, number, start, stop - start, tuple(found))
+    [document] = source.tokens.documents(start, stop)
+    return Lookup(source.name, shard, number, start, stop - start, document.id, tuple(found))
 
 
 def _source(stream: SampleStream, shard: str, dataset: Path | None) -> Source:

@@ -112,8 +112,8 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
         )
         for piece in sample.pieces:
             text = json.dumps(piece.text[:MAX_TEXT], ensure_ascii=False)
-            named = "" if piece.id is None else f" ({ascii(piece.id)[1:-1]})"
-            print(f"  document {piece.number}{named} from token {piece.first_token:,}: {text}")
+            named = f"{piece.number}{_in_brackets(piece.id)}"
+            print(f"  document {named} from token {piece.first_token:,}: {text}")
     print(
         f"step {found.step}: samples [{found.first}, {found.last}), seed {found.seed}, "
         f"seq_len {found.seq_len}, data_hash {found.data_hash}"
@@ -129,9 +129,15 @@ def show_lookup(found: Lookup, *, as_json: bool) -> None:
         step = "after the last step" if place.step is None else f"step {place.step}"
         print(f"epoch {place.epoch}  sample {place.sample}  {step}")
     print(
-        f"{found.shard} document {found.number}: {found.num_tokens:,} tokens from token "
+        f"{found.shard} document {found.number}{_in_brackets(found.id)}: {found.num_tokens:,} "
+        "tokens from token "
         f"{found.first_token:,} of source {found.source}, in {len(found.occurrences)} samples"
     )
+
+
+def _in_brackets(document_id: str | None) -> str:
+    """What the input called a document, on one line."""
+    return "" if document_id is None else f" ({ascii(document_id)[1:-1]})"
 
 
 def show_export(summary: ExportSummary, *, as_json: bool) -> None:

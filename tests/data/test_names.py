@@ -19,10 +19,14 @@ from hypothesis import strategies as st
 from data import shards
 from data.config import DataError, PrepareConfig
 from data.inspect import inspect
+from data.lookup import look_up
 from data.manifest import read_manifest
 from data.names import lines_of, names_of
+from data.phases import Phases, first_phase
 from data.prepare import Summary, prepare
 from data.shards import index_path, read_index
+from data.sources import open_datasets
+from data.stream import SampleStream
 from data.tokens import TokenSource
 from data.verify import verify
 from tests.data.test_formats import tar
@@ -239,3 +243,11 @@ def test_ids_follow_their_documents_through_cleaning(corpus: Path, tmp_path: Pat
     inputs = [corpus / "lines.jsonl", corpus / "deep", tmp_path / "twin.md"]
     run(inputs, tmp_path / "out", id_field="meta.id", clean=clean, val_fraction=0)
     assert names(tmp_path / "out") == [*(f"doc/{i}\n\\\ud800" for i in range(40)), "deep/note.md"]
+
+
+def test_a_document_that_is_looked_up_says_its_id(dataset: Path) -> None:
+    opened = open_datasets(dataset, seq_len=64)
+    stream = SampleStream(opened, seq_len=64, seed=1)
+    phases = Phases([first_phase(8, opened.slots(), opened.fingerprints())])
+    found = look_up(stream, phases, shard="train/main/shard-000000.tar", number=3, steps=5)
+    assert found.id == names_on(dataset, "train")[3]
