@@ -21,6 +21,7 @@ from train.config import JobConfig
 from train.engine import DTYPES, DeepSpeedEngine
 from train.loop import Job, Task, train
 from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
+from train.ownership import Ownership, RunInUse, own
 from train.run import Outcome
 from train.state import load_newest
 from train.stop import StopRequest
@@ -62,7 +63,6 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
                 run,
                 work.config,
                 work.identity,
-                phase=work.phase,
                 allow_change=work.allow_change,
             )
             if work.tokenizer is not None:
@@ -78,13 +78,15 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
         return _end_at_once(world, run, work, "complete", done)
     stop = StopRequest()
     stop.listen()
-    attempt = 0
+    owner: Ownership | None = None
     with world.together("recording the attempt"):
         if world.is_main:
-            attempt = _begin(world, run, work, done or None)
-    attempt = world.broadcast(attempt)
+            owner = _begin(world, run, work, done or None)
+            if work.phase is not None:
+                run_directory.record_phase(run, work.config, work.identity, work.phase)
+    attempt = world.broadcast(owner and owner.number)
     try:
-        outcome, step = _train(world, run, work, stop, stop_at, attempt)
+        outcome, step = _train(world, run, work, stop, stop_at, attempt, owner)
     except BaseException as error:
         if world.is_main:
             reason = f"{type(error).__name__}: {error}"
@@ -92,6 +94,9 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             with suppress(StorageError):
                 run_directory.end_attempt(run, attempt, outcome="failed", step=None, reason=reason)
         raise
+    finally:
+        if owner is not None:
+            owner.release()
     reason = stop.reason or ("--stop-at" if outcome == "stopped" else "")
     with world.together("recording the end of the attempt"):
         if world.is_main:
@@ -106,7 +111,13 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
 
 
 def _train(
-    world: World, run: Path, work: Work, stop: StopRequest, stop_at: int | None, attempt: int
+    world: World,
+    run: Path,
+    work: Work,
+    stop: StopRequest,
+    stop_at: int | None,
+    attempt: int,
+    owner: Ownership | None,
 ) -> tuple[Outcome, int]:
     """Collective. From the newest checkpoint to the outcome and the last completed step."""
     engine = DeepSpeedEngine(
@@ -143,6 +154,7 @@ def _train(
         stop=stop,
         resumed_from=None if saved is None else saved.step,
         identity=work.identity,
+        owner=owner,
     )
     try:
         return train(job)
@@ -150,14 +162,18 @@ def _train(
         metrics.close()
 
 
-def _begin(world: World, run: Path, work: Work, resumed_from: int | None) -> int:
-    return run_directory.begin_attempt(
+def _begin(world: World, run: Path, work: Work, resumed_from: int | None) -> Ownership:
+    """Claim the run and record the attempt. RunInUse when another one has it."""
+    owner = own(run, slurm_job=slurm_job())
+    run_directory.begin_attempt(
         run,
+        owner.number,
         world_size=world.size,
         resumed_from=resumed_from,
         config=work.config,
         slurm_job=slurm_job(),
     )
+    return owner
 
 
 def _open_metrics(world: World, run: Path, work: Work, first_step: int) -> Metrics:
@@ -172,12 +188,13 @@ def _open_metrics(world: World, run: Path, work: Work, first_step: int) -> Metri
 def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: int) -> Outcome:
     if world.is_main:
         try:
-            attempt = _begin(world, run, work, step)
+            owner = _begin(world, run, work, step)
             run_directory.end_attempt(
-                run, attempt, outcome=outcome, step=step, reason="nothing to do"
+                run, owner.number, outcome=outcome, step=step, reason="nothing to do"
             )
-        except StorageError as error:
-            log.info("this attempt is not recorded: %s", error.__cause__)
+            owner.release()
+        except (StorageError, RunInUse) as error:
+            log.info("this attempt is not recorded: %s", error.__cause__ or error)
     return outcome
 
 

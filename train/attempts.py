@@ -34,18 +34,18 @@ def attempts(run: Path) -> list[dict[str, Any]]:
 
 def begin_attempt(
     run: Path,
+    number: int,
     *,
     world_size: int,
     resumed_from: int | None,
     config: JobConfig,
     slurm_job: str | None = None,
-) -> int:
-    """Record that an attempt starts; returns its number, counted from 1. One rank only.
+) -> None:
+    """Record that an attempt (train/ownership.py gives its number) starts. One rank only.
 
     `resumed_from` is the newest step whose files are there; should those turn out damaged, the
     first row of metrics.jsonl says from where the run went on.
     """
-    number = 1 + max((row["attempt"] for row in attempts(run)), default=0)
     _append(
         run,
         {
@@ -60,7 +60,6 @@ def begin_attempt(
             "config": config.model_dump(mode="json"),
         },
     )
-    return number
 
 
 def end_attempt(

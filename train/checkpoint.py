@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,12 @@ def commit(
     scalars: Mapping[str, float],
     state: Mapping[str, Any],
     files: Sequence[Mapping[str, Any]],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make the checkpoint exist. One rank only, after every rank's file is on disk."""
+    """Make the checkpoint exist. One rank only, after every rank's file is on disk.
+
+    `check` has the last word: what it raises leaves the checkpoint uncommitted.
+    """
     check_tiling(parameters, files)
     manifest = {
         "format": FORMAT,
@@ -129,6 +133,7 @@ def commit(
         # The names of the files and of their folder, before a manifest vouches for them.
         for path in (folder, folder.parent, folder.parent.parent):
             sync(path)
+    check()
     write_sealed(folder / MANIFEST, manifest)
 
 

@@ -24,6 +24,7 @@ from model.loss import IGNORED
 from train.config import JobConfig
 from train.engine import Batch, Engine, StepStats
 from train.metrics import Metrics, Row
+from train.ownership import Ownership
 from train.run import Outcome
 from train.schedule import learning_rate
 from train.state import save_checkpoint
@@ -97,6 +98,8 @@ class Job:
     resumed_from: int | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What every checkpoint of the run carries, such as the hashes of data and tokenizer."""
+    owner: Ownership | None = None
+    """Rank 0's claim to the run; without it nothing is committed."""
 
 
 def train(job: Job) -> tuple[Outcome, int]:
@@ -159,7 +162,13 @@ def save(job: Job, step: int) -> None:
         # No checkpoint is ahead of the rows that lead to it.
         job.metrics.sync()
     save_checkpoint(
-        job.engine, job.world, job.run, step=step, state=state, keep=job.config.checkpoint.keep
+        job.engine,
+        job.world,
+        job.run,
+        step=step,
+        state=state,
+        keep=job.config.checkpoint.keep,
+        owner=job.owner,
     )
 
 

@@ -2,6 +2,7 @@
 
     RUN/config.json   what every rank of every attempt reads
     RUN/attempts.jsonl   one row when an attempt starts, one when it ends, with its outcome
+    RUN/attempts/     a file for each, by which one owns the run at a time (train/ownership.py)
     RUN/phases.jsonl  what was changed on purpose since, and from which step on (train/phases.py)
 
 The same command resumes a run; keys that change no number are free to differ, any other difference
@@ -49,27 +50,20 @@ def open_run(
     config: JobConfig,
     identity: Mapping[str, Any],
     *,
-    phase: RunPhase | None = None,
     allow_change: Sequence[str] = (),
 ) -> None:
     """Create the run directory, or check that it belongs to this config and data, but for what
-    `allow_change` names; record the phase that it goes on with. One rank only.
+    `allow_change` names. One rank only.
 
     Raises ConfigError naming each key that differs, with its old and new value.
     """
     check_asked(allow_change)
     path = run / "config.json"
-    content = {
-        "kind": _kind(config),
-        "config": config.model_dump(mode="json"),
-        "identity": dict(identity),
-    }
+    content = _content(config, identity)
     if path.exists():
         # Without a recorded phase there is nothing that a new one could go on from.
         allowed = allow_change if read_phases(run) else ()
         _compare(run, now(run, _read(path)), content, allowed)
-        if phase is not None:
-            append_phase(run, phase, content)
         return
     if run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
         raise ConfigError(
@@ -78,8 +72,13 @@ def open_run(
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
     write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
-    if phase is not None:
-        append_phase(run, phase, content)
+
+
+def record_phase(
+    run: Path, config: JobConfig, identity: Mapping[str, Any], phase: RunPhase
+) -> None:
+    """Record the phase that an opened run goes on with, unless it stands there. One rank only."""
+    append_phase(run, phase, _content(config, identity))
 
 
 def read_config(run: Path) -> RunConfig | FinetuneConfig:
@@ -113,6 +112,14 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}; put back a copy (each attempt's config is in "
             f"{path.parent / 'attempts.jsonl'}), or start a new run with another --run"
         ) from None
+
+
+def _content(config: JobConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": _kind(config),
+        "config": config.model_dump(mode="json"),
+        "identity": dict(identity),
+    }
 
 
 def _kind(config: JobConfig) -> str:

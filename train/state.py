@@ -17,6 +17,7 @@ import torch
 from train import checkpoint
 from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from train.engine import Engine
+from train.ownership import Ownership
 from train.slices import Range, SliceReader, write_slices
 from train.world import RankError, World
 from train.zero_state import Flat
@@ -25,22 +26,41 @@ log = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    engine: Engine, world: World, run: Path, *, step: int, state: dict[str, Any], keep: int
+    engine: Engine,
+    world: World,
+    run: Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    owner: Ownership | None = None,
 ) -> None:
     """Collective. Commit a checkpoint of this step, then remove all but the newest `keep`.
 
-    RankError on every rank when one of them cannot write; what it wrote is removed again.
+    RankError on every rank when one of them cannot write, what it wrote is removed again; and when
+    `owner` (rank 0's) has lost the run to a later attempt, whose files are left alone.
     """
+    with world.together("looking who owns the run"):
+        if owner is not None:
+            owner.check()
     try:
-        _save(engine, world, run, step=step, state=state, keep=keep)
+        _save(engine, world, run, step=step, state=state, keep=keep, owner=owner)
     except RankError:
-        if world.is_main:
+        # Whoever has taken the run over may be writing the same step.
+        if world.is_main and not (owner is not None and owner.is_lost):
             checkpoint.discard(run, step)
         raise
 
 
 def _save(
-    engine: Engine, world: World, run: Path, *, step: int, state: dict[str, Any], keep: int
+    engine: Engine,
+    world: World,
+    run: Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    owner: Ownership | None,
 ) -> None:
     with world.together(f"making room for the checkpoint of step {step}"):
         if world.is_main:
@@ -59,6 +79,7 @@ def _save(
                 scalars=_one_value([scalars for _, _, scalars in rows]),
                 state=state,
                 files=[entry for entry, _, _ in rows],
+                check=owner.check if owner is not None else lambda: None,
             )
             checkpoint.prune(run, keep, newest=step)
 

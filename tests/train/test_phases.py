@@ -19,7 +19,7 @@ from train.config import ConfigError, RunConfig
 from train.metrics import read_metrics
 from train.phases import History, append_phase, phases_of, read_phases
 from train.pretrain import pretrain_on, pretraining
-from train.run import open_run, read_config
+from train.run import open_run, read_config, record_phase
 from train.world import World
 
 
@@ -91,14 +91,18 @@ def test_weights_and_batch_change_between_worlds_and_no_sample_is_lost(
 def begin(run: Path, config: RunConfig) -> None:
     """A run directory with its first phase, as rank 0 opens it."""
     work = pretraining(config, num_ranks=1)
-    open_run(run, work.config, work.identity, phase=work.phase)
+    open_run(run, work.config, work.identity)
+    assert work.phase is not None
+    record_phase(run, work.config, work.identity, work.phase)
 
 
 def reopen(run: Path, config: RunConfig, *allow: str, steps: int) -> None:
     """Open the run again where `steps` steps are done."""
     history = History(read_phases(run), steps)
     work = pretraining(config, num_ranks=1, history=history, allow_change=allow)
-    open_run(run, work.config, work.identity, phase=work.phase, allow_change=allow)
+    open_run(run, work.config, work.identity, allow_change=allow)
+    assert work.phase is not None
+    record_phase(run, work.config, work.identity, work.phase)
 
 
 def test_a_change_is_refused_key_by_key_unless_it_was_asked_for(

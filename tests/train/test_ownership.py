@@ -1,0 +1,171 @@
+"""One attempt owns a run: others are refused while it lives, and it can only lose once replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.train.test_pretrain import config
+from train import ownership
+from train.attempts import attempts, end_attempt
+from train.checkpoint import committed
+from train.ownership import Ownership, RunInUse, own
+from train.pretrain import pretrain_on
+from train.world import RankError, World
+
+BEAT = 0.05
+CLAIM = """
+import sys, time
+from pathlib import Path
+from train.ownership import own
+print(own(Path(sys.argv[1]), slurm_job="77").number, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[Ownership]:
+    found = own(tmp_path, beat_seconds=BEAT)
+    yield found
+    found.release()
+
+
+def elsewhere(run: Path, number: int = 1, **changes: Any) -> None:
+    """Make an attempt one of another machine."""
+    path = run / "attempts" / f"{number:06d}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "node7"} | changes))
+
+
+def test_the_run_of_a_living_process_is_refused(tmp_path: Path) -> None:
+    living = subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert living.stdout is not None
+        assert living.stdout.readline() == "1\n"
+        with pytest.raises(RunInUse) as refused:
+            own(tmp_path)
+        assert re.search(
+            rf"is being trained by attempt 1 \(process {living.pid} on .*, Slurm job 77, begun 0 "
+            r"minutes ago\); wait until it has ended or stop it, and then run the same command",
+            str(refused.value),
+        )
+        living.send_signal(signal.SIGSTOP)
+        with pytest.raises(RunInUse):
+            own(tmp_path)
+    finally:
+        living.kill()
+        living.communicate()
+    started = time.monotonic()
+    assert own(tmp_path).number == 2
+    assert time.monotonic() - started < 5, "nobody waits for the beat of a process that is gone"
+
+
+def test_an_attempt_that_has_ended_is_followed_at_once(tmp_path: Path, owner: Ownership) -> None:
+    end_attempt(tmp_path, 1, outcome="stopped", step=5)
+    assert own(tmp_path).number == 2
+    assert owner.is_lost
+
+
+def test_a_beat_from_another_machine_is_respected(tmp_path: Path, owner: Ownership) -> None:
+    elsewhere(tmp_path)
+    with pytest.raises(RunInUse, match=r"by attempt 1 \(process \d+ on node7, begun"):
+        own(tmp_path, beat_seconds=1.0)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_heart_that_stands_still_is_replaced_and_can_only_lose(
+    tmp_path: Path, owner: Ownership, torn: bool
+) -> None:
+    owner.release()
+    elsewhere(tmp_path)
+    if torn:
+        (tmp_path / "attempts" / "000001.json").write_text('{"host": "no')
+    started = time.monotonic()
+    taker = own(tmp_path, beat_seconds=BEAT)
+    assert time.monotonic() - started >= 3 * BEAT
+    assert taker.number == 2
+    taker.check()
+    with pytest.raises(RunInUse, match=r"attempt 1 no longer owns .*: attempt 2 \(process \d+ on "):
+        owner.check()
+    taker.release()
+
+
+def test_of_many_at_once_one_gets_the_run(tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+
+    def race(run: Path) -> Ownership | None:
+        start.wait()
+        try:
+            return own(run)
+        except RunInUse:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(20):
+            won = [found for found in pool.map(race, [tmp_path / str(number)] * 8) if found]
+            assert [found.number for found in won] == [1]
+            won[0].release()
+
+
+def stop_at(world: World, dataset: Path, run: Path, step: int) -> str:
+    try:
+        return pretrain_on(world, config(dataset), run, stop_at=step)
+    except RankError as error:
+        return f"{error.exit_code}: {error}"
+
+
+def test_a_second_job_is_refused_and_leaves_no_trace(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(1, stop_at, dataset, run, 1) == ["stopped"]
+    before = attempts(run), (run / "metrics.jsonl").read_bytes()
+    owner = own(run)
+    (told,) = run_ranks(1, stop_at, dataset, run, 2)
+    assert told.startswith("2: ")
+    assert f"is being trained by attempt 2 (process {os.getpid()} on" in told
+    assert (attempts(run), (run / "metrics.jsonl").read_bytes()) == before
+    owner.release()
+    end_attempt(run, 2, outcome="failed", step=None)
+    assert run_ranks(1, stop_at, dataset, run, 2) == ["stopped"]
+    assert [row["attempt"] for row in attempts(run)] == [1, 1, 2, 3, 3]
+
+
+def lose_and_save(world: World, dataset: Path, run: Path) -> tuple[str, list[int]]:
+    """Train; at the second checkpoint the run belongs to somebody else."""
+    original = ownership.Ownership.check
+    calls: list[int] = []
+
+    def check(self: Ownership) -> None:
+        calls.append(1)
+        # Two looks per save: the last one is right before the manifest.
+        if len(calls) == 4:
+            ownership._create(run, self.number + 1, None)
+        original(self)
+
+    ownership.Ownership.check = check  # type: ignore[method-assign]
+    try:
+        pretrain_on(world, config(dataset), run)
+    except RankError as error:
+        return str(error), committed(run)
+    finally:
+        ownership.Ownership.check = original  # type: ignore[method-assign]
+    return "", committed(run)
+
+
+def test_who_has_lost_the_run_commits_nothing(dataset: Path, tmp_path: Path) -> None:
+    told = run_ranks(2, lose_and_save, dataset, tmp_path / "run")
+    assert [steps for _, steps in told] == [[3], [3]]
+    assert all("attempt 1 no longer owns" in message for message, _ in told)

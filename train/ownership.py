@@ -1,0 +1,208 @@
+"""One writer per run: every attempt is a file that is created exclusively, and the highest owns it.
+
+    RUN/attempts/000003.json    who it is: host, process, boot, Slurm job
+    RUN/attempts/000003.beat    a number that grows every BEAT_SECONDS for as long as it lives
+
+A second job is refused while the owner lives. On the owner's own machine its process is looked for;
+from another one its beat is watched for three periods by the watcher's own clock, so no two clocks
+are compared. An attempt that was taken for dead and was only slow finds a higher file right before
+it commits, and can only lose. No lock of the file system is used: NFS and Lustre lack or lose them.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data.durable import StorageError, writing
+from train.attempts import attempts
+
+FOLDER = "attempts"
+BEAT_SECONDS = 10.0
+_SAME_MACHINE = ("host", "boot", "processes")
+
+
+class RunInUse(ValueError):
+    """Another attempt owns the run."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class Ownership:
+    """This process's claim to a run, alive until `release`."""
+
+    def __init__(self, run: Path, number: int, beat_seconds: float) -> None:
+        self.number = number
+        """Of the attempt, counted from 1."""
+        self._run = run
+        self._beat_seconds = beat_seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a later attempt has taken the run over."""
+        return max(_numbers(self._run), default=self.number) > self.number
+
+    def check(self) -> None:
+        """RunInUse when the run is lost."""
+        if self.is_lost:
+            newest = max(_numbers(self._run))
+            raise RunInUse(
+                f"attempt {self.number} no longer owns {self._run}: attempt {newest} "
+                f"({_described(_read(self._run, newest))}) has taken it over while this one did "
+                "not answer; nothing more is saved here"
+            )
+
+    def release(self) -> None:
+        """End the heartbeat."""
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        beat = 0
+        while True:
+            beat += 1
+            # Storage that refuses a beat refuses the next checkpoint, too, and tells why.
+            with suppress(OSError, StorageError):
+                _place(self._run, self.number, "beat").write_text(str(beat))
+            if self._ended.wait(self._beat_seconds):
+                return
+
+
+def own(
+    run: Path, *, slurm_job: str | None = None, beat_seconds: float = BEAT_SECONDS
+) -> Ownership:
+    """Claim a run. RunInUse names its owner when that one lives; it takes three beats to tell where
+    the owner's process cannot be looked for.
+    """
+    folder = run / FOLDER
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        newest = max(_numbers(run), default=0)
+        if newest:
+            _check_gone(run, newest, beat_seconds)
+        recorded = max((row["attempt"] for row in attempts(run)), default=0)
+        number = max(newest, recorded) + 1
+        if _create(run, number, slurm_job):
+            return Ownership(run, number, beat_seconds)
+
+
+def _create(run: Path, number: int, slurm_job: str | None) -> bool:
+    """Whether the file of an attempt is ours. One that a crash has torn tells nothing of its owner,
+    whose beat is watched then.
+    """
+    path = _place(run, number, "json")
+    content = {**_self(), "slurm_job": slurm_job, "time": time.time()}
+    try:
+        with writing(path), path.open("xb") as file:
+            file.write((json.dumps(content) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _check_gone(run: Path, number: int, beat_seconds: float) -> None:
+    """RunInUse unless an attempt has ended, its process is gone or its heart stands still."""
+    if any(row["attempt"] == number and row["event"] == "end" for row in attempts(run)):
+        return
+    owner = _read(run, number)
+    if not owner:
+        # Just made: its content comes a moment later than its name.
+        time.sleep(0.2)
+        owner = _read(run, number)
+    mine = _self()
+    if mine["started"] and all(owner.get(key) == mine[key] for key in _SAME_MACHINE):
+        if _started(owner["pid"]) == owner["started"]:
+            raise _in_use(run, number, owner)
+        return
+    before = _beat_of(run, number)
+    deadline = time.monotonic() + 3 * beat_seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(beat_seconds / 4, 1.0))
+        if _beat_of(run, number) != before:
+            raise _in_use(run, number, owner)
+        if any(row["attempt"] == number and row["event"] == "end" for row in attempts(run)):
+            return
+
+
+def _in_use(run: Path, number: int, owner: Mapping[str, Any]) -> RunInUse:
+    return RunInUse(
+        f"{run} is being trained by attempt {number} ({_described(owner)}); wait until it has "
+        "ended or stop it, and then run the same command again, or choose another --run"
+    )
+
+
+def _described(owner: Mapping[str, Any]) -> str:
+    job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
+    minutes = max(time.time() - float(owner.get("time", 0)), 0) / 60
+    return (
+        f"process {owner.get('pid')} on {owner.get('host')}{job}, begun {minutes:.0f} minutes ago"
+    )
+
+
+def _self() -> dict[str, Any]:
+    """What tells this process from every other one, on this machine and elsewhere."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _content("/proc/sys/kernel/random/boot_id"),
+        # Of a container: process ids mean something else in another one.
+        "processes": _link("/proc/self/ns/pid"),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+    }
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since the boot; empty when there is none such."""
+    # After the name, which may hold anything, the 22nd field is the 20th.
+    fields = _content(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    is_running = len(fields) > 19 and fields[0] not in "ZX"
+    return fields[19] if is_running else ""
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _numbers(run: Path) -> list[int]:
+    names = (path.name.removesuffix(".json") for path in (run / FOLDER).glob("*.json"))
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _read(run: Path, number: int) -> dict[str, Any]:
+    try:
+        content = json.loads(_place(run, number, "json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _beat_of(run: Path, number: int) -> str:
+    return _content(str(_place(run, number, "beat")))
+
+
+def _place(run: Path, number: int, kind: str) -> Path:
+    return run / FOLDER / f"{number:06d}.{kind}"
