@@ -7,7 +7,9 @@ import io
 import random
 import re
 import sys
+from base64 import b32encode
 from collections import Counter
+from hashlib import sha1, sha256
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from data.readers import find_files, read_extent
 from tests.data.texts import prose
 
 MAIN = [f"The mill at caf\u00e9 Z\u00fcrich. {prose(400, seed=i)}".split("\n")[0] for i in range(5)]
+
+
+PAGE = b"The text of a page."
 
 
 def html(main: list[str] = MAIN, head: str = "") -> str:
@@ -206,6 +211,35 @@ def test_a_cut_file_is_never_silently_short(tmp_path: Path, packed: bool) -> Non
             assert f", record {number}" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("digest", "is_right"),
+    [
+        (f"sha1:{b32encode(sha1(PAGE).digest()).decode()}", True),
+        (f"sha1:{sha1(PAGE).hexdigest()}", True),
+        (f"SHA-256:{sha256(PAGE).hexdigest().upper()}", True),
+        (f"sha256:{b32encode(sha256(PAGE).digest()).decode()}", True),
+        ("murmur:7", True),
+        ("shake_128:7", True),
+        ("none", True),
+        (f"sha1:{sha1(PAGE[1:]).hexdigest()}", False),
+        ("sha1:\u00e9", False),
+        ("sha1:", False),
+    ],
+    ids=range(10),
+)
+def test_a_digest_is_read_as_crawlers_write_it(tmp_path: Path, digest: str, is_right: bool) -> None:
+    """One of an unknown kind cannot be checked; one that is not a digest is damage."""
+    head = f"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Block-Digest: {digest}\r\n".encode()
+    head += b"Content-Type: text/plain\r\nWARC-Target-URI: http://a.org\r\n"
+    path = tmp_path / "a.wet"
+    path.write_bytes(head + b"Content-Length: %d\r\n\r\n%b\r\n\r\n" % (len(PAGE), PAGE))
+    if is_right:
+        assert [item.text for item in read(path) if isinstance(item, Document)] == [PAGE]
+    else:
+        with pytest.raises(DataError, match=r"a\.wet, record 1: .*not what its WARC-Block-Digest"):
+            read(path)
+
+
 def test_damage_in_a_page_is_named(tmp_path: Path) -> None:
     warc = crawl(pages=3)
     whole = warc.out.getvalue()
@@ -239,6 +273,30 @@ def test_a_damaged_header_is_named(tmp_path: Path, old: bytes, new: bytes, messa
     with pytest.raises(DataError, match=message) as refused:
         read(path)
     assert f"{path}, record 3" in str(refused.value)
+
+
+def test_a_header_of_noise_is_read_or_named(tmp_path: Path) -> None:
+    """Never another error, whatever the record says of itself: no digest gives it away here."""
+    warc = crawl(pages=1)
+    warc.page("http://a.org/z", chunks(gzip.compress(b"<html>x")), Content_Encoding="gzip")
+    whole = re.sub(rb"WARC-Block-Digest: .*\r\n", b"", warc.out.getvalue())
+    headers = [m.span() for m in re.finditer(rb"(?s)WARC/1.*?\r\n\r\n(HTTP.*?\r\n\r\n)?", whole)]
+    places = [at for start, stop in headers for at in range(start, stop)]
+    rng = random.Random(0)
+    path = tmp_path / "a.warc"
+    outcomes: Counter[str] = Counter()
+    for _ in range(300):
+        damaged, at = bytearray(whole), rng.choice(places)
+        noise = bytes(rng.choices(b"\r\n\0 :az0WARC/1.0<>\xff", k=rng.randrange(6)))
+        damaged[at : at + rng.randrange(1, 40)] = noise
+        path.write_bytes(damaged)
+        try:
+            read(path)
+            outcomes["read"] += 1
+        except DataError as error:
+            assert str(path) in str(error)
+            outcomes["named"] += 1
+    assert min(outcomes.values()) > 50 and len(outcomes) == 2
 
 
 @pytest.mark.parametrize(
