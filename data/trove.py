@@ -4,7 +4,7 @@ Its filters are called one document at a time, with its own thresholds (0.10.1);
 executors are not used. Words and sentences are spaCy's blank English ones, so the rules are for
 English. Nothing is fetched: filters that need a download are not offered (bad words, language,
 fastText and perplexity models), nor is the one over addresses. Cost: 4 s to start; then about 1 s
-per 400 KB of text, and per 100 pages. Memory: about 100 times the longest document.
+per 250 KB of text for all four rules. Memory: about 100 times the longest document.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
     """Print what a dataset holds now."""
     manifest = summary.manifest
     clean = manifest.preparation.get("clean")
+    dropped = manifest.preparation.get("dropped", {})
     tokens = {split: manifest.num_tokens(split) for split in ("train", "val")}
     if as_json:
         _print_json(
@@ -58,12 +59,15 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
                 "fingerprint": manifest.fingerprint,
                 "was_complete": summary.was_complete,
                 "warnings": list(summary.warnings),
+                "dropped": dropped,
                 **({"clean": clean} if clean else {}),
             }
         )
         return
     for warning in summary.warnings:
         print(f"warning: {warning}")
+    if dropped:
+        print("without text: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
     for count in clean["stages"] if clean else ():
         print(_cleaned(count))
     print(

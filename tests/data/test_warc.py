@@ -21,6 +21,7 @@ from data.config import DataError, DataUsageError
 from data.documents import Document, Dropped, Extent, Reading
 from data.ranges import find_ranges
 from data.readers import find_files, read_extent
+from data.warc import MAX_TAGS, PAGE_BYTES
 from tests.data.texts import prose
 
 MAIN = [f"The mill at caf\u00e9 Z\u00fcrich. {prose(400, seed=i)}".split("\n")[0] for i in range(5)]
@@ -184,6 +185,25 @@ def test_a_page_whose_text_cannot_be_had_is_counted(
     assert item.place == f"{path}, record 1"
     [item] = read(path, Reading(on_bad_text="skip"))
     assert isinstance(item, Dropped) and not item.is_bad
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "detail"),
+    [
+        (b"<html>" + b"<br>" * (MAX_TAGS + 1), "page over 65,536 tags", "it has 65,538"),
+        (b"<html>" + b"x" * PAGE_BYTES, "page over 16 MiB", f"it has {PAGE_BYTES + 50} bytes"),
+    ],
+    ids=["tags", "bytes"],
+)
+def test_a_page_that_would_take_too_long_is_counted(
+    tmp_path: Path, body: bytes, reason: str, detail: str
+) -> None:
+    warc = Warc()
+    warc.page("http://a.org", body)
+    warc.page("http://a.org/next", html().encode())
+    items = read(warc.write(tmp_path / "a.warc"))
+    assert isinstance(items[0], Dropped) and isinstance(items[1], Document)
+    assert (items[0].reason, items[0].detail, items[0].is_bad) == (reason, detail, False)
 
 
 def test_bad_text_is_replaced_under_that_policy(tmp_path: Path) -> None:
