@@ -49,7 +49,7 @@ def find_ranges(file: InputFile, *, reading: Reading, range_bytes: int) -> list[
 
 
 def _sizes(file: InputFile, reading: Reading) -> Iterator[tuple[int, int]]:
-    """Offset and bytes of every document; of a page as it is stored, since its text costs most."""
+    """Offset and bytes of every document; of pages a guess, since their text costs most."""
     if file.format == "warc":
         yield from page_sizes(file)
         return

@@ -333,8 +333,8 @@ def test_what_is_no_warc_is_refused(tmp_path: Path, content: bytes, message: str
 def test_ranges_of_a_long_file_hold_each_page_once(tmp_path: Path) -> None:
     path = crawl(packed=True, pages=9).write(tmp_path / "a.warc.gz")
     [file] = find_files([str(path)])
-    starts = find_ranges(file, reading=Reading(), range_bytes=1000)
-    assert len(starts) > 2
+    starts = find_ranges(file, reading=Reading(), range_bytes=200)
+    assert len(starts) >= 2
     edges = [0, *starts, None]
     parts = [read(path, first=a or 0, last=b) for a, b in pairwise(edges)]
     assert [item for part in parts for item in part] == read(path)
