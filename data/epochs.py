@@ -25,15 +25,19 @@ class Use:
 
 def uses(stream: SampleStream, num_samples: int) -> list[Use]:
     """What the first `num_samples` samples need of each source that is named now."""
-    counts = stream.mixture.counts(num_samples)
+    epochs, shares = stream.epochs(num_samples), stream.mixture.shares(num_samples)
     found = []
     for name, source in stream.sources.items():
-        size = source.geometry.num_samples
+        needed = 0
+        for seq_len, counts in shares:
+            if counts[name]:
+                samples = stream.at(seq_len or stream.seq_len).sources[name].samples
+                needed += counts[name] * samples.num_targets // samples.geometry.num_samples
         found.append(
             Use(
                 source=name,
-                epochs=counts[name] / size,
-                needed_tokens=counts[name] * source.samples.num_targets // size,
+                epochs=epochs[name],
+                needed_tokens=needed,
                 available_tokens=source.samples.num_targets,
             )
         )

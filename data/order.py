@@ -152,9 +152,23 @@ def samples_at(
     return samples
 
 
+def window_ends(geometry: Geometry, *, seed: int, source: str, epoch: int) -> Ints:
+    """After how many samples of an epoch each of its windows is read, in the order of reading.
+
+    Windows hold the same blocks for every seq_len, and come in the same order.
+    """
+    sizes = np.array([geometry.window(n)[1] for n in range(geometry.num_windows)], dtype=np.int64)
+    ends: Ints = np.cumsum(np.roll(sizes, -_first_window(geometry, seed, source, epoch)))
+    return ends
+
+
+def _first_window(geometry: Geometry, seed: int, source: str, epoch: int) -> int:
+    return key(seed, "rotation", source, epoch) % geometry.num_windows
+
+
 def _shuffled_offsets(places: Ints, geometry: Geometry, seed: int, source: str, epoch: int) -> Ints:
     window_samples = geometry.window_blocks * geometry.samples_per_block
-    first = key(seed, "rotation", source, epoch) % geometry.num_windows
+    first = _first_window(geometry, seed, source, epoch)
     turned = (places + first * window_samples) % geometry.num_samples
     windows = np.minimum(turned // window_samples, geometry.num_windows - 1)
     slots = np.empty_like(turned)
@@ -184,7 +198,7 @@ def _places(slots: Ints, geometry: Geometry, seed: int, source: str, epoch: int)
         start, size = geometry.window(window)
         own = key(seed, f"window {window}", source, epoch)
         turned[chosen] = start + unpermute(inside[chosen] - start, size, own)
-    first = key(seed, "rotation", source, epoch) % geometry.num_windows
+    first = _first_window(geometry, seed, source, epoch)
     return (turned - first * window_samples) % geometry.num_samples
 
 

@@ -1,8 +1,9 @@
-"""The phases of a run: from which step and sample on which batch size and mixture hold.
+"""The phases of a run: from which step and sample on which batch size, mixture and seq_len hold.
 
 A phase begins where the run stands, so every sample belongs to exactly one step, and steps before a
 change keep their samples. Which samples a step has is a pure function of the rows; which tokens a
-sample has does not depend on the batch size, so only a new mixture restarts the table of slots.
+sample has does not depend on the batch size, so only a new mixture or length restarts the table of
+slots. Samples are counted through, whatever their length.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ class RunPhase(BaseModel):
     """The mixture: slots of every source out of NUM_SLOTS."""
     fingerprints: dict[str, str]
     """Of every source in `slots`."""
+    seq_len: int = Field(default=0, ge=0)
+    """Tokens per sample; 0 in rows from before it could change: the run's."""
+    bases: dict[str, int] = Field(default_factory=dict)
+    """Sample of a source, counted in samples of seq_len, at which this phase goes on; for sources
+    that were read in samples of another length before."""
 
 
 class Phases:
@@ -76,11 +82,11 @@ class Phases:
             first_step = end + 1
 
     def mixture(self) -> list[Phase]:
-        """Where the mixture changes."""
+        """Where mixture or length change."""
         kept: list[Phase] = []
         for row in self.rows:
-            if not kept or kept[-1].weights != row.slots:
-                kept.append(Phase(row.first_sample, row.slots))
+            if not kept or (kept[-1].weights, kept[-1].seq_len) != (row.slots, row.seq_len):
+                kept.append(Phase(row.first_sample, row.slots, row.seq_len, row.bases))
         return kept
 
     def state(self, step: int) -> list[dict[str, int]]:
@@ -104,7 +110,7 @@ class Phases:
 
 
 def first_phase(
-    batch_samples: int, slots: dict[str, int], fingerprints: dict[str, str]
+    batch_samples: int, slots: dict[str, int], fingerprints: dict[str, str], *, seq_len: int
 ) -> RunPhase:
     """The phase that a run begins with."""
     return RunPhase(
@@ -113,6 +119,7 @@ def first_phase(
         batch_samples=batch_samples,
         slots=slots,
         fingerprints=fingerprints,
+        seq_len=seq_len,
     )
 
 

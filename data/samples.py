@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.manifest import Manifest, read_manifest
-from data.order import Geometry, Ints, slots_of
+from data.order import Geometry, Ints, slots_of, window_ends
 from data.packing import Parts
 from data.plans import PlanReader, read_plan
 from data.tokens import TokenSource
@@ -52,6 +52,11 @@ class Samples(Protocol):
     def slots_of(self, start: int, stop: int) -> Ints:
         """The samples, counted in the order of the text, that hold some of tokens [start, stop)."""
 
+    def window_ends(self, epoch: int, *, seed: int, source: str) -> Ints:
+        """After how many samples of an epoch the tokens that were read are the same ones in samples
+        of every length; the last of these is the end of the epoch.
+        """
+
 
 @dataclass(frozen=True)
 class Concat:
@@ -82,6 +87,10 @@ class Concat:
     def slots_of(self, start: int, stop: int) -> Ints:
         """By arithmetic."""
         return slots_of(start, stop, self.geometry)
+
+    def window_ends(self, epoch: int, *, seed: int, source: str) -> Ints:
+        """Those of the windows of the order, but for what blocks of each length cannot fill."""
+        return window_ends(self.geometry, seed=seed, source=source, epoch=epoch)
 
 
 class BestFit:
@@ -130,3 +139,7 @@ class BestFit:
     def slots_of(self, start: int, stop: int) -> Ints:
         """By a search through the plan of the shards that hold the range."""
         return self._plan.samples_of(start, stop)
+
+    def window_ends(self, epoch: int, *, seed: int, source: str) -> Ints:
+        """Only that of the epoch: the plan of another length has other documents together."""
+        return np.array([self.geometry.num_samples], dtype=np.int64)

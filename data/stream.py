@@ -7,6 +7,7 @@ of consumed samples, and whoever holds the dataset can recompute what any step w
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +76,33 @@ class SampleStream:
         self.seed = seed
         self._shuffle = shuffle
         self.sources = {source.name: source for source in datasets.sources}
-        geometries = [source.geometry for source in datasets.sources]
-        self.num_samples_per_epoch = sum(geometry.num_samples for geometry in geometries)
+        self._lengths = {seq_len: self}
         fingerprints = datasets.fingerprints()
         if phases is None:
-            phases = Phases([first_phase(1, datasets.slots(), fingerprints)])
+            phases = Phases([first_phase(1, datasets.slots(), fingerprints, seq_len=seq_len)])
         self.mixture = Mixture(phases.mixture())
         self._fingerprints = {name: phases.fingerprints[name] for name in self.mixture.names}
         check_continues(self._fingerprints, fingerprints)
+
+    def at(self, seq_len: int) -> SampleStream:
+        """The stream whose samples have another length: that of other phases of the same run."""
+        if seq_len not in self._lengths:
+            other = copy(self)
+            other.seq_len = seq_len
+            # Only those that were ever read so: others need no plan of that length.
+            names = self.mixture.read_in(seq_len) & self.sources.keys()
+            other.sources = {name: self.sources[name].at(seq_len) for name in names}
+            self._lengths[seq_len] = other
+        return self._lengths[seq_len]
+
+    def of(self, sample: int) -> SampleStream:
+        """The stream that has a sample: with the length of its phase."""
+        return self.at(self._length(int(self.mixture.phases_of(np.array([sample]))[0])))
+
+    @property
+    def num_samples_per_epoch(self) -> int:
+        """Samples of one pass over every source."""
+        return sum(source.geometry.num_samples for source in self.sources.values())
 
     @property
     def eos_id(self) -> int:
@@ -146,39 +166,49 @@ class SampleStream:
         """The samples that hold some of tokens [start, stop) of a source in one of its epochs; a
         sample that no phase comes to is left out.
         """
-        samples = self.source(source).samples
-        indices = samples_at(
-            samples.slots_of(start, stop),
-            samples.geometry,
-            epoch=epoch,
-            seed=self.seed,
-            source=self.mixture.names[source],
-            shuffle=self._shuffle,
-        )
-        found: list[int] = self.mixture.samples_of(source, indices).tolist()
-        return found
+        found: list[int] = []
+        for seq_len in set(self.mixture.seq_lens):
+            samples = self.at(seq_len or self.seq_len).source(source).samples
+            indices = samples_at(
+                samples.slots_of(start, stop),
+                samples.geometry,
+                epoch=epoch,
+                seed=self.seed,
+                source=self.mixture.names[source],
+                shuffle=self._shuffle,
+            )
+            found += self.mixture.samples_of(source, indices, seq_len=seq_len).tolist()
+        return sorted(found)
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """Passes over each source that the first `num_samples` samples make."""
-        counts = self.mixture.counts(num_samples)
+        counts, units = self.mixture.counts(num_samples), self.mixture.units(num_samples)
         return {
-            name: counts[name] / source.geometry.num_samples
-            for name, source in self.sources.items()
+            name: counts[name] / self.at(units.get(name) or self.seq_len).size_of(name)
+            for name in self.sources
             if name in counts
         }
+
+    def size_of(self, name: str) -> int:
+        """Samples of an epoch of a source."""
+        return self.sources[name].geometry.num_samples
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """What a checkpoint says of its data, as plain values; of phases that have not begun it
         says nothing.
         """
         reached = max(consumed_samples, 1)
-        phases = [phase for phase in self.mixture.state() if phase["start"] < reached]
+        phases = [
+            {"seq_len": self._length(number), **phase}
+            for number, phase in enumerate(self.mixture.state())
+            if phase["start"] < reached
+        ]
         names = sorted({name for phase in phases for name in phase["slots"]})
         return {
             "consumed_samples": consumed_samples,
             "seed": self.seed,
             "packing": self.packing,
-            "phases": [{"seq_len": self.seq_len, **phase} for phase in phases],
+            "phases": phases,
             "fingerprints": {name: self._fingerprints[name] for name in names},
         }
 
@@ -206,6 +236,7 @@ class SampleStream:
 
     def locate(self, samples: Ints) -> tuple[Ints, Ints, Ints]:
         """Number of the source in the mixture, epoch and token offset of each sample."""
+        assert self._has(samples), "samples of this length; those of others are in `at`"
         sources, indices = self.mixture.locate(samples)
         epochs, offsets = np.empty_like(samples), np.empty_like(samples)
         for k in np.unique(sources).tolist():
@@ -218,6 +249,13 @@ class SampleStream:
                 shuffle=self._shuffle,
             )
         return sources, epochs, offsets
+
+    def _length(self, phase: int) -> int:
+        return self.mixture.seq_lens[phase] or self.seq_len
+
+    def _has(self, samples: Ints) -> bool:
+        phases = np.unique(self.mixture.phases_of(samples)).tolist()
+        return all(self._length(phase) == self.seq_len for phase in phases)
 
 
 def sample_hash(sample: int, tokens: NDArray[np.uint32]) -> int:

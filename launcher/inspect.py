@@ -144,7 +144,15 @@ def open_subject(
     )
     rows = () if run is None else read_phases(run)
     phases = Phases(
-        rows or [first_phase(config.batch_samples, datasets.slots(), datasets.fingerprints())]
+        rows
+        or [
+            first_phase(
+                config.batch_samples,
+                datasets.slots(),
+                datasets.fingerprints(),
+                seq_len=config.seq_len,
+            )
+        ]
     )
     if run is not None:
         datasets = _with_earlier(datasets, run, config)
@@ -159,7 +167,8 @@ def open_subject(
 
 def _inspect(subject: Subject, step: int, first: int, last: int) -> Inspection:
     decode = decoder(subject.tokenizer, subject.stream.tokenizer_sha256)
-    return inspect_samples(subject.stream, step=step, first=first, last=last, decode=decode)
+    stream = subject.stream.of(first)
+    return inspect_samples(stream, step=step, first=first, last=last, decode=decode)
 
 
 def _with_earlier(datasets: Datasets, run: Path, config: RunConfig) -> Datasets:

@@ -48,7 +48,8 @@ AllowChange = Annotated[
     typer.Option(
         "--allow-change",
         metavar="KEY",
-        help="Go on with a new value from here: batch_tokens or data.sources; repeatable.",
+        help="Go on with a new value from here: batch_tokens, data.sources or (where windows of "
+        "the order end) seq_len; repeatable.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

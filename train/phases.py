@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from data.config import DataError
 from data.durable import RowFile
+from data.lengths import carried_over
 from data.phases import Phases, RunPhase, first_phase, standing
 from data.sources import Datasets, check_continues
 from train.config import ConfigError, RunConfig
@@ -27,11 +28,17 @@ FILE = "phases.jsonl"
 CHANGEABLE = {
     "batch_tokens": ("batch_tokens",),
     "data.sources": ("data.sources", "data_fingerprint"),
+    "seq_len": ("seq_len", "model.max_seq_len"),
 }
 """What `--allow-change` takes, and the keys (or prefixes) that it lets a resumed run change."""
 
-DECIDED = {"config": ("batch_tokens", "data"), "identity": ("data_fingerprint",)}
-"""What a row keeps of config and identity."""
+DECIDED = {
+    "config": ("batch_tokens", "data", "seq_len", "model"),
+    "identity": ("data_fingerprint",),
+}
+"""What a row keeps of config and identity; those from before lengths could change lack the last two
+of config.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,23 +74,31 @@ def append_phase(run: Path, phase: RunPhase, content: Mapping[str, Any]) -> None
         for name, keys in DECIDED.items()
     }
     rows = _rows(run)
-    if rows and rows[-1] == (phase, wanted):
+    if rows and rows[-1][0] == phase and _holds(wanted, rows[-1][1]):
         return
     with contextlib.closing(RowFile(run / FILE)) as file:
         file.append({**phase.model_dump(), **wanted})
         file.sync()
 
 
-def phases_of(config: RunConfig, datasets: Datasets, history: History) -> Phases:
+def phases_of(
+    config: RunConfig, datasets: Datasets, history: History, allow_change: Sequence[str] = ()
+) -> Phases:
     """The phases of a run that goes on with `config`: the same ones, or one more that begins where
-    the run stands. Whether the change is allowed is not asked here.
+    the run stands. Whether the change is allowed is not asked here, but a new seq_len that nobody
+    has asked for, which `open_run` refuses, begins none.
+
+    DataUsageError where a new seq_len cannot begin.
     """
     slots, fingerprints = datasets.slots(), datasets.fingerprints()
+    seq_len = config.seq_len
     if not history.phases or history.steps == 0:
-        return Phases([first_phase(config.batch_samples, slots, fingerprints)])
+        return Phases([first_phase(config.batch_samples, slots, fingerprints, seq_len=seq_len)])
     phases = Phases(history.phases)
     last = phases.rows[-1]
-    if (last.slots, last.batch_samples) == (slots, config.batch_samples):
+    if (last.slots, last.batch_samples, last.seq_len) == (slots, config.batch_samples, seq_len):
+        return phases
+    if last.seq_len != seq_len and "seq_len" not in allow_change:
         return phases
     check_continues(phases.fingerprints, fingerprints)
     new = RunPhase(
@@ -92,6 +107,15 @@ def phases_of(config: RunConfig, datasets: Datasets, history: History) -> Phases
         batch_samples=config.batch_samples,
         slots=slots,
         fingerprints=fingerprints,
+        seq_len=seq_len,
+        bases=carried_over(
+            phases,
+            {source.name: source for source in datasets.sources},
+            seed=config.seed,
+            seq_len=seq_len,
+            step=history.steps,
+            last_step=config.steps,
+        ),
     )
     return Phases(standing([*phases.rows, new]))
 
@@ -99,18 +123,12 @@ def phases_of(config: RunConfig, datasets: Datasets, history: History) -> Phases
 def check_asked(allow_change: Sequence[str]) -> None:
     """ConfigError when a key cannot change in the middle of a run."""
     for key in allow_change:
-        if key in CHANGEABLE:
-            continue
-        reason = (
-            "a place in the order of samples of one length is none in that of another, so samples "
-            "would be lost or repeated"
-            if key == "seq_len"
-            else f"only {' and '.join(CHANGEABLE)} can"
-        )
-        raise ConfigError(
-            f"--allow-change {key}: {key} cannot change in the middle of a run: {reason}; "
-            "leave the option out, or choose another --run"
-        )
+        if key not in CHANGEABLE:
+            *others, last = CHANGEABLE
+            raise ConfigError(
+                f"--allow-change {key}: {key} cannot change in the middle of a run: only "
+                f"{', '.join(others)} and {last} can; leave the option out, or choose another --run"
+            )
 
 
 def allowing(key: str) -> str | None:
@@ -119,6 +137,11 @@ def allowing(key: str) -> str | None:
         if any(key == known or key.startswith(f"{known}.") for known in keys):
             return name
     return None
+
+
+def _holds(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a row says what is wanted, as far as it says anything."""
+    return all(found[name][key] == wanted[name].get(key) for name in found for key in found[name])
 
 
 def _rows(run: Path) -> list[tuple[RunPhase, dict[str, Any]]]:
@@ -132,10 +155,18 @@ def _rows(run: Path) -> list[tuple[RunPhase, dict[str, Any]]]:
             continue
         try:
             content = {name: row.pop(name) for name in DECIDED}
-            rows.append((RunPhase.model_validate(row), content))
+            phase = RunPhase.model_validate(row)
+            if not phase.seq_len:
+                phase = phase.model_copy(update={"seq_len": _first_seq_len(run)})
+            rows.append((phase, content))
         except (KeyError, AttributeError, ValidationError) as error:
             raise DataError(
                 f"{path}:{number} is damaged ({type(error).__name__}): which samples the steps "
                 "have cannot be told; put back a copy of the file"
             ) from None
     return rows
+
+
+def _first_seq_len(run: Path) -> int:
+    """What the run began with: rows from before it could change do not repeat it."""
+    return int(json.loads((run / "config.json").read_text())["config"]["seq_len"])

@@ -79,14 +79,15 @@ def pretraining(
     )
     for path in config.data.paths:
         check_tokenizer(Path(path), datasets.tokenizer_sha256)
-    phases = phases_of(config, datasets, history or History())
+    phases = phases_of(config, datasets, history or History(), allow_change)
     stream = SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, phases=phases)
     _check_boundaries(stream, config.data.boundaries)
     found = uses(stream, phases.samples(config.steps)[1])
     for use in found:
         log.info("%s", use)
     check_epochs(found, config.data.max_epochs)
-    config = resolve(config, vocab_size=stream.vocab_size)
+    longest = max(row.seq_len for row in phases.rows)
+    config = resolve(config, vocab_size=stream.vocab_size, longest=longest)
     micro_batch, accumulation = config.layout(config.batch_samples, num_ranks=num_ranks)
 
     def module() -> torch.nn.Module:
@@ -115,17 +116,18 @@ def pretraining(
     )
 
 
-def resolve(config: RunConfig, *, vocab_size: int) -> RunConfig:
-    """The config with every value that follows from the dataset or from another key filled in."""
+def resolve(config: RunConfig, *, vocab_size: int, longest: int = 0) -> RunConfig:
+    """The config with every value that follows from the dataset or from another key filled in.
+    `longest` is the greatest seq_len that the run has had.
+    """
     if config.model.vocab_size not in (0, vocab_size):
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size}, but the dataset's tokenizer has "
             f"{vocab_size} ids; "
             "leave model.vocab_size at 0 to take it from the dataset"
         )
-    model = config.model.model_copy(
-        update={"vocab_size": vocab_size, "max_seq_len": config.model.max_seq_len or config.seq_len}
-    )
+    length = config.model.max_seq_len or max(config.seq_len, longest)
+    model = config.model.model_copy(update={"vocab_size": vocab_size, "max_seq_len": length})
     return config.model_copy(update={"model": model})
 
 
@@ -154,7 +156,8 @@ class PretrainTask:
         """Every place of every sample has a target, unless the ends of documents count."""
         if self._config.data.boundaries != "ignore" or self._config.data.packing != "concat":
             return None
-        return self._phases.at(step).batch_samples * self._config.seq_len
+        phase = self._phases.at(step)
+        return phase.batch_samples * phase.seq_len
 
     def samples(self, step: int) -> tuple[int, int]:
         """[first, last) sample indices of this step."""
@@ -174,13 +177,13 @@ class PretrainTask:
             if needed > self._accumulation:
                 raise ConfigError(
                     f"the run goes on from step {start - 1}, where an earlier phase with "
-                    f"batch_tokens={phase.batch_samples * self._config.seq_len} held; restore the "
+                    f"batch_tokens={phase.batch_samples * phase.seq_len} held; restore the "
                     f"checkpoint of step {end}, or repeat those steps with that batch_tokens, "
                     f"`--allow-change batch_tokens --stop-at {end}`, and change it again then"
                 )
         return itertools.chain.from_iterable(
             micro_batches(
-                self._stream,
+                self._stream.at(phase.seq_len),
                 first_sample=self.samples(start)[0],
                 batch_samples=phase.batch_samples,
                 num_steps=end - start + 1,

@@ -181,7 +181,7 @@ def test_parts_of_a_sample_lie_in_one_chunk_and_lead_back_to_the_text(packed: Pa
 
 def test_every_document_is_found_where_brute_force_finds_it(packed: Path) -> None:
     opened = open_datasets(packed, seq_len=SEQ_LEN, packing="best_fit")
-    phases = Phases([first_phase(BATCH, opened.slots(), opened.fingerprints())])
+    phases = Phases([first_phase(BATCH, opened.slots(), opened.fingerprints(), seq_len=SEQ_LEN)])
     stream = SampleStream(opened, seq_len=SEQ_LEN, seed=3, phases=phases)
     count = stream.num_samples_per_epoch
     steps = count // BATCH
