@@ -157,7 +157,9 @@ def window_ends(geometry: Geometry, *, seed: int, source: str, epoch: int) -> In
 
     Windows hold the same blocks for every seq_len, and come in the same order.
     """
-    sizes = np.array([geometry.window(n)[1] for n in range(geometry.num_windows)], dtype=np.int64)
+    count = geometry.num_windows
+    sizes = np.full(count, geometry.window_blocks * geometry.samples_per_block, dtype=np.int64)
+    sizes[-1] = geometry.window(count - 1)[1]
     ends: Ints = np.cumsum(np.roll(sizes, -_first_window(geometry, seed, source, epoch)))
     return ends
 

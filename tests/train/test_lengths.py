@@ -15,13 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.order
-from data.config import DataUsageError
+from data.config import DataSource, DataUsageError
+from data.lookup import look_up
+from data.manifest import read_manifest
+from data.pack import pack_dataset
+from data.phases import Phases
 from data.sources import Datasets, open_datasets
-from data.stream import SampleStream
+from data.stream import SampleStream, sample_hash
+from launcher.inspect import inspect_sample, inspect_step
 from tests.data.test_pack import VOCAB, counted
 from tests.data.tiny import documents, write_dataset
-from train.config import RunConfig
-from train.phases import History, phases_of
+from tests.ranks import run_ranks
+from train.checkpoint import open_checkpoint
+from train.config import ConfigError, RunConfig
+from train.metrics import read_metrics
+from train.phases import History, phases_of, read_phases
+from train.pretrain import pretrain_on, pretraining
+from train.run import open_run, read_config
+from train.world import World
 
 BLOCK, WINDOW, SEED = 128, 256, 5
 LENGTHS = (8, 16, 32, 24)
@@ -57,15 +68,18 @@ def configured(seq_len: int, batch: int, steps: int = 2000, **keys: Any) -> RunC
 class Run:
     """A run without a model: its phases, and how far it has come."""
 
-    def __init__(self, opened: dict[int, Datasets], seq_len: int, batch: int) -> None:
+    def __init__(
+        self, opened: dict[int, Datasets], seq_len: int, batch: int, steps: int = 2000
+    ) -> None:
         self.opened, self.seq_len, self.batch, self.step = opened, seq_len, batch, 0
+        self.steps = steps
         self.phases = phases_of(configured(seq_len, batch), opened[seq_len], History())
 
     def change(self, *, seq_len: int | None = None, batch: int | None = None) -> None:
         """Go on with other values, as a command line with `--allow-change` does."""
         seq_len, batch = seq_len or self.seq_len, batch or self.batch
         history = History(self.phases.rows, self.step)
-        config = configured(seq_len, batch)
+        config = configured(seq_len, batch, self.steps)
         self.phases = phases_of(config, self.opened[seq_len], history, ("seq_len",))
         self.seq_len, self.batch = seq_len, batch
 
@@ -125,7 +139,7 @@ def single(folder: Path) -> dict[int, Datasets]:
     return {seq_len: open_datasets(folder / "a", seq_len=seq_len) for seq_len in LENGTHS}
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_every_token_is_a_target_once_an_epoch_whatever_changes(
     single: dict[int, Datasets], count: int
 ) -> None:
@@ -154,6 +168,7 @@ def test_every_token_is_a_target_once_an_epoch_whatever_changes(
                 run.step += 1
         while run.stream().epochs(run.phases.samples(run.step)[1])["main"] < 2:
             run.step += 1
+        run.step += 1
         seen["epochs"] += check_epochs(run, "main", used=used)
         state = json.loads(json.dumps(run.stream().state(run.phases.samples(run.step)[1])))
         run.stream().check_state(state)
@@ -181,3 +196,268 @@ def follow(run: Run, advice: str) -> None:
         run.step = int(before[1])
     run.change(batch=int(smaller[1]) // run.seq_len)
     run.step = int(smaller[2])
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_the_check_notices_a_place_that_is_off_by_one(
+    single: dict[int, Datasets], shift: int
+) -> None:
+    run = Run(single, 16, 4)
+    run.step = 4
+    run.change(seq_len=32)
+    assert run.phases.rows[-1].bases == {"main": 8}
+    moved = run.phases.rows[-1].model_copy(update={"bases": {"main": 8 + shift}})
+    run.phases = Phases([*run.phases.rows[:-1], moved])
+    run.step = 100
+    with pytest.raises(AssertionError):
+        check_epochs(run, "main", used={16, 32})
+
+
+def test_a_refusal_tells_the_nearest_steps(single: dict[int, Datasets]) -> None:
+    # Windows of 256 tokens: 16 samples of 16.
+    run = Run(single, 16, 4)
+    run.step = 5
+    with pytest.raises(DataUsageError) as refused:
+        run.change(seq_len=32)
+    assert str(refused.value) == (
+        "seq_len cannot change from 16 to 32 after step 5: a window of the order is read in part, "
+        "and in samples of another length some of it would come twice and some never. Samples to "
+        "the ends of windows: 12 of 'main'. Step 4 was a place to change it. To change it, go on "
+        "to step 8 (--stop-at 8)"
+    )
+    run = Run(single, 16, 5)
+    run.step = 2
+    with pytest.raises(DataUsageError) as refused:
+        run.change(seq_len=32)
+    message = str(refused.value)
+    assert "6 of 'main'. To change it, go on to step " in message
+    # 6 samples more are 2 steps of 3.
+    assert message.endswith(
+        "; or with batch_tokens=48 to step 4 (--allow-change batch_tokens --stop-at 4)"
+    )
+    follow(run, message)
+    assert (run.step, run.batch) == (4, 3)
+    run.change(seq_len=32)
+    assert run.phases.rows[-1].first_sample == 16
+
+
+def test_sources_of_a_mixture_are_brought_to_their_places_one_by_one(folder: Path) -> None:
+    """No step suits both; each is read alone until its window ends."""
+
+    def mixed(*names: str) -> dict[int, Datasets]:
+        sources = [DataSource(name=n, path=str(folder / n), weight=1 + (n == "a")) for n in names]
+        return {seq_len: open_datasets(sources, seq_len=seq_len) for seq_len in (16, 32)}
+
+    both = mixed("a", "b")
+    run = Run(both, 16, 5, steps=9)
+    run.step = 7
+    with pytest.raises(DataUsageError, match=r"No later step of this run is one for all .* alone"):
+        run.change(seq_len=32)
+    for name in ("a", "b"):
+        run.opened = both
+        with pytest.raises(DataUsageError) as refused:
+            run.change(seq_len=32)
+        missing = re.search(rf"(\d+) of '{name}'", str(refused.value))
+        assert missing is not None
+        run.opened = mixed(name)
+        run.change(batch=int(missing[1]))
+        run.step += 1
+    run.opened = both
+    run.change(seq_len=32, batch=4)
+    assert set(run.phases.rows[-1].bases) == {"a", "b"}
+    run.step += 60
+    for name in ("a", "b"):
+        assert check_epochs(run, name, used={16, 32}) >= 2
+    # A source that stays away keeps its place, in its own unit, until it is back.
+    run.opened = mixed("a")
+    run.change(batch=3)
+    assert run.phases.rows[-1].bases == {}
+    run.step += 2
+    run.opened = both
+    run.change(batch=4)
+    run.step += 60
+    for name in ("a", "b"):
+        assert check_epochs(run, name, used={16, 32}) >= 4
+
+
+def test_samples_of_a_plan_change_their_length_at_the_end_of_an_epoch(folder: Path) -> None:
+    opened = {}
+    for seq_len in (16, 32):
+        pack_dataset(folder / "a", seq_len=seq_len)
+        opened[seq_len] = open_datasets(folder / "a", seq_len=seq_len, packing="best_fit")
+    (source,) = opened[16].sources
+    size = source.geometry.num_samples
+    run = Run(opened, 16, 4)
+    run.step = 4
+    with pytest.raises(DataUsageError, match=rf"{size - 16} of 'main'"):
+        run.change(seq_len=32)
+    run.change(batch=size - 16)
+    run.step = 5
+    run.change(seq_len=32)
+    (other,) = opened[32].sources
+    assert run.phases.rows[-1].bases == {"main": other.geometry.num_samples}
+    first = run.phases.rows[-1].first_sample
+    stream = run.stream()
+    for samples, one in ((range(first), stream.at(16)), (range(first, first + 40), stream)):
+        targets = Counter(
+            token
+            for sample in samples[: one.num_samples_per_epoch]
+            for part in one.documents(sample)
+            for token in range(part.first_token + 1, part.first_token + part.num_tokens)
+        )
+        lens = [len(ids) for ids in counted(12, first=10, seed=0)]
+        assert targets == Counter(t for n in lens for t in range(1, n))
+
+
+def test_documents_are_found_in_samples_of_every_length(
+    folder: Path, single: dict[int, Datasets]
+) -> None:
+    run = Run(single, 16, 4)
+    run.step = 8
+    run.change(seq_len=32)
+    run.step = 40
+    stream, phases = run.stream(), run.phases
+    count = phases.samples(run.step)[1]
+    places = [stream.of(sample).placement(sample) for sample in range(count)]
+    assert {sum(d.num_tokens for d in place.documents) for place in places} == {17, 33}
+    for entry in read_manifest(folder / "a").shards:
+        for number in range(entry.documents):
+            found = look_up(stream, phases, shard=entry.path, number=number, steps=run.step)
+            expected = {
+                (place.epoch, place.sample, phases.step_of(place.sample))
+                for place in places
+                if any((d.shard, d.number) == (entry.path, number) for d in place.documents)
+            }
+            seen = {(o.epoch, o.sample, o.step) for o in found.occurrences if o.step is not None}
+            assert seen == expected
+
+
+def train_to(
+    world: World, config: RunConfig, run: Path, stop_at: int | None, allow: tuple[str, ...]
+) -> str:
+    data.order.WINDOW_TOKENS = WINDOW
+    return pretrain_on(world, config, run, stop_at=stop_at, allow_change=allow)
+
+
+def model_of(folder: Path, seq_len: int, batch: int, **keys: Any) -> RunConfig:
+    model = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 1, "ffn_size": 32}
+    table = {"precision": "fp32", "eval": {"samples": 4}, "model": model}
+    table["data"] = {"path": str(folder)}
+    return configured(seq_len, batch, 8, **{**table, **keys})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_dataset(
+        path, {"train/main": documents(12), "val/main": documents(4, seed=1)}, block_tokens=BLOCK
+    )
+    return path
+
+
+def test_a_run_goes_on_with_longer_samples_on_another_world(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    short, long = model_of(dataset, 16, 8), model_of(dataset, 32, 4)
+    assert run_ranks(2, train_to, short, run, 4, ()) == ["stopped"] * 2
+    assert run_ranks(1, train_to, long, run, 6, ("seq_len",)) == ["stopped"]
+    assert run_ranks(2, train_to, long, run, None, ()) == ["complete"] * 2
+
+    rows = [row for row in read_metrics(run) if "loss" in row]
+    assert [row["samples"] for row in rows] == [
+        *([8 * i, 8 * i + 8] for i in range(4)),
+        *([32 + 4 * i, 32 + 4 * i + 4] for i in range(4)),
+    ]
+    assert [row["tokens"] for row in rows] == [128 * (i + 1) for i in range(8)]
+    assert [row["step"] for row in read_metrics(run) if "val_loss" in row] == [0, 8]
+    opened = open_datasets(dataset, seq_len=32)
+    stream = SampleStream(opened, seq_len=32, seed=SEED, phases=Phases(read_phases(run)))
+    for row in rows:
+        samples = range(*row["samples"])
+        total = sum(sample_hash(i, stream.of(i).tokens(i)) for i in samples) % 2**64
+        assert row["data_hash"] == f"{total:016x}"
+    state = open_checkpoint(run).state["data"]
+    assert [(p["seq_len"], p["start"], p.get("bases")) for p in state["phases"]] == [
+        (16, 0, None),
+        (32, 32, {"main": 16}),
+    ]
+    assert len(open_checkpoint(run, 4).state["data"]["phases"]) == 1
+    found = read_config(run)
+    assert isinstance(found, RunConfig)
+    assert (found.seq_len, found.model.max_seq_len) == (32, 32)
+
+
+def begin(run: Path, config: RunConfig) -> None:
+    work = pretraining(config, num_ranks=1)
+    open_run(run, work.config, work.identity, phase=work.phase)
+
+
+def reopen(run: Path, config: RunConfig, *allow: str, steps: int) -> RunConfig:
+    history = History(read_phases(run), steps)
+    work = pretraining(config, num_ranks=1, history=history, allow_change=allow)
+    open_run(run, work.config, work.identity, phase=work.phase, allow_change=allow)
+    found = read_config(run)
+    assert isinstance(found, RunConfig)
+    return found
+
+
+def test_a_new_length_is_refused_unless_it_was_asked_for(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, model_of(dataset, 16, 8))
+    with pytest.raises(ConfigError) as refused:
+        reopen(run, model_of(dataset, 32, 4), steps=3)
+    message = str(refused.value)
+    assert "seq_len: 16 in the run, 32 now" in message
+    assert "model.max_seq_len: 16 in the run, 32 now" in message
+    assert message.endswith("with the new seq_len from here, add --allow-change seq_len")
+    with pytest.raises(DataUsageError, match=r"go on to step 4 \(--stop-at 4\)"):
+        reopen(run, model_of(dataset, 32, 4), "seq_len", steps=3)
+    assert len(read_phases(run)) == 1
+    found = reopen(run, model_of(dataset, 32, 4), "seq_len", steps=4)
+    assert (found.seq_len, found.model.max_seq_len) == (32, 32)
+    # Back again: the model keeps the context that it has been trained with.
+    found = reopen(run, model_of(dataset, 8, 16), "seq_len", steps=6)
+    assert (found.seq_len, found.model.max_seq_len) == (8, 32)
+    assert [(p.first_step, p.first_sample, p.seq_len) for p in read_phases(run)] == [
+        (1, 0, 16),
+        (5, 32, 32),
+        (7, 40, 8),
+    ]
+    # Given by hand it does not follow.
+    by_hand = model_of(dataset, 16, 8)
+    by_hand = by_hand.model_copy(
+        update={"model": by_hand.model.model_copy(update={"max_seq_len": 64})}
+    )
+    begin(tmp_path / "other", by_hand)
+    longer = by_hand.model_copy(update={"seq_len": 32})
+    found = reopen(tmp_path / "other", longer, "seq_len", steps=4)
+    assert (found.seq_len, found.model.max_seq_len) == (32, 64)
+
+
+def test_rows_from_before_lengths_could_change_are_read(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(run, model_of(dataset, 16, 8))
+    row = json.loads((run / "phases.jsonl").read_text())
+    del row["seq_len"], row["bases"], row["config"]["seq_len"], row["config"]["model"]
+    old = json.dumps(row) + "\n"
+    (run / "phases.jsonl").write_text(old)
+    assert [p.seq_len for p in read_phases(run)] == [16]
+    reopen(run, model_of(dataset, 16, 8), steps=2)
+    assert (run / "phases.jsonl").read_text() == old
+    found = reopen(run, model_of(dataset, 32, 4), "seq_len", steps=4)
+    assert (found.seq_len, [p.seq_len for p in read_phases(run)]) == (32, [16, 32])
+
+
+def test_steps_of_both_lengths_are_inspected(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.inspect.decoder", lambda *_: str)
+    run = tmp_path / "run"
+    begin(run, model_of(dataset, 16, 8))
+    reopen(run, model_of(dataset, 32, 4), "seq_len", steps=4)
+    for step, seq_len, samples in ((4, 16, (24, 32)), (5, 32, (32, 36))):
+        found = inspect_step(dataset, step=step, run=run, recipe="tiny-cpu", overrides=())
+        assert (found.seq_len, (found.first, found.last)) == (seq_len, samples)
+        for sample in found.samples:
+            assert sum(piece.num_tokens for piece in sample.pieces) == seq_len + 1
+    one = inspect_sample(dataset, sample=33, run=run, recipe="tiny-cpu", overrides=())
+    assert (one.step, one.samples) == (5, found.samples[1:2])
