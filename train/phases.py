@@ -33,11 +33,11 @@ CHANGEABLE = {
 """What `--allow-change` takes, and the keys (or prefixes) that it lets a resumed run change."""
 
 DECIDED = {
-    "config": ("batch_tokens", "data", "seq_len", "model"),
+    "config": ("batch_tokens", "data", "seq_len", "model.max_seq_len"),
     "identity": ("data_fingerprint",),
 }
-"""What a row keeps of config and identity; those from before lengths could change lack the last two
-of config.
+"""What a row keeps of config and identity, a table below a table by its dotted key; rows from
+before lengths could change lack the last two of config.
 """
 
 
@@ -58,8 +58,14 @@ def read_phases(run: Path) -> tuple[RunPhase, ...]:
 def now(run: Path, table: Mapping[str, Any]) -> dict[str, Any]:
     """The content of RUN/config.json with what the last phase has changed in it."""
     rows = _rows(run)
-    changes = rows[-1][1] if rows else {}
-    return {**table, **{name: {**table.get(name, {}), **changes[name]} for name in changes}}
+    merged = dict(table)
+    for name, changes in (rows[-1][1] if rows else {}).items():
+        merged[name] = dict(table.get(name, {}))
+        for key, value in changes.items():
+            outer, dot, inner = key.partition(".")
+            below = merged[name].get(outer, {})
+            merged[name][outer] = {**below, inner: value} if dot else value
+    return merged
 
 
 def data_tables(run: Path) -> list[dict[str, Any]]:
@@ -70,7 +76,9 @@ def data_tables(run: Path) -> list[dict[str, Any]]:
 def append_phase(run: Path, phase: RunPhase, content: Mapping[str, Any]) -> None:
     """Record that the run goes on with `phase`, unless it does so already. One rank only."""
     wanted = {
-        name: {key: content[name][key] for key in keys if key in content[name]}
+        name: {
+            key: _value(content[name], key) for key in keys if key.split(".")[0] in content[name]
+        }
         for name, keys in DECIDED.items()
     }
     rows = _rows(run)
@@ -139,6 +147,11 @@ def allowing(key: str) -> str | None:
     return None
 
 
+def _value(table: Mapping[str, Any], key: str) -> Any:
+    outer, dot, inner = key.partition(".")
+    return table[outer][inner] if dot else table[outer]
+
+
 def _holds(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     """Whether a row says what is wanted, as far as it says anything."""
     return all(found[name][key] == wanted[name].get(key) for name in found for key in found[name])
@@ -168,5 +181,9 @@ def _rows(run: Path) -> list[tuple[RunPhase, dict[str, Any]]]:
 
 
 def _first_seq_len(run: Path) -> int:
-    """What the run began with: rows from before it could change do not repeat it."""
-    return int(json.loads((run / "config.json").read_text())["config"]["seq_len"])
+    """What the run began with: rows from before it could change do not repeat it. 0 where its
+    config.json is damaged, which whoever opens the run tells.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((run / "config.json").read_text())["config"]["seq_len"])
+    return 0

@@ -437,7 +437,7 @@ def test_rows_from_before_lengths_could_change_are_read(dataset: Path, tmp_path:
     run = tmp_path / "run"
     begin(run, model_of(dataset, 16, 8))
     row = json.loads((run / "phases.jsonl").read_text())
-    del row["seq_len"], row["bases"], row["config"]["seq_len"], row["config"]["model"]
+    del row["seq_len"], row["bases"], row["config"]["seq_len"], row["config"]["model.max_seq_len"]
     old = json.dumps(row) + "\n"
     (run / "phases.jsonl").write_text(old)
     assert [p.seq_len for p in read_phases(run)] == [16]
