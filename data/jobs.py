@@ -149,6 +149,8 @@ def run_stage(
         done = min(total, done + num_bytes)
         progress(stage.name, done, total)
 
+    if todo:
+        report(0)
     stage.run(work, todo, pool, report)
 
 

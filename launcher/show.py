@@ -86,7 +86,8 @@ def show_task(done: TaskSummary, *, as_json: bool) -> None:
             }
         )
         return
-    jobs = f"its {done.num_jobs} jobs are done" if done.num_jobs else "nothing to do"
+    count = done.num_jobs
+    jobs = f"{count} job{'s' * (count > 1)} done" if count else "nothing to do"
     print(f"stage {done.stage}, task {task}: {jobs}")
     if done.is_complete:
         print("the dataset is complete")
