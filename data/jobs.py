@@ -8,13 +8,15 @@ same one. Cost: one look at the file of each job of the stages before.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,6 +31,7 @@ stays what a shared file system takes."""
 _SHOWN = 5
 _TASK = re.compile(r"(\d+)/(\d+)")
 _LOCK = "jobs.lock"
+_PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,27 @@ def alone(job: Job) -> Iterator[None]:
         job.folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(job.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with suppress(OSError):
-            try:
-                # The byte with the job's number; a process that dies lets go of it.
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, job.number)
-            except (BlockingIOError, PermissionError):
+        # A worker outlives its killed parent for a moment.
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not _lock(handle, job.number):
+            if time.monotonic() > deadline:
                 raise DataUsageError(
                     f"another process is writing {job.result}; wait until it has finished, then "
                     "run the same command again"
-                ) from None
+                )
+            time.sleep(0.05)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, number: int) -> bool:
+    """Lock the byte with a job's number; a process that dies lets go of it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 Report = Callable[[int], None]
