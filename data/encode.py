@@ -89,8 +89,7 @@ class Encoding:
         """What the survey has found of every part from `first` on."""
         step = parts_per_job(len(self.text.parts))
         for job in self.surveyed[first // step :]:
-            start = job.number * step
-            for number, found in enumerate(job.parts(), start):
+            for number, found in enumerate(job.found(), job.first):
                 if number >= first:
                     yield number, self.text.parts[number], found
 
@@ -202,10 +201,11 @@ def write_shards(jobs: Sequence[ShardJob], pool: Pool, report: Callable[[int], N
     """Write shards that are not done: workers encode, this process writes."""
     todo = []
     for job in jobs:
-        if job.take_over():
-            report(job.num_bytes)
-        else:
-            todo.append(job)
+        with alone(job):
+            if job.is_done() or job.take_over():
+                report(job.num_bytes)
+            else:
+                todo.append(job)
     # One stream over all shards: workers encode the next shard while this one is finished.
     stream = pool.map(encode_part, chain.from_iterable(job.groups() for job in todo))
     for job in todo:

@@ -49,12 +49,19 @@ class Found:
 class SurveyParts(Job):
     """Consecutive parts to survey."""
 
-    looks: tuple[SurveyJob, ...]
+    first: int
+    """Number of the first part."""
+    parts: tuple[Part, ...]
+    text: Text
+    rule: SplitRule
+    sample_share: float
 
     def run(self) -> None:
         total = Survey()
         parts = []
-        for look in self.looks:
+        for number, part in enumerate(self.parts, self.first):
+            reading, cleaned = self.text.reading, self.text.cleaned
+            look = SurveyJob(part, reading, self.rule, self.sample_share, number, cleaned)
             found = survey_part(look)
             total.add(found)
             counts = [
@@ -63,7 +70,7 @@ class SurveyParts(Job):
             parts.append([*counts, [[run.start, run.stop, run.side] for run in found.runs]])
         write_sealed(self.result, {"total": total.to_json(), "parts": parts})
 
-    def parts(self) -> Iterator[Found]:
+    def found(self) -> Iterator[Found]:
         """What was found of each part."""
         for documents, text_bytes, runs in read_sealed(self.result)["parts"]:
             yield Found(
@@ -80,14 +87,13 @@ def survey_jobs(
     folder = work / f"survey-{key_of(key, sample_bytes, rule_to_json(rule))}"
     share = min(1.0, sample_bytes / max(1, text.num_bytes))
     step = parts_per_job(len(text.parts))
+    # A job travels to its process: without the parts of all others.
+    bare = replace(text, parts=())
     jobs: list[SurveyParts] = []
     for start in range(0, len(text.parts), step):
-        parts = text.parts[start : start + step]
-        looks = tuple(
-            SurveyJob(part, text.reading, rule, share, number, text.cleaned)
-            for number, part in enumerate(parts, start)
-        )
-        jobs.append(SurveyParts(folder, len(jobs), sum(map(part_bytes, parts)), looks))
+        parts = tuple(text.parts[start : start + step])
+        size = sum(map(part_bytes, parts))
+        jobs.append(SurveyParts(folder, len(jobs), size, start, parts, bare, rule, share))
     return jobs
 
 

@@ -77,7 +77,7 @@ class ScatterJob(Job):
         rows: list[NDArray[np.uint64]] = [np.zeros((3, 0), np.uint64)]
         lines: list[tuple[int, bytes]] = []
         size = 0
-        with writing(temporary), temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             for number, part in enumerate(self.parts, self.first):
                 for source, found in read_cleaned(number, part, self.reading, self.cleaned):
                     if isinstance(found, Dropped):
@@ -91,8 +91,9 @@ class ScatterJob(Job):
                         rows.append(_write_sorted(file, lines))
                         lines, size = [], 0
             rows.append(_write_sorted(file, lines))
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(temporary):
+                file.flush()
+                os.fsync(file.fileno())
         publish(temporary, path)
         index = np.concatenate(rows, axis=1)
         save(index_file(self.folder, self.number), index[:, np.argsort(index[0], kind="stable")])
@@ -220,8 +221,8 @@ def _write_sorted(file: BinaryIO, lines: list[tuple[int, bytes]]) -> NDArray[np.
     keys = np.array([key for key, _ in lines], np.uint64)
     lengths = np.array([len(line) for _, line in lines], np.uint64)
     places = np.uint64(file.tell()) + np.cumsum(lengths) - lengths
-    for _, line in lines:
-        file.write(line)
+    with writing(Path(file.name)):
+        file.writelines(line for _, line in lines)
     return np.stack([keys, places, lengths])
 
 

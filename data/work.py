@@ -241,7 +241,9 @@ class Work:
 
     @cached_property
     def _key(self) -> str:
-        return key_of(FORMAT, self.command)
+        # The survey names places by file, so it is of files where they lie, too.
+        paths = [str(self.folder), *(str(file.path) for file in self.files)]
+        return key_of(FORMAT, self.command, paths)
 
     def _folder(self, stage: str, *depends_on: Any) -> Path:
         return self.folder / f"{stage}-{key_of(FORMAT, *depends_on)}"

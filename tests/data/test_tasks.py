@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,22 @@ def test_a_task_continues_what_a_plain_call_has_begun_and_the_other_way(
     assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing is done twice"
     prepare([str(corpus)], output, config("everything"), workers=1)
     assert tree(output) == tree(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("case", ["everything", "empty side"])
+def test_input_that_moved_meanwhile_is_the_same_input(
+    corpus: Path, tmp_path: Path, case: str
+) -> None:
+    prepare([str(corpus)], tmp_path / "plain", config(case), workers=1)
+    for name in ("there", "elsewhere"):
+        (tmp_path / name).mkdir()
+    there = tmp_path / "there" / "corpus"
+    shutil.copytree(corpus, there)
+    for stage in STAGES[:-2]:
+        task(there, tmp_path / "out", case, stage, "0/1")
+    elsewhere = there.rename(tmp_path / "elsewhere" / "corpus")
+    prepare([str(elsewhere)], tmp_path / "out", config(case), workers=1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
 
 
 def test_a_task_reads_no_files_but_its_own(corpus: Path, tmp_path: Path) -> None:
