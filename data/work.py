@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data import cleaning, shuffle, vocabulary
+from data import cleaning, ranges, shuffle, vocabulary
 from data.claim import WORK, differences
 from data.clean import Cleaner
 from data.cleaning import Cleaned, CleanJob, DropJob
@@ -36,7 +36,7 @@ from data.intake import (
     read_jobs,
     stamp,
 )
-from data.jobs import Job, key_of
+from data.jobs import MAX_JOBS, Job, key_of
 from data.manifest import dtype_for
 from data.readers import InputFile, cut_parts, reading_of
 from data.rounds import SurveyParts, Text, rule_from_json, survey_jobs
@@ -243,10 +243,15 @@ class Work:
     def _key(self) -> str:
         # The survey names places by file, so it is of files where they lie, too.
         paths = [str(self.folder), *(str(file.path) for file in self.files)]
-        return key_of(FORMAT, self.command, paths)
+        return key_of(_limits(), self.command, paths)
 
     def _folder(self, stage: str, *depends_on: Any) -> Path:
-        return self.folder / f"{stage}-{key_of(FORMAT, *depends_on)}"
+        return self.folder / f"{stage}-{key_of(_limits(), *depends_on)}"
+
+
+def _limits() -> list[int]:
+    """What of this code decides how the input is cut into jobs."""
+    return [FORMAT, MAX_JOBS, ranges.LONG_BYTES, ranges.RANGE_BYTES, shuffle.BUCKET_BYTES]
 
 
 def make_plan(request: Request, files: Sequence[InputFile], folder: Path) -> dict[str, Any]:
