@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test lint soak bench evidence clean
+.PHONY: quickstart test lint soak bench bench-data evidence clean
 
 quickstart: .venv/installed
 	$(BIN)/headrace quickstart --workdir $(or $(WORKDIR),quickstart)
@@ -21,6 +21,11 @@ soak: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks.train_speed $(BENCH)
+
+bench-data: .venv/installed
+	$(BIN)/python -m tests.benchmarks.data_speed
+	$(BIN)/python -m tests.benchmarks.scale
+	$(BIN)/python -m tests.benchmarks.prepare_memory $(BENCH)
 
 evidence: .venv/installed
 	$(BIN)/python -m tests.benchmarks.evidence $(if $(CORPORA),--corpora $(CORPORA)) $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(EVIDENCE)

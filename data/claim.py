@@ -58,17 +58,18 @@ def write_claim(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def holding(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold a directory, made if missing, against other processes; a kill lets go.
 
-    Some network file systems know no such locks; there nobody is kept out.
+    Processes that share it keep out only those that want it alone. Some network file systems know
+    no such locks; there nobody is kept out.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
-            if not _lock(handle):
+            if not _lock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
                 raise DataUsageError(
                     f"another process is writing {folder}; wait until it has finished"
                 )
@@ -91,9 +92,9 @@ def is_abandoned(folder: Path) -> bool:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

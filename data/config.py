@@ -125,7 +125,9 @@ class PrepareConfig(BaseModel):
     part_bytes: Annotated[int, Field(ge=1)] = 2**21
     """Input that one worker takes at a time, in bytes; a shard holds whole parts."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """Chooses which text is held out."""
+    """Chooses which text is held out, and the order of a shuffle."""
+    shuffle: bool = False
+    """Store documents in a random order over the whole input instead of the input's."""
     clean: CleanConfig = CleanConfig()
     """Recorded only where something is cleaned, so what was recorded before stays as it is."""
 
@@ -138,6 +140,8 @@ class PrepareConfig(BaseModel):
             values.pop("on_bad_text", None)
         if not self.id_field:
             values.pop("id_field", None)
+        if not self.shuffle:
+            values.pop("shuffle", None)
         return values
 
 

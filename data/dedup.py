@@ -5,15 +5,16 @@ range: a range holds every document whose keys lie there, whatever its part, so 
 of each other and a process holds about 2^18 keys at once. In a group of equal keys the first
 document is compared with all others; those that differ from it form a group again. The links that
 were found join documents to clusters, and the first document of a cluster, in the order of the
-input, stays. Its number is (part, row), so nothing depends on workers or on interruptions.
-Cost: near about 1 s per 100,000 documents; all parts are opened once per range. Memory: a range,
-and in the end 50 bytes for each link.
+input, stays: documents are numbered as they come, so nothing depends on workers or interruptions.
+Clusters are joined in a file of labels, 8 bytes per document, mapped piece by piece.
+Cost: near about 1 s per 100,000 documents; the files of all jobs are opened once per range. Memory:
+a range; documents with one key in common are in one range, however many they are (16 bytes each).
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,76 +22,121 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.durable import write_durably
+from data.durable import write_durably, writing
+from data.jobs import Job
 from data.minhash import METHODS
-from data.pool import Pool, Progress
 
 Kind = Literal["exact", "near"]
 RANGE_KEYS = 2**18
 _BLOCK = 2**15
 _KEY_BITS = 64
+_READ = 2**20
 
 
-@dataclass(frozen=True)
-class RangeJob:
-    """The keys from `number` to `number + 1` of `2^bits` equal ranges, in all parts."""
-
-    folder: Path
-    kind: Kind
-    number: int
-    bits: int
-    offsets: tuple[int, ...]
-    """Number of the first document of each part, and of all documents."""
+Signed = tuple[NDArray[Any], NDArray[np.uint64]]
+"""Of each document: its signature, and its keys."""
 
 
-def write_signatures(folder: Path, number: int, kind: Kind, texts: Sequence[str]) -> None:
-    """Leave what is compared of the documents of a part."""
-    method = METHODS[kind]
-    signatures = method.sign(texts)
-    bands = method.bands(signatures)
-    rows = np.repeat(np.arange(len(texts), dtype=np.uint32), bands.shape[1])
-    keys = bands.reshape(-1)
-    order = np.argsort(keys, kind="stable")
-    save(_file(folder, number, "signatures"), signatures)
-    save(_file(folder, number, "keys"), keys[order])
+def sign(kind: Kind, texts: Sequence[str]) -> Signed:
+    """What is compared of documents."""
+    signatures = METHODS[kind].sign(texts)
+    return signatures, METHODS[kind].bands(signatures)
+
+
+def write_signatures(folder: Path, number: int, kind: Kind, signed: Sequence[Signed]) -> None:
+    """Leave what is compared of the documents of a job, given piece by piece."""
+    pieces = signed or [sign(kind, [])]
+    keys = np.concatenate([bands for _, bands in pieces])
+    rows = np.repeat(np.arange(len(keys), dtype=np.uint32), keys.shape[1])
+    order = np.argsort(keys, axis=None, kind="stable")
+    save(_file(folder, number, "signatures"), np.concatenate([found for found, _ in pieces]))
+    save(_file(folder, number, "keys"), keys.reshape(-1)[order])
     save(_file(folder, number, "rows"), rows[order])
 
 
-def repeated_rows(
+@dataclass(frozen=True)
+class RangeJob(Job):
+    """The keys from `number` to `number + 1` of `2^bits` equal ranges, in all jobs of cleaning."""
+
+    signed: Path
+    """Where the signatures are."""
+    kind: Kind
+    bits: int
+    offsets: tuple[int, ...]
+    """Number of the first document of each job, and of all documents."""
+
+    @property
+    def result(self) -> Path:
+        return self.folder / f"links-{self.bits}-{self.number:06d}.npy"
+
+    def run(self) -> None:
+        """Find the pairs (earlier, later) of documents that are alike and have a key in common."""
+        keys, ids = _keys_of(self)
+        links = _links(keys, ids, lambda left, right: _alike(self, left, right))
+        save(self.result, np.unique(links, axis=0))
+
+
+def range_jobs(
     folder: Path,
+    signed: Path,
     kind: Kind,
     num_documents: Sequence[int],
-    pool: Pool,
-    progress: Progress,
     range_keys: int = RANGE_KEYS,
-) -> list[NDArray[np.int64]]:
-    """For each part the documents, counted in it, that repeat an earlier one of any part."""
-    offsets = np.cumsum([0, *num_documents])
-    bands = METHODS[kind].bands(METHODS[kind].sign([""])).shape[1]
-    bits = max(0, int(offsets[-1]) * bands // range_keys).bit_length()
-    ends = tuple(offsets.tolist())
-    jobs = (RangeJob(folder, kind, number, bits, ends) for number in range(1 << bits))
-    links = [np.zeros((0, 2), np.int64)]
-    for done, found in enumerate(pool.map(find_links, jobs), 1):
-        links.append(found)
-        progress("dedup", done, 1 << bits)
-    repeated = _not_first(np.concatenate(links))
-    cuts = np.searchsorted(repeated, offsets[1:-1])
-    return [
-        part - start for part, start in zip(np.split(repeated, cuts), offsets[:-1], strict=True)
-    ]
+) -> list[RangeJob]:
+    """Every range of keys once; how many there are depends on the documents alone."""
+    offsets = tuple(np.cumsum([0, *num_documents]).tolist())
+    bands = sign(kind, [""])[1].shape[1]
+    bits = max(0, offsets[-1] * bands // range_keys).bit_length()
+    return [RangeJob(folder, n, 1, signed, kind, bits, offsets) for n in range(1 << bits)]
 
 
-def find_links(job: RangeJob) -> NDArray[np.int64]:
-    """Pairs (earlier, later) of documents that are alike and have a key in the range in common;
-    what an interrupted call has found is taken from its file."""
-    path = job.folder / f"links-{job.bits}-{job.number:06d}.npy"
-    if not path.exists():
-        keys, ids = _keys_of(job)
-        links = _links(keys, ids, lambda left, right: _alike(job, left, right))
-        save(path, np.unique(links, axis=0))
-    found: NDArray[np.int64] = np.load(path)
-    return found
+def join_clusters(
+    labels: Path, num_documents: int, links: Iterable[NDArray[np.int64]], block: int = _BLOCK
+) -> None:
+    """Write the file of labels: of each document the number of the first one of its cluster, or of
+    another one of it that comes before; the first has its own.
+    """
+    with writing(labels), labels.open("wb") as file:
+        for start in range(0, num_documents, _READ):
+            np.arange(start, min(num_documents, start + _READ), dtype=np.int64).tofile(file)
+    for found in links:
+        for start in range(0, len(found), block):
+            # Mapped anew for each block, so that what was touched does not add up.
+            label = np.memmap(labels, np.int64, "r+")
+            _join(label, *found[start : start + block].T)
+
+
+def repeated_rows(labels: Path, num_documents: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+    """For each job the documents, counted in it, that repeat an earlier one of any job."""
+    with labels.open("rb") as file:
+        start = 0
+        for count in num_documents:
+            label = np.fromfile(file, np.int64, count)
+            yield np.flatnonzero(label != np.arange(start, start + count))
+            start += count
+
+
+def _join(label: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
+    """Union-find, all links at once: labels only ever point to earlier documents."""
+    ids = np.concatenate([left, right])
+    while True:
+        first = _first(label, ids)
+        # Paths become short where they are walked.
+        label[ids] = first
+        low, high = np.sort(first.reshape(2, -1), axis=0)
+        differ = low != high
+        if not differ.any():
+            return
+        np.minimum.at(label, high[differ], low[differ])
+
+
+def _first(label: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The label that is its own, from each document on."""
+    while True:
+        further = label[ids]
+        if np.array_equal(further, ids):
+            return ids
+        ids = further
 
 
 def _keys_of(job: RangeJob) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -101,11 +147,11 @@ def _keys_of(job: RangeJob) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     for number, offset in enumerate(job.offsets[:-1]):
         if offset == job.offsets[number + 1]:
             continue
-        of_part = np.load(_file(job.folder, number, "keys"), mmap_mode="r")
+        of_part = np.load(_file(job.signed, number, "keys"), mmap_mode="r")
         start = int(np.searchsorted(of_part, first))
         stop = int(np.searchsorted(of_part, last, side="right"))
-        rows = np.load(_file(job.folder, number, "rows"), mmap_mode="r")
-        keys.append(of_part[start:stop])
+        rows = np.load(_file(job.signed, number, "rows"), mmap_mode="r")
+        keys.append(np.array(of_part[start:stop]))
         ids.append(rows[start:stop].astype(np.int64) + offset)
     every_key, every_id = np.concatenate(keys), np.concatenate(ids)
     order = np.lexsort((every_id, every_key))
@@ -142,30 +188,12 @@ def _signatures(job: RangeJob, ids: NDArray[np.int64]) -> NDArray[Any]:
     cuts = np.searchsorted(ids[order], offsets)
     blocks = []
     for number in np.flatnonzero(np.diff(cuts)).tolist():
-        stored = np.load(_file(job.folder, number, "signatures"), mmap_mode="r")
+        stored = np.load(_file(job.signed, number, "signatures"), mmap_mode="r")
         blocks.append(stored[ids[order[cuts[number] : cuts[number + 1]]] - offsets[number]])
     sorted_rows = np.concatenate(blocks)
     rows = np.empty_like(sorted_rows)
     rows[order] = sorted_rows
     return rows
-
-
-def _not_first(links: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Documents that are not the first of their cluster, sorted: union-find, all links at once."""
-    members, places = np.unique(links, return_inverse=True)
-    left, right = places.reshape(-1, 2).T
-    label = np.arange(len(members))
-    while True:
-        lowest = np.minimum(label[left], label[right])
-        joined = label.copy()
-        np.minimum.at(joined, left, lowest)
-        np.minimum.at(joined, right, lowest)
-        # What a label's own label is: paths halve, so a chain takes few rounds.
-        joined = joined[joined]
-        if np.array_equal(joined, label):
-            found: NDArray[np.int64] = members[label != np.arange(len(members))]
-            return found
-        label = joined
 
 
 def save(path: Path, array: NDArray[Any]) -> None:

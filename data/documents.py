@@ -150,6 +150,10 @@ class Reading:
         """What a record calls itself; empty where it does not, or nobody asks."""
         return as_id(_nested(record, self.id_field)[0]) if self.id_field else ""
 
+    def lacks_id(self, file: InputFile, document: Document) -> bool:
+        """Whether a record has not the id that was asked for; a text file is called by its name."""
+        return bool(self.id_field) and file.format != "text" and not document.id
+
     def document(
         self, raw: bytes, file: InputFile, offset: int, where: str | None = None
     ) -> Document | Dropped:

@@ -8,10 +8,10 @@ about 6 times its longest stored document (with a tokenizer.json: 50 times).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.cleaning import Cleaned, read_cleaned
+from data.cleaning import Cleaned, parts_per_job, read_cleaned
 from data.config import DataError, PrepareConfig
 from data.documents import place_name
-from data.manifest import ShardEntry, dtype_for
-from data.pool import Pool, Progress
-from data.readers import Document, Part, Reading, reading_of
+from data.durable import read_sealed, write_sealed
+from data.jobs import Job, alone
+from data.manifest import Dtype, ShardEntry
+from data.pool import Pool
+from data.readers import Document, Part, Reading
+from data.rounds import Found, SurveyParts, Text
 from data.shards import Named, finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
-from data.survey import Survey, Surveyed
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 SOURCE = "main"
@@ -75,95 +77,152 @@ class Encoded:
         return (Named(ids, name) for ids, name in zip(self.documents(), self.names, strict=True))
 
 
-@dataclass
-class ShardPlan:
-    """A shard to write: the jobs whose documents it holds, in order, and how many those are."""
+Place = tuple[int, int]
+"""A group of a part: number of the part among all, number of the group in it."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What all shards have in common."""
+
+    text: Text
+    surveyed: Sequence[SurveyParts]
+    config: PrepareConfig
+    rule: SplitRule
+    tokenizer: Path
+    tokenizer_sha256: str
+    dtype: Dtype
+
+    def found(self, first: int = 0) -> Iterator[tuple[int, Part, Found]]:
+        """What the survey has found of every part from `first` on."""
+        step = parts_per_job(len(self.text.parts))
+        for job in self.surveyed[first // step :]:
+            for number, found in enumerate(job.found(), job.first):
+                if number >= first:
+                    yield number, self.text.parts[number], found
+
+
+@dataclass(frozen=True)
+class ShardJob(Job):
+    """A shard: the groups of one side from one place to another, and how much they hold."""
 
     path: Path
-    jobs: list[EncodeJob] = field(default_factory=list)
-    num_documents: int = 0
-    text_bytes: int = 0
+    side: Side
+    first: Place
+    last: Place
+    num_groups: int
+    num_documents: int
+    encoding: Encoding
 
+    def is_done(self) -> bool:
+        """Whether the shard is there as well as the result, which holds its entry."""
+        if not self.result.exists():
+            return False
+        with suppress(OSError):
+            return self.path.stat().st_size == self.entry().bytes
+        return False
 
-def write_shards(
-    dataset: Path,
-    surveyed: Surveyed,
-    config: PrepareConfig,
-    tokenizer: Path,
-    pool: Pool,
-    progress: Progress,
-    cleaned: Cleaned | None = None,
-) -> list[ShardEntry]:
-    """Write every shard that is not finished; returns all, training side first."""
-    plans = _plan(dataset, surveyed, config, tokenizer, cleaned)
-    dtype = dtype_for(load_tokenizer(tokenizer).vocab_size)
-    num_bytes = done = surveyed.total.text_bytes.total()
-    entries = {plan.path: _left_over(plan) for plan in plans}
-    todo = [plan for plan in plans if entries[plan.path] is None]
-    done -= sum(plan.text_bytes for plan in todo)
-    # One stream over all shards: workers encode the next shard while this one is finished.
-    stream = pool.map(encode_part, chain.from_iterable(plan.jobs for plan in todo))
+    def entry(self) -> ShardEntry:
+        """What the manifest says of the finished shard."""
+        return ShardEntry(**read_sealed(self.result)["entry"])
 
-    def documents(plan: ShardPlan) -> Iterator[Any]:
-        nonlocal done
-        for encoded in islice(stream, len(plan.jobs)):
-            yield from encoded.named() if config.id_field else encoded.documents()
-            done += encoded.text_bytes
-            progress("encode", done, num_bytes)
+    def run(self) -> None:
+        """Write the shard in this process."""
+        self.write(map(encode_part, self.groups()), lambda _: None)
 
-    for plan in todo:
-        entry = write_shard(plan.path, documents(plan), dtype)
-        if entry.documents != plan.num_documents:
-            raise DataError(
-                f"{plan.path} got {entry.documents} documents where the survey counted "
-                f"{plan.num_documents}: the input changed in between; remove {dataset} and run "
-                "the command again"
-            )
-        entries[plan.path] = entry
-    return [entry for entry in entries.values() if entry is not None]
-
-
-def _left_over(plan: ShardPlan) -> ShardEntry | None:
-    """The shard as an interrupted call has left it, if that is all of it."""
-    entry = finished_shard(plan.path) if plan.path.exists() else None
-    return entry if entry is not None and entry.documents == plan.num_documents else None
-
-
-def _plan(
-    dataset: Path,
-    surveyed: Surveyed,
-    config: PrepareConfig,
-    tokenizer: Path,
-    cleaned: Cleaned | None,
-) -> list[ShardPlan]:
-    """Consecutive jobs of a side make a shard until it holds `shard_bytes` of text."""
-    make = partial(
-        EncodeJob,
-        reading=reading_of(config),
-        rule=surveyed.rule,
-        tokenizer=tokenizer,
-        tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
-        bos=config.bos,
-        cleaned=cleaned,
-    )
-    plans: list[ShardPlan] = []
-    for side in SIDES:
-        shards: list[ShardPlan] = []
-        for number, (part, found) in enumerate(surveyed.parts):
-            for runs, num_documents, text_bytes in _groups(found, side, config.part_bytes):
-                if not shards or shards[-1].text_bytes >= config.shard_bytes:
-                    shards.append(
-                        ShardPlan(dataset / side / SOURCE / f"shard-{len(shards):06d}.tar")
+    def groups(self) -> Iterator[EncodeJob]:
+        """What is encoded, in order."""
+        encoding = self.encoding
+        for number, part, found in encoding.found(self.first[0]):
+            if number > self.last[0]:
+                return
+            for place, (runs, _, _) in enumerate(
+                _groups(found, self.side, encoding.config.part_bytes)
+            ):
+                if self.first <= (number, place) <= self.last:
+                    yield EncodeJob(
+                        part,
+                        number,
+                        self.side,
+                        runs,
+                        encoding.text.reading,
+                        encoding.rule,
+                        encoding.tokenizer,
+                        encoding.tokenizer_sha256,
+                        encoding.config.bos,
+                        encoding.text.cleaned,
                     )
-                shards[-1].jobs.append(make(part=part, number=number, side=side, runs=runs))
-                shards[-1].num_documents += num_documents
-                shards[-1].text_bytes += text_bytes
-        plans += shards
-    return plans
+
+    def take_over(self) -> bool:
+        """Whether an interrupted call has finished the shard and only not told of it."""
+        entry = finished_shard(self.path) if self.path.exists() else None
+        if entry is None or entry.documents != self.num_documents:
+            return False
+        write_sealed(self.result, {"entry": asdict(entry)})
+        return True
+
+    def write(self, encoded: Iterator[Encoded], report: Callable[[int], None]) -> None:
+        """Write what was encoded of all groups."""
+
+        def documents() -> Iterator[Any]:
+            for group in encoded:
+                yield from group.named() if self.encoding.config.id_field else group.documents()
+                report(group.text_bytes)
+
+        entry = write_shard(self.path, documents(), self.encoding.dtype)
+        if entry.documents != self.num_documents:
+            raise DataError(
+                f"{self.path} got {entry.documents} documents where the survey counted "
+                f"{self.num_documents}: the input changed in between; remove "
+                f"{self.path.parents[2]} and run the command again"
+            )
+        write_sealed(self.result, {"entry": asdict(entry)})
+
+
+def shard_jobs(folder: Path, dataset: Path, encoding: Encoding) -> list[ShardJob]:
+    """Every shard, training side first: consecutive groups of a side until they hold
+    `shard_bytes` of text.
+    """
+    shards: dict[Side, list[ShardJob]] = {side: [] for side in SIDES}
+    config = encoding.config
+    for number, _, found in encoding.found():
+        for side, of_side in shards.items():
+            groups = enumerate(_groups(found, side, config.part_bytes))
+            for place, (_, num_documents, num_bytes) in groups:
+                at = (number, place)
+                if not of_side or of_side[-1].num_bytes >= config.shard_bytes:
+                    path = dataset / side / SOURCE / f"shard-{len(of_side):06d}.tar"
+                    of_side.append(ShardJob(folder, 0, 0, path, side, at, at, 0, 0, encoding))
+                shard = of_side[-1]
+                of_side[-1] = replace(
+                    shard,
+                    last=at,
+                    num_groups=shard.num_groups + 1,
+                    num_documents=shard.num_documents + num_documents,
+                    num_bytes=shard.num_bytes + num_bytes,
+                )
+    ordered = [shard for side in SIDES for shard in shards[side]]
+    return [replace(shard, number=number) for number, shard in enumerate(ordered)]
+
+
+def write_shards(jobs: Sequence[ShardJob], pool: Pool, report: Callable[[int], None]) -> None:
+    """Write shards that are not done: workers encode, this process writes."""
+    todo = []
+    for job in jobs:
+        with alone(job):
+            if job.is_done() or job.take_over():
+                report(job.num_bytes)
+            else:
+                todo.append(job)
+    # One stream over all shards: workers encode the next shard while this one is finished.
+    stream = pool.map(encode_part, chain.from_iterable(job.groups() for job in todo))
+    for job in todo:
+        with alone(job):
+            job.write(islice(stream, job.num_groups), report)
 
 
 def _groups(
-    found: Survey, side: Side, part_bytes: int
+    found: Found, side: Side, part_bytes: int
 ) -> Iterator[tuple[tuple[Run, ...], int, int]]:
     """(runs, documents, bytes) of each job of a part on one side; a long text makes several."""
     if not found.runs:

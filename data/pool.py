@@ -26,6 +26,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class WorkerDied(DataError):
+    """A worker is gone; what was done is kept."""
+
+
 class Pool:
     """`workers` processes for as long as the `with` block lasts."""
 
@@ -56,7 +60,7 @@ class Pool:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """function(item) of every item, in order; at most two per worker are ahead of the reader.
 
-        An exception of the function is raised here. DataError when a worker dies.
+        An exception of the function is raised here. WorkerDied when one dies.
         """
         if self._executor is None:
             yield from map(function, items)
@@ -70,7 +74,7 @@ class Pool:
             while ahead:
                 yield ahead.popleft().result()
         except BrokenProcessPool as error:
-            raise DataError(
+            raise WorkerDied(
                 "a worker process died, most likely killed for want of memory; run the same "
                 f"command again: it continues (--workers below {self._workers} needs less memory)"
             ) from error

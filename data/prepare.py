@@ -1,50 +1,35 @@
-"""Raw text to a dataset: survey, train the tokenizer, encode, write shards, commit.
+"""Raw text to a dataset: read, clean, shuffle, survey, train the tokenizer, encode, commit.
 
-The bytes that are written depend on the input, the configuration and the tokenizer alone, never on
-`workers` or on how often the work was interrupted. Nothing is written before the input was surveyed
-and the tokenizer trained; manifest.json is written last. After a kill the same call continues with
-the first shard that is not finished. Memory: the sample for the tokenizer (twice), a few parts per
-worker, and about 6 times the longest document.
+Every stage is a table of jobs over files. `prepare` does all of them with its own workers,
+`prepare_task` a share of one, and both leave the same bytes: these depend on the input, the
+configuration and the tokenizer alone, never on workers, tasks or how often the work was
+interrupted. After a kill the same call continues with the jobs that are not done. Memory: the
+sample for the tokenizer (twice), a few parts per worker, about 6 times the longest document, and
+300 bytes for each file and each part of the input.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import xxhash
-
-from data import vocabulary
-from data.claim import differences, holding, read_claim, write_claim
-from data.clean import Cleaner
-from data.cleaning import Cleaning, clean_input, remove_work
+from data.claim import LOCK, WORK, holding, read_claim
+from data.commit import KIND, CommitJob, check_same, refuse, tokenize
 from data.config import DataError, DataUsageError, PrepareConfig
-from data.decontaminate import evaluation_files
 from data.encode import write_shards
-from data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest, write_manifest
-from data.pool import Pool, Progress
-from data.ranges import cut_long
-from data.readers import InputFile, cut_parts, find_files, reading_of
-from data.split import SIDES
-from data.survey import (
-    Survey,
-    Surveyed,
-    bad_noun,
-    bad_text_warnings,
-    id_warnings,
-    listed,
-    share_warnings,
-    survey,
-)
-from data.tokenizer import load_tokenizer
-from data.tokenizer_json import MODEL_FILE
+from data.jobs import WHOLE, Stage, Task, check_complete, here, run_stage
+from data.manifest import MANIFEST, Manifest, read_manifest
+from data.pool import Pool, Progress, WorkerDied
+from data.readers import InputFile, find_files
+from data.survey import first_rule
+from data.work import Request, Work, load_plan, make_plan, remove_work
 
-KIND = "dataset"
-_READ_BYTES = 2**23
+PLAN = "plan"
+_ALONE = (PLAN, "tokenizer", "commit")
+"""Stages of one task, during which nobody else may work."""
 
 
 @dataclass(frozen=True)
@@ -72,188 +57,195 @@ def prepare(
 
     `tokenizer` is a sentencepiece model or a tokenizer.json; without it one is trained on the part
     of the text that is not held out. Documents that overlap with the files in `decontaminate` are
-    dropped. The stages that `progress` hears of are "read", "clean", "dedup", "survey", "tokenizer"
-    and "encode", where there is something to do. Raises DataUsageError for a request that cannot
-    be met and for an `output` that another command began, DataError for text that cannot be read.
+    dropped. `progress` hears of the stages where there is something to do. Raises DataUsageError
+    for a request that cannot be met and for an `output` that another command began, DataError for
+    text that cannot be read.
     """
-    cleaner = Cleaner(config.clean, evaluation_files(tuple(decontaminate)))
-    given = tokenizer and vocabulary.tokenizer_identity(tokenizer, config)
-    files = find_files(inputs, output.with_name(f"{output.name}.inputs"))
-    _check_apart(inputs, output)
-    claim = read_claim(output, KIND)
-    stamps = _stamps(files)
-    parts = cut_long(cut_parts(files, config.part_bytes), reading_of(config), workers)
-    with Pool(min(workers, len(parts))) as pool, ExitStack() as held:
-        digests = _digests(files, pool, progress)
-        command = {"config": config.model_dump(mode="json"), "tokenizer": given, "inputs": digests}
-        if decontaminate:
-            command["decontaminate"] = {file.path.name: file.xxh3 for file in cleaner.evaluation}
+    request = Request.of(inputs, output, config, tokenizer, decontaminate)
+    files = _find(request)
+    is_begun = read_claim(output, KIND) is not None
+    if is_begun and (output / MANIFEST).is_file():
+        return _complete(request, files, workers, progress)
+    is_new = not output.exists()
+    with holding(output), _pool(workers, files, config) as pool:
+        try:
+            plan = make_plan(request, files, output / WORK)
+            _prepare(Work(request, output / WORK, plan), pool, progress)
+        except DataError as error:
+            # What took long is kept for other settings; else a refusal leaves nothing.
+            is_precious = request.cleaner.is_on or config.shuffle or isinstance(error, WorkerDied)
+            if not (is_begun or is_precious or (output / LOCK).exists()):
+                remove_work(output)
+                if is_new:
+                    with suppress(OSError):
+                        output.rmdir()
+            raise
+    manifest = read_manifest(output)
+    return Summary(output, manifest, False, tuple(manifest.preparation["warnings"]))
+
+
+def _prepare(work: Work, pool: Pool, progress: Progress) -> None:
+    work.request.cleaner.check()
+    output = work.request.output
+    for stage in stages_of(work.request):
+        run_stage(stage, work, pool, progress)
+        claim = read_claim(output, KIND) if stage.name == "read" else None
         if claim is not None:
-            _check_same(output, claim, command)
-            if (output / MANIFEST).is_file():
-                return Summary(output, read_manifest(output), True, ())
-        sample_bytes = vocabulary.CHECKED_BYTES if tokenizer else config.tokenizer_bytes
-        cleaning = None
-        if cleaner.is_on:
-            held.enter_context(holding(output))
-            cleaning = clean_input(output, parts, config, cleaner, command, pool, progress)
-        surveyed = survey(parts, config, pool, sample_bytes, progress, cleaning)
-        model = tokenizer or _train(output, claim, surveyed.total, config, progress)
-        if not cleaner.is_on:
-            held.enter_context(holding(output))
-        _begin(output, {**command, "tokenizer_sha256": _sha256(model)}, command)
-        file = vocabulary.place(model, output)
-        cleaned = cleaning.cleaned if cleaning else None
-        shards = write_shards(output, surveyed, config, file, pool, progress, cleaned)
-        if _stamps(files) != stamps:
-            raise DataError(
-                "the input changed while it was being prepared, so what was written may hold "
-                f"old and new text; remove {output} and run the command again"
-            )
+            check_same(output, claim, work)
+    remove_work(output)
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """What a task of a stage has left."""
+
+    stage: str
+    task: Task
+    num_jobs: int
+    """Its jobs, all of them done now; none where the stage has fewer jobs than tasks."""
+    is_complete: bool
+    """The dataset is finished."""
+
+
+def prepare_task(
+    inputs: Sequence[str],
+    output: Path,
+    config: PrepareConfig,
+    *,
+    stage: str,
+    task: Task = WHOLE,
+    workers: int,
+    tokenizer: Path | None = None,
+    decontaminate: Sequence[Path] = (),
+    progress: Progress = lambda stage, done, total: None,
+    command: Callable[[str, str], str] = "headrace prepare ... --stage {} --task {}".format,
+) -> TaskSummary:
+    """Do one share of one stage of what `prepare` does with the same arguments.
+
+    All but PLAN read only the files of their own jobs. Raises what `prepare` raises, and
+    DataUsageError, with the call that is missing as `command` writes it, when a stage before is not
+    complete.
+    """
+    request = Request.of(inputs, output, config, tokenizer, decontaminate)
+    claim = read_claim(output, KIND)
+    if claim is not None:
+        refuse(output, request.differences(claim))
+        if (output / MANIFEST).is_file():
+            remove_work(output)
+            return TaskSummary(stage, task, 0, True)
+    if stage == PLAN:
+        request.cleaner.check()
+        files = _find(request)
+        with holding(output):
+            make_plan(request, files, output / WORK)
+        return TaskSummary(stage, task, 1, False)
+    work = Work(request, output / WORK, load_plan(request, output / WORK, command(PLAN, "0/1")))
+    before, chosen = _chosen(request, stage)
+    if chosen is None:
+        return TaskSummary(stage, task, 0, False)
+    shared = stage not in _ALONE
+    with holding(output, shared=shared), _pool(workers, work.files, config) as pool:
+        check_complete(before, work, task, command)
+        if claim is not None and before:
+            check_same(output, claim, work)
+        run_stage(chosen, work, pool, progress, task)
+    num_jobs = len(chosen.jobs(work)[task.number :: task.count])
+    is_complete = (output / MANIFEST).is_file()
+    if is_complete:
         remove_work(output)
-        return _commit(output, surveyed, shards, file, command, cleaning)
+    return TaskSummary(stage, task, num_jobs, is_complete)
 
 
-def _check_apart(inputs: Sequence[str], output: Path) -> None:
-    for named in inputs:
+def stages_of(request: Request) -> list[Stage[Work]]:
+    """What there is to do, in order."""
+    return [stage for stage, is_on in _STAGES if is_on(request)]
+
+
+def _always(request: Request) -> bool:
+    return True
+
+
+def _cleans(request: Request) -> bool:
+    return request.cleaner.is_on
+
+
+def _dedups(request: Request) -> bool:
+    return request.config.clean.dedup != "off"
+
+
+def _shuffles(request: Request) -> bool:
+    return request.config.shuffle
+
+
+_STAGES: tuple[tuple[Stage[Work], Callable[[Request], bool]], ...] = (
+    (Stage("read", lambda work: work.read_jobs), _always),
+    (Stage("clean", lambda work: work.clean_jobs), _cleans),
+    (Stage("dedup", lambda work: work.range_jobs), _dedups),
+    (Stage("drop", lambda work: [work.drop_job], here), _cleans),
+    (Stage("scatter", lambda work: work.scatter_jobs), _shuffles),
+    (Stage("shuffle", lambda work: work.bucket_jobs), _shuffles),
+    (Stage("survey", lambda work: work.survey_jobs(first_rule(work.request.config))), _always),
+    (Stage("tokenizer", lambda work: [work.tokenizer_job], tokenize), _always),
+    (
+        Stage(
+            "encode",
+            lambda work: work.shard_jobs,
+            lambda _, jobs, pool, report: write_shards(jobs, pool, report),
+        ),
+        _always,
+    ),
+    (
+        Stage("commit", lambda work: [CommitJob(work.folder / "commit", 0, 1, work)], here),
+        _always,
+    ),
+)
+STAGES = (PLAN, *(stage.name for stage, _ in _STAGES))
+"""Every stage by name, in order; those of cleaning and shuffling do nothing where they are off."""
+
+
+def _chosen(request: Request, name: str) -> tuple[list[Stage[Work]], Stage[Work] | None]:
+    """The stages before one, and itself; None where it is off."""
+    if name not in STAGES:
+        raise DataUsageError(f"--stage {name}: there is no such stage; one of {', '.join(STAGES)}")
+    stages = stages_of(request)
+    names = [stage.name for stage in stages]
+    if name not in names:
+        return [], None
+    return stages[: names.index(name)], stages[names.index(name)]
+
+
+def _find(request: Request) -> list[InputFile]:
+    output = request.output
+    files = find_files(request.inputs, output.with_name(f"{output.name}.inputs"))
+    for named in request.inputs:
         if Path(named).is_dir() and output.resolve().is_relative_to(Path(named).resolve()):
             raise DataUsageError(
                 f"the output {output} lies inside the input {named}, whose files are all read; "
                 "name an output outside of it"
             )
+    return files
 
 
-def _stamps(files: Sequence[InputFile]) -> list[tuple[int, int]]:
-    stats = [file.path.stat() for file in files]
-    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+def _pool(workers: int, files: Sequence[InputFile], config: PrepareConfig) -> Pool:
+    """No more workers than there can be work for."""
+    num_parts = sum(-(-file.num_bytes // config.part_bytes) for file in files)
+    return Pool(min(workers, max(1, num_parts)))
 
 
-def _digests(files: list[InputFile], pool: Pool, progress: Progress) -> list[dict[str, Any]]:
-    """Name, size and content hash of every file: how the input is recognised again."""
-    total = sum(file.num_bytes for file in files)
-    digests: list[dict[str, Any]] = []
-    done = 0
-    for file, digest in zip(files, pool.map(_digest, files), strict=True):
-        digests.append({"name": file.name, "bytes": file.num_bytes, "xxh3": digest})
-        done += file.num_bytes
-        progress("read", done, total)
-    return digests
-
-
-def _digest(file: InputFile) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file.path, "rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _check_same(output: Path, claim: Mapping[str, Any], command: Mapping[str, Any]) -> None:
-    """Refuse to continue another command, with the difference."""
-    found = differences(claim["config"], command["config"])
-    found += differences(claim["tokenizer"] or {}, command["tokenizer"] or {})
-    found += differences(claim.get("decontaminate", {}), command.get("decontaminate", {}))
-    then, now = claim["inputs"], command["inputs"]
-    if len(then) != len(now):
-        found.append(f"input files: {len(then)} then, {len(now)} now")
-    changed = [
-        f"{new['name']}: {old['bytes']} bytes with hash {old['xxh3'][:8]} then, "
-        f"{new['bytes']} bytes with hash {new['xxh3'][:8]} now"
-        for old, new in zip(then, now, strict=False)
-        if (old["bytes"], old["xxh3"]) != (new["bytes"], new["xxh3"])
-    ]
-    found += changed[:3]
-    if found:
-        raise DataUsageError(
-            f"{output} was begun by another command ({'; '.join(found)}); give the same input and "
-            "settings to continue it, or name another output"
-        )
-
-
-def _train(
-    output: Path,
-    claim: Mapping[str, Any] | None,
-    found: Survey,
-    config: PrepareConfig,
-    progress: Progress,
-) -> bytes:
-    """The trained tokenizer; one that an interrupted call has left is taken as it is."""
-    left = output / MODEL_FILE
-    if claim is not None and left.is_file() and _sha256(left) == claim["tokenizer_sha256"]:
-        return left.read_bytes()
-    size = sum(len(piece) for _, piece in found.sample)
-    progress("tokenizer", 0, size)
-    model = vocabulary.train(found, config)
-    progress("tokenizer", size, size)
-    return model
-
-
-def _begin(output: Path, content: Mapping[str, Any], command: Mapping[str, Any]) -> None:
-    """Write the lock, or check it again: another process may have begun the directory since."""
-    claim = read_claim(output, KIND)
-    if claim is None:
-        write_claim(output, KIND, content)
-        return
-    _check_same(output, claim, command)
-    if claim["tokenizer_sha256"] != content["tokenizer_sha256"]:
-        raise DataUsageError(
-            f"{output} was begun with a tokenizer that this machine's sentencepiece does not train "
-            "again; continue where it was begun, or name another output"
-        )
-
-
-def _commit(
-    output: Path,
-    surveyed: Surveyed,
-    shards: list[ShardEntry],
-    file: Path,
-    command: Mapping[str, Any],
-    cleaning: Cleaning | None,
+def _complete(
+    request: Request, files: Sequence[InputFile], workers: int, progress: Progress
 ) -> Summary:
-    """Write the manifest with the account of what came in, was dropped and is stored."""
-    total, tokenizer = surveyed.total, load_tokenizer(file)
-    fit = vocabulary.coverage(file, total, is_trained=command["tokenizer"] is None)
-    warnings = [*fit.warnings, *share_warnings(surveyed.rule, total)]
-    if total.bad_lines:
-        warnings.append(
-            f"{total.bad_lines.total()} {bad_noun(total)} were skipped: {listed(total.bad_lines)}"
-        )
-    warnings += bad_text_warnings(total) + id_warnings(total, command["config"].get("id_field", ""))
-    counts = {
-        "files": len(command["inputs"]),
-        "input_bytes": sum(file["bytes"] for file in command["inputs"]),
-        "documents": total.num_documents,
-        "dropped": total.dropped.total(),
-        "bad_lines": total.bad_lines.total(),
-    }
-    for side in SIDES:
-        counts[f"documents_{side}"] = total.documents[side]
-        counts[f"text_bytes_{side}"] = total.text_bytes[side]
-        counts[f"tokens_{side}"] = sum(entry.tokens for entry in shards if entry.split == side)
-    content = "".join(file["xxh3"] for file in command["inputs"])
-    special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id}
-    special |= {"eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    manifest = write_manifest(
-        output,
-        shards,
-        tokenizer=file,
-        vocab_size=tokenizer.vocab_size,
-        special_ids={name: id_ for name, id_ in special.items() if id_ is not None},
-        preparation={
-            "config": command["config"],
-            "input_xxh3": xxhash.xxh3_128_hexdigest(content.encode()),
-            "dropped": dict(sorted(total.dropped.items())),
-            "bad_lines": dict(sorted(total.bad_lines.items())),
-            "tokenizer": fit.report,
-            "warnings": warnings,
-            **({"clean": cleaning.report} if cleaning else {}),
-        },
-        split_rule=surveyed.rule.describe(),
-        counts=counts,
-    )
-    return Summary(output, manifest, False, tuple(warnings))
-
-
-def _sha256(content: bytes | Path) -> str:
-    raw = content.read_bytes() if isinstance(content, Path) else content
-    return hashlib.sha256(raw).hexdigest()
+    """A dataset that is finished, if it is of the same command: its input is hashed once more."""
+    output = request.output
+    claim = read_claim(output, KIND)
+    assert claim is not None
+    with (
+        tempfile.TemporaryDirectory(prefix="headrace-") as folder,
+        _pool(workers, files, request.config) as pool,
+    ):
+        work = Work(request, Path(folder), make_plan(request, files, Path(folder)))
+        run_stage(stages_of(request)[0], work, pool, progress)
+        check_same(output, claim, work)
+    # Left by a kill after the manifest was written.
+    remove_work(output)
+    return Summary(output, read_manifest(output), True, ())

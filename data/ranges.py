@@ -9,11 +9,9 @@ at 100 to 200 MB/s; pack corpora in files of up to 1 GB of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 
 from data.documents import Document, Extent, InputFile, Part, Reading
-from data.pool import Pool
 from data.readers import read_extent
 from data.warc import page_sizes
 
@@ -21,18 +19,17 @@ LONG_BYTES = 2**24
 RANGE_BYTES = 2**27
 
 
-def cut_long(parts: Sequence[Part], reading: Reading, workers: int) -> list[Part]:
-    """The parts, with those of one long file cut where the file's text says, and nothing else."""
-    long = [part[0].file for part in parts if _is_long(part)]
-    if not long:
-        return list(parts)
-    with Pool(max(1, min(workers, len(long)))) as pool:
-        find = partial(find_ranges, reading=reading, range_bytes=RANGE_BYTES)
-        cuts = iter(list(pool.map(find, long)))
+def long_files(parts: Sequence[Part]) -> set[InputFile]:
+    """The files that are a long part of their own."""
+    return {part[0].file for part in parts if _is_long(part)}
+
+
+def cut_long(parts: Sequence[Part], ranges: Mapping[InputFile, Sequence[int]]) -> list[Part]:
+    """The parts, with those of one long file cut where `find_ranges` said, and nothing else."""
     return [
         piece
         for part in parts
-        for piece in (_cut(part[0].file, next(cuts)) if _is_long(part) else [part])
+        for piece in (_cut(part[0].file, ranges[part[0].file]) if _is_long(part) else [part])
     ]
 
 

@@ -8,15 +8,16 @@ parsing and one hash, about 1 s per 200 MB and process.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from data.cleaning import Cleaned, Cleaning, read_cleaned
+from data.cleaning import Cleaned, read_cleaned
 from data.config import DataError, DataUsageError, PrepareConfig
+from data.intake import file_from_json, file_to_json
 from data.piece_model import SPACE
-from data.pool import Pool, Progress
+from data.pool import Pool
 from data.readers import (
-    BAD_TEXT,
-    MISSING_FIELD,
     Document,
     Dropped,
     InputFile,
@@ -27,7 +28,6 @@ from data.readers import (
 from data.split import (
     CLOSE_ENOUGH,
     HASH_RANGE,
-    MAX_MISS,
     PIECE_BYTES,
     SIDES,
     Override,
@@ -39,6 +39,7 @@ from data.split import (
     miss,
     piece_bytes_for,
 )
+from data.survey_words import bad_lines_refused, listed, share_held_out
 
 _EXAMPLES = 5
 _LOW = 4
@@ -116,6 +117,43 @@ class Survey:
         self.sample += other.sample
         self._extremes(other.smallest, other.largest)
 
+    def skip(self, dropped: Dropped) -> None:
+        """Count what yields no text."""
+        (self.bad_lines if dropped.is_bad else self.dropped)[dropped.reason] += 1
+        if dropped.is_bad and len(self.examples) < _EXAMPLES:
+            self.examples.append(dropped)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the runs of a part are not among them."""
+        values = {key: value for key, value in vars(self).items() if key != "runs"}
+        for key in ("smallest", "largest"):
+            if (place := values[key]) is not None:
+                values[key] = [place[0], file_to_json(place[1]), *place[2:]]
+        values["examples"] = [
+            {**vars(bad), "file": file_to_json(bad.file)} for bad in self.examples
+        ]
+        values["sample"] = [(piece_hash, piece.decode()) for piece_hash, piece in self.sample]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], *, sample_below: int = HASH_RANGE) -> Survey:
+        """What `to_json` gave, with the part of the sample whose hashes are below a limit."""
+        more = dict(values)
+        for key in ("documents", "text_bytes", "dropped", "bad_lines"):
+            more[key] = Counter(values[key])
+        for key in ("smallest", "largest"):
+            if (place := values[key]) is not None:
+                more[key] = (place[0], file_from_json(place[1]), *place[2:])
+        more["examples"] = [
+            Dropped(**{**bad, "file": file_from_json(bad["file"])}) for bad in values["examples"]
+        ]
+        more["low"] = [tuple(pair) for pair in values["low"]]
+        sample = values["sample"]
+        more["sample"] = [
+            (hash_, piece.encode()) for hash_, piece in sample if hash_ < sample_below
+        ]
+        return cls(**more)
+
     def _extremes(
         self,
         smallest: Place | None,
@@ -132,8 +170,7 @@ class Survey:
         self.num_documents += 1
         self.num_spaces += document.text.count(_SPACE_BYTES)
         self.num_replaced += document.replaced > 0
-        asked = bool(job.reading.id_field) and file.format != "text"
-        self.num_unnamed += asked and not document.id
+        self.num_unnamed += job.reading.lacks_id(file, document)
         lowest = _LOW * rule.val_fraction * HASH_RANGE if rule.is_small else 0
         sampled = rule.first_train_hash + job.sample_share * (HASH_RANGE - rule.first_train_hash)
         sides = rule.sides(file, document)
@@ -153,64 +190,57 @@ class Survey:
                 self.runs.append(Run(at + run.start, at + run.stop, run.side))
 
 
-@dataclass(frozen=True)
-class Surveyed:
-    """The whole input under the split rule that leaves no side empty."""
-
-    rule: SplitRule
-    total: Survey
-    parts: list[tuple[Part, Survey]]
-
-
 def survey(
-    parts: list[Part],
-    config: PrepareConfig,
-    pool: Pool,
-    sample_bytes: int,
-    progress: Progress,
-    cleaning: Cleaning | None = None,
-) -> Surveyed:
-    """Survey all parts, after cleaning; the sample is about `sample_bytes` of the training side.
+    parts: Sequence[Part], config: PrepareConfig, pool: Pool, sample_bytes: int
+) -> tuple[SplitRule, Survey]:
+    """Survey parts that nothing will be written of; the sample is about `sample_bytes` of the
+    training side. Refuses as `settle` does.
+    """
+    num_bytes = sum(extent.stop - extent.start for part in parts for extent in part)
+    share = min(1.0, sample_bytes / max(1, num_bytes))
+    reading = reading_of(config)
+
+    def look(rule: SplitRule) -> Survey:
+        total = Survey()
+        for found in pool.map(survey_part, (SurveyJob(p, reading, rule, share) for p in parts)):
+            total.add(found)
+        return total
+
+    rule, total = settle(look, config)
+    total.sample.sort()
+    limit = sample_limit(rule, total, sample_bytes, num_bytes)
+    total.sample = [piece for piece in total.sample if piece[0] < limit]
+    return rule, total
+
+
+def settle(look: Callable[[SplitRule], Survey], config: PrepareConfig) -> tuple[SplitRule, Survey]:
+    """The rule that leaves no side empty, and what `look` has found under it.
 
     Raises DataError for more bad lines than allowed or text that is not UTF-8, DataUsageError for
     input without text or too little to hold some out.
     """
-    num_bytes = sum(_size(part) for part in parts)
-    kept_bytes = cleaning.kept_bytes if cleaning else num_bytes
-    share = min(1.0, sample_bytes / max(1, kept_bytes))
-    cleaned = cleaning.cleaned if cleaning else None
-    rule: SplitRule | None = SplitRule(config.val_fraction, config.seed)
+    rule: SplitRule | None = first_rule(config)
     while rule is not None:
-        surveyed = Surveyed(rule, Survey(), [])
-        reading = reading_of(config)
-        jobs = [
-            SurveyJob(part, reading, rule, share, number, cleaned)
-            for number, part in enumerate(parts)
-        ]
-        done = 0
-        for part, found in zip(parts, pool.map(survey_part, jobs), strict=True):
-            surveyed.total.add(found)
-            surveyed.parts.append((part, replace(found, sample=[], low=[])))
-            done += _size(part)
-            progress("survey", done, num_bytes)
-        _check(surveyed.total, config)
-        rule = next_rule(rule, surveyed.total)
-    surveyed.total.sample.sort()
-    _fit_sample(surveyed, sample_bytes, kept_bytes)
-    return surveyed
+        settled, total = rule, look(rule)
+        _check(total, config)
+        rule = next_rule(settled, total)
+    return settled, total
 
 
-def _fit_sample(surveyed: Surveyed, sample_bytes: int, kept_bytes: int) -> None:
-    """Make the sample what was asked for where packed files held more text than they have bytes."""
-    text_bytes = surveyed.total.text_bytes.total()
-    if text_bytes > kept_bytes:
-        first = surveyed.rule.first_train_hash
-        limit = first + min(1.0, sample_bytes / text_bytes) * (HASH_RANGE - first)
-        surveyed.total.sample = [piece for piece in surveyed.total.sample if piece[0] < limit]
+def first_rule(config: PrepareConfig) -> SplitRule:
+    """The rule that most input is split by."""
+    return SplitRule(config.val_fraction, config.seed)
 
 
-def _size(part: Part) -> int:
-    return sum(extent.stop - extent.start for extent in part)
+def sample_limit(rule: SplitRule, found: Survey, sample_bytes: int, num_bytes: int) -> int:
+    """The hash at which the sample ends: what was asked for, even where packed files held more
+    text than they have bytes.
+    """
+    text_bytes = found.text_bytes.total()
+    first = rule.first_train_hash
+    if text_bytes <= num_bytes:
+        return HASH_RANGE
+    return int(first + min(1.0, sample_bytes / text_bytes) * (HASH_RANGE - first))
 
 
 def survey_part(job: SurveyJob) -> Survey:
@@ -219,17 +249,15 @@ def survey_part(job: SurveyJob) -> Survey:
     for file, document in read_cleaned(job.number, job.part, job.reading, job.cleaned):
         if isinstance(document, Document):
             found.see(file, document, job)
-            continue
-        (found.bad_lines if document.is_bad else found.dropped)[document.reason] += 1
-        if document.is_bad and len(found.examples) < _EXAMPLES:
-            found.examples.append(document)
+        else:
+            found.skip(document)
     return found
 
 
 def _check(found: Survey, config: PrepareConfig) -> None:
     """Raise DataError for more bad lines than allowed, DataUsageError for input without text."""
     if found.bad_lines.total() > config.max_bad_lines:
-        raise DataError(_bad_lines(found, config))
+        raise DataError(bad_lines_refused(found, config))
     if found.num_documents == 0:
         counts = listed(found.dropped + found.bad_lines)
         raise DataUsageError(f"the input holds no text ({counts}); give files that hold some")
@@ -266,71 +294,5 @@ def next_rule(rule: SplitRule, found: Survey) -> SplitRule | None:
     return replace(rule, piece_bytes=tenth)
 
 
-def share_warnings(rule: SplitRule, found: Survey) -> list[str]:
-    """What a person should know of the share that was held out; nothing where it came out."""
-    if rule.val_fraction == 0 or _miss(rule, found) <= MAX_MISS:
-        return []
-    return [
-        f"{_share(found):.2%} of the text is held out for validation, not {rule.val_fraction:.2%}: "
-        "the input has too few different pieces; give more text, or another --val-fraction"
-    ]
-
-
-def _share(found: Survey) -> float:
-    return found.text_bytes["val"] / found.text_bytes.total()
-
-
 def _miss(rule: SplitRule, found: Survey) -> float:
-    return miss(_share(found), rule.val_fraction)
-
-
-def _bad_lines(found: Survey, config: PrepareConfig) -> str:
-    lines = [
-        f"{found.bad_lines.total()} {bad_noun(found)} cannot be used ({listed(found.bad_lines)}), "
-        f"{config.max_bad_lines} may be skipped; the first:"
-    ]
-    for bad in found.examples:
-        what = f"no field {config.text_field!r}" if bad.reason == MISSING_FIELD else bad.reason
-        lines.append(f"  {bad.place}: {what}: {bad.detail}")
-    advice = "mend them, or name the field that holds the text with --text-field"
-    if found.num_documents:
-        advice += f", or skip them with --max-bad-lines {found.bad_lines.total()}"
-    lines.append(advice)
-    return "\n".join(lines)
-
-
-def bad_text_warnings(found: Survey) -> list[str]:
-    """What the policy for bad text has done; nothing where all text was good."""
-    warnings = []
-    if found.num_replaced:
-        warnings.append(
-            f"{found.num_replaced} of {found.num_documents} documents hold U+FFFD in place of "
-            "bytes or characters that were no text (--on-bad-text replace)"
-        )
-    skipped = Counter({key: found.dropped[key] for key in BAD_TEXT if found.dropped[key]})
-    if skipped:
-        warnings.append(
-            f"{skipped.total()} documents or lines were skipped (--on-bad-text skip): "
-            f"{listed(skipped)}"
-        )
-    return warnings
-
-
-def id_warnings(found: Survey, id_field: str) -> list[str]:
-    """What a person should know of ids that were asked for; nothing where all were there."""
-    if not found.num_unnamed:
-        return []
-    return [
-        f"{found.num_unnamed} of {found.num_documents} documents have no id {id_field!r} "
-        "(--id-field); they are called by their file and the place in it"
-    ]
-
-
-def bad_noun(found: Survey) -> str:
-    """What the bad lines are lines of."""
-    return "JSON lines" if all(bad.where is None for bad in found.examples) else "records"
-
-
-def listed(counts: Counter[str]) -> str:
-    """Counts in words: "2 blank line, 1 broken JSON"."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    return miss(share_held_out(found), rule.val_fraction)

@@ -61,7 +61,7 @@ def train_file(inputs: Sequence[str], output: Path, config: PrepareConfig, *, wo
         raise DataUsageError(f"{output} exists already; name a new file")
     parts = cut_parts(find_files(inputs), config.part_bytes)
     with Pool(min(workers, len(parts))) as pool:
-        found = survey(parts, config, pool, config.tokenizer_bytes, lambda *_: None).total
+        _, found = survey(parts, config, pool, config.tokenizer_bytes)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, train(found, config))
 

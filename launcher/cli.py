@@ -105,13 +105,15 @@ def prepare(
     mask_pii: options.MaskPii = False,
     dedup: options.Dedup = "off",
     decontaminate: options.Decontaminate = None,
+    shuffle: options.Shuffle = False,
     workers: options.Workers = 0,
+    stage: options.Stage = None,
+    task: options.TaskOf = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Turn text into a tokenizer and token shards."""
     from data.config import PrepareConfig
-    from data.prepare import prepare
-    from launcher.show import show_preparation, stage_progress
+    from launcher import prepare as preparation
 
     given = {
         "vocab_size": vocab_size,
@@ -123,6 +125,7 @@ def prepare(
         "on_bad_text": on_bad_text,
         "max_bad_lines": max_bad_lines,
         "bos": bos,
+        "shuffle": shuffle,
         "clean": {
             "normalize": normalize,
             "filter": filter,
@@ -136,17 +139,17 @@ def prepare(
     config = _parse(
         PrepareConfig, {key: value for key, value in given.items() if value is not None}
     )
-    with stage_progress() as progress:
-        summary = prepare(
-            [*inputs, *(more_inputs or ())],
-            output,
-            config,
-            workers=workers or spawn.num_cores(),
-            tokenizer=tokenizer,
-            decontaminate=decontaminate or (),
-            progress=progress,
-        )
-    show_preparation(summary, as_json=as_json)
+    preparation.prepare(
+        [*inputs, *(more_inputs or ())],
+        output,
+        config,
+        workers=workers or spawn.num_cores(),
+        tokenizer=tokenizer,
+        decontaminate=decontaminate or (),
+        stage=stage,
+        task=task,
+        as_json=as_json,
+    )
 
 
 @app.command()

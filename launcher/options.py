@@ -139,7 +139,28 @@ Decontaminate = Annotated[
         **PATH,
     ),
 ]
+Shuffle = Annotated[
+    bool, typer.Option("--shuffle", help="Store documents in a random order over the whole input.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.")]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        help="Do one stage alone, for a job array (slurm/prepare.sbatch): plan, read, clean, "
+        "dedup, drop, scatter, shuffle, survey, tokenizer, encode, commit. Each needs the one "
+        "before; those that are off do nothing."
+    ),
+]
+TaskOf = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="i/N",
+        help="Do share i of N of the stage, counted from 0: 0/64 ... 63/64. N may differ from "
+        "stage to stage; the bytes of the dataset depend on neither.",
+        show_default="0/1, all of it",
+    ),
+]
 
 Full = Annotated[bool, typer.Option("--full", help="Also hash every shard as a whole.")]
 DatasetOrRun = Annotated[

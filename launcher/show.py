@@ -16,7 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from data.inspect import Inspection
     from data.lookup import Lookup
-    from data.prepare import Summary
+    from data.prepare import Summary, TaskSummary
     from data.verify import Verification
     from train.export import ExportSummary
 
@@ -75,6 +75,26 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
         f"{tokens['train']:,} training and {tokens['val']:,} validation tokens, vocabulary "
         f"{manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
     )
+
+
+def show_task(done: TaskSummary, *, as_json: bool) -> None:
+    """Print what a task of a preparation has done."""
+    task = f"{done.task.number}/{done.task.count}"
+    if as_json:
+        _print_json(
+            {
+                "stage": done.stage,
+                "task": task,
+                "jobs": done.num_jobs,
+                "is_complete": done.is_complete,
+            }
+        )
+        return
+    count = done.num_jobs
+    jobs = f"{count} job{'s' * (count > 1)} done" if count else "nothing to do"
+    print(f"stage {done.stage}, task {task}: {jobs}")
+    if done.is_complete:
+        print("the dataset is complete")
 
 
 def _cleaned(count: Mapping[str, Any]) -> str:

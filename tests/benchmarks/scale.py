@@ -138,8 +138,8 @@ class _Watch:
     def _look(self) -> None:
         while not self._done.wait(0.02):
             own = (_private_bytes(os.getpid()) - self._before) / 2**20
-            children = [_private_bytes(pid) / 2**20 for pid in _descendants(os.getpid())]
-            files = [_num_files(pid) for pid in [os.getpid(), *_descendants(os.getpid())]]
+            children = [_private_bytes(pid) / 2**20 for pid in descendants(os.getpid())]
+            files = [_num_files(pid) for pid in [os.getpid(), *descendants(os.getpid())]]
             for name, value in (
                 ("rank_mb", own),
                 ("each_worker_mb", max(children, default=0)),
@@ -166,7 +166,8 @@ def _num_files(pid: int) -> int:
         return 0
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Processes below one, as they are now."""
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():

@@ -188,7 +188,7 @@ def test_a_kill_while_cleaning_leaves_what_the_same_command_completes(
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     work = tmp_path / "dataset" / WORK
     assert work.is_dir() and not (tmp_path / "dataset" / "manifest.json").exists()
-    finished = {path: path.stat().st_mtime_ns for path in work.glob("*.signatures.npy")}
+    finished = {path: path.stat().st_mtime_ns for path in work.glob("clean-*/*.signatures.npy")}
     assert moment < 9 or finished
     run(corpus, tmp_path / "dataset", dedup="near", mask_pii=True)
     assert tree(tmp_path / "dataset") == tree(near)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.dedup import Kind, repeated_rows, write_signatures
+from data.dedup import Kind, join_clusters, range_jobs, repeated_rows, sign, write_signatures
+from data.jobs import do
 from data.minhash import BANDS, METHODS, MIN_SHARED, ROWS, SHINGLE_WORDS
-from data.pool import Pool
 from data.words import words_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,10 +57,15 @@ def repeated(
     ends = (*cuts, len(texts))
     starts = (0, *cuts)
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        write_signatures(folder, number, kind, texts[start:end])
+        middle = (start + end) // 2
+        signed = [sign(kind, texts[start:middle]), sign(kind, texts[middle:end])]
+        write_signatures(folder, number, kind, signed)
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
-    with Pool(1) as pool:
-        rows = repeated_rows(folder, kind, sizes, pool, lambda *_: None, range_keys)
+    jobs = range_jobs(folder, folder, kind, sizes, range_keys)
+    for job in jobs:
+        do(job)
+    join_clusters(folder / "labels", sum(sizes), (np.load(job.result) for job in jobs))
+    rows = repeated_rows(folder / "labels", sizes)
     return {start + row for start, part in zip(starts, rows, strict=True) for row in part.tolist()}
 
 
@@ -123,13 +128,26 @@ def test_a_group_with_one_key_is_still_compared(tmp_path: Path) -> None:
     assert sorted(map(tuple, found.tolist())) == [(0, 3), (1, 4), (2, 5)]
 
 
-def test_a_chain_is_one_cluster_however_long() -> None:
-    from data.dedup import _not_first
-
-    order = np.random.default_rng(0).permutation(500)
-    links = np.stack([order[:-1], order[1:]], axis=1)
-    assert _not_first(links).tolist() == list(range(1, 500))
-    assert _not_first(np.zeros((0, 2), np.int64)).tolist() == []
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_clusters_are_those_of_brute_force_in_whatever_pieces_links_come(
+    tmp_path: Path, block: int
+) -> None:
+    """A chain of 200 documents, random links between 200, and 100 alone."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(200)
+    chain = np.stack([order[:-1], order[1:]], axis=1)
+    links = np.concatenate([chain, rng.integers(200, 400, (150, 2))])
+    rng.shuffle(links)
+    cluster = {number: {number} for number in range(500)}
+    for left, right in links.tolist():
+        joined = cluster[left] | cluster[right]
+        cluster.update(dict.fromkeys(joined, joined))
+    labels = tmp_path / "labels"
+    join_clusters(labels, 500, iter([links[:100], links[:0], links[100:]]), block)
+    rows = [*repeated_rows(labels, [100, 0, 400])]
+    found = {*rows[0].tolist(), *(rows[2] + 100).tolist()}
+    assert found == {number for number in range(500) if min(cluster[number]) != number}
+    assert found >= set(range(1, 200)) and not found & set(range(400, 500))
 
 
 def test_signatures_estimate_the_similarity_and_the_stated_chances_hold(

@@ -242,12 +242,19 @@ def test_ids_follow_their_documents_through_cleaning(corpus: Path, tmp_path: Pat
     (tmp_path / "twin.md").write_bytes((corpus / "deep" / "note.md").read_bytes())
     inputs = [corpus / "lines.jsonl", corpus / "deep", tmp_path / "twin.md"]
     run(inputs, tmp_path / "out", id_field="meta.id", clean=clean, val_fraction=0)
-    assert names(tmp_path / "out") == [*(f"doc/{i}\n\\\ud800" for i in range(40)), "deep/note.md"]
+    kept = [*(f"doc/{i}\n\\\ud800" for i in range(40)), "deep/note.md"]
+    assert names(tmp_path / "out") == kept
+    shuffled = tmp_path / "shuffled"
+    summary = run(inputs, shuffled, id_field="meta.id", clean=clean, val_fraction=0, shuffle=True)
+    assert sorted(map(repr, names(shuffled))) == sorted(map(repr, kept)) != list(map(repr, kept))
+    assert not any("--id-field" in warning for warning in summary.warnings)
+    texts = dict(zip(kept, stored(tmp_path / "out", "train"), strict=True))
+    assert [texts[name] for name in names(shuffled)] == list(stored(shuffled, "train"))
 
 
 def test_a_document_that_is_looked_up_says_its_id(dataset: Path) -> None:
     opened = open_datasets(dataset, seq_len=64)
     stream = SampleStream(opened, seq_len=64, seed=1)
-    phases = Phases([first_phase(8, opened.slots(), opened.fingerprints())])
+    phases = Phases([first_phase(8, opened.slots(), opened.fingerprints(), seq_len=64)])
     found = look_up(stream, phases, shard="train/main/shard-000000.tar", number=3, steps=5)
     assert found.id == names_on(dataset, "train")[3]

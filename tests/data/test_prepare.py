@@ -239,7 +239,7 @@ def test_progress_ends_complete_in_every_stage(corpus: Path, tmp_path: Path) -> 
 
     settings = PrepareConfig.model_validate(SETTINGS)
     prepare([str(corpus)], tmp_path / "dataset", settings, workers=2, progress=note)
-    assert list(last) == ["read", "survey", "tokenizer", "encode"]
+    assert list(last) == ["read", "survey", "tokenizer", "encode", "commit"]
     assert all(done == total > 0 for done, total in last.values())
 
 
@@ -384,7 +384,7 @@ def test_a_kill_at_any_moment_leaves_what_the_same_command_completes(
     tmp_path: Path,
 ) -> None:
     corpus = write_lines(tmp_path / "a.jsonl", [prose(300, seed=seed) for seed in range(40)])
-    settings = PrepareConfig(vocab_size=330, val_fraction=0.2, part_bytes=2000, shard_bytes=6000)
+    settings = PrepareConfig(vocab_size=330, val_fraction=0.2, part_bytes=5000, shard_bytes=6000)
     reference = tmp_path / "reference"
     prepare([str(corpus)], reference, settings, workers=1)
     command = [sys.executable, "-c", KILLS, str(corpus), str(tmp_path / "kills")]

@@ -40,9 +40,12 @@ def test_ranges_hold_every_document_once_in_order(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, range_bytes: int
 ) -> None:
     monkeypatch.setattr(ranges, "LONG_BYTES", 100)
-    monkeypatch.setattr(ranges, "RANGE_BYTES", range_bytes)
     whole = cut_parts(find_files([str(corpus)]), 2**9)
-    cut = ranges.cut_long(whole, Reading(), workers=1)
+    found = {
+        file: ranges.find_ranges(file, reading=Reading(), range_bytes=range_bytes)
+        for file in ranges.long_files(whole)
+    }
+    cut = ranges.cut_long(whole, found)
     assert [item for part in cut for extent in part for item in read_extent(extent)] == [
         item for part in whole for extent in part for item in read_extent(extent)
     ]

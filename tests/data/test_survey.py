@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.pool import Pool
-from data.readers import cut_parts, find_files
-from data.split import PIECE_BYTES
-from data.survey import Surveyed, share_warnings, survey
+from data.readers import Reading, cut_parts, find_files
+from data.split import PIECE_BYTES, SplitRule
+from data.survey import Survey, SurveyJob, survey, survey_part
+from data.survey_words import share_warnings
 from tests.data.texts import prose, write_lines
+
+
+class Looked(NamedTuple):
+    rule: SplitRule
+    total: Survey
 
 
 def look(
     path: Path, *, part_bytes: int = 2**20, sample_bytes: int = 2**20, **config: object
-) -> Surveyed:
+) -> Looked:
     parts = cut_parts(find_files([str(path)]), part_bytes)
     settings = PrepareConfig.model_validate(config)
     with Pool(1) as pool:
-        return survey(parts, settings, pool, sample_bytes, lambda stage, done, total: None)
+        return Looked(*survey(parts, settings, pool, sample_bytes))
 
 
 def test_everything_is_counted_wherever_the_parts_are_cut(tmp_path: Path) -> None:
@@ -32,7 +39,7 @@ def test_everything_is_counted_wherever_the_parts_are_cut(tmp_path: Path) -> Non
     for part_bytes in (100, 1000, 7777):
         parts = look(path, val_fraction=0.2, part_bytes=part_bytes)
         assert (parts.rule, parts.total) == (whole.rule, whole.total)
-        assert len(parts.parts) > 1
+        assert len(cut_parts(find_files([str(path)]), part_bytes)) > 1
     total = whole.total
     assert total.text_bytes.total() == sum(len(text.encode()) for text in texts)
     assert total.num_documents == total.documents.total() == 41
@@ -116,7 +123,8 @@ def test_one_long_text_is_cut_into_pieces_of_64_kib(tmp_path: Path) -> None:
     assert (surveyed.rule.piece_bytes, surveyed.rule.fitted) == (PIECE_BYTES, None)
     assert surveyed.total.num_pieces == 43
     assert surveyed.total.text_bytes["val"] > 0
-    ((_, found),) = surveyed.parts
+    (part,) = cut_parts(find_files([str(tmp_path)]), 1000)
+    found = survey_part(SurveyJob(part, Reading(), surveyed.rule, 1.0))
     assert sum(run.stop - run.start for run in found.runs) == found.text_bytes.total()
 
 
