@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from data.config import DataError
-from data.durable import publish, read_sealed, write_sealed, writing
+from data.durable import publish, unsealed, write_sealed, writing
+from data.folder import Array, Folder
 from data.manifest import BLOCK_TOKENS as BLOCK_TOKENS
 from data.manifest import Dtype as Dtype
 from data.manifest import Manifest as Manifest
@@ -33,6 +35,7 @@ from data.manifest import ShardEntry as ShardEntry
 from data.manifest import dtype_for as dtype_for
 from data.manifest import read_manifest as read_manifest
 from data.manifest import write_manifest as write_manifest
+from data.places import Place
 
 CHUNK_TOKENS = 2**20
 INDEX_FORMAT = "headrace-shard-index"
@@ -51,6 +54,29 @@ class Chunk:
     tokens_offset: int
     lens_xxh3: str
     tokens_xxh3: str
+
+    def array(
+        self, kind: Literal["tokens", "lens"], *, shard: str, number: int, index: ShardIndex
+    ) -> Array:
+        """One of its two arrays, as a place is asked for it."""
+        tokens = kind == "tokens"
+        return Array(
+            shard=shard,
+            shard_bytes=index.bytes,
+            shard_sha256=index.tar_sha256,
+            number=number,
+            key=self.key,
+            kind=kind,
+            start=self.tokens_offset if tokens else self.lens_offset,
+            num_bytes=self.tokens * np.dtype(index.dtype).itemsize
+            if tokens
+            else 4 * self.documents,
+            xxh3=self.tokens_xxh3 if tokens else self.lens_xxh3,
+        )
+
+    def alone(self) -> Chunk:
+        """The chunk where each of its arrays is a file of its own."""
+        return replace(self, lens_offset=0, tokens_offset=0)
 
 
 @dataclass(frozen=True)
@@ -109,15 +135,24 @@ def index_path(shard: Path) -> Path:
 
 def read_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
     """The index of a shard. DataError when it is missing, damaged, or has another sha256."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; restore it from a copy of the dataset")
-    if sha256 is not None and file_sha256(path) != sha256:
-        read_sealed(path)
+    with Folder(path.parent).open(path.name, "") as file:
+        return _index_from(file.read(), str(path), sha256)
+
+
+def index_of(place: Place, shard: str, sha256: str) -> ShardIndex:
+    """The index of a shard of a dataset, wherever that is; as `read_index`."""
+    name = index_path(Path(shard)).as_posix()
+    with place.open(name, sha256) as file:
+        return _index_from(file.read(), place.path(name), sha256)
+
+
+def _index_from(raw: bytes, path: str, sha256: str | None) -> ShardIndex:
+    found = json.loads(unsealed(raw, path))
+    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(
             f"{path} is an intact index, but not the one that the manifest lists; "
             "restore it from a copy of this dataset"
         )
-    found = read_sealed(path)
     if (found.get("format"), found.get("version")) != (INDEX_FORMAT, INDEX_VERSION):
         raise DataError(
             f"{path} is no shard index that this headrace reads: "

@@ -15,10 +15,11 @@ from data.config import DataConfig, DataError, DataSource, DataUsageError
 from data.manifest import Manifest, read_manifest
 from data.mixture import quotas
 from data.order import Geometry
+from data.places import Place, place_of
 from data.tokens import TokenSource
 
 Data = str | Path | Sequence[DataSource]
-"""A dataset directory, or several by name and weight."""
+"""A dataset, or several by name and weight."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Source:
     """One source of a split: a name in the keys of the order, and the tokens behind it."""
 
     name: str
-    dataset: Path
+    dataset: Place
     tokens: TokenSource
     geometry: Geometry
     fingerprint: str
@@ -47,6 +48,8 @@ class Datasets:
     """The id that ends every document; None where the tokens are documents to nobody."""
     fingerprint: str | dict[str, str]
     """Of the dataset, or of every dataset by its name."""
+    places: tuple[tuple[Place, str], ...]
+    """Every dataset that was named, with the name of its tokenizer's file."""
 
     def slots(self) -> dict[str, int]:
         """The mixture by the weights of the sources, out of NUM_SLOTS."""
@@ -62,8 +65,15 @@ def data_of(config: DataConfig) -> Data:
     return config.sources or config.path
 
 
-def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets:
-    """Open the sources of a split.
+def open_datasets(
+    data: Data,
+    *,
+    seq_len: int,
+    split: str = "train",
+    config: DataConfig | None = None,
+    commands: bool = False,
+) -> Datasets:
+    """Open the sources of a split; `config` and `commands` as of `place_of`.
 
     Training needs all that are named; of another split each dataset gives what it has, by size.
     DataUsageError when the datasets do not fit each other or give no sample of seq_len.
@@ -73,13 +83,14 @@ def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets
     else:
         listed = list(data)
     alone = isinstance(data, str | Path)
-    manifests = [read_manifest(Path(entry.path)) for entry in listed]
+    places = [place_of(entry.path, config, commands=commands) for entry in listed]
+    manifests = [read_manifest(place) for place in places]
     _check_alike(listed, manifests)
     sources: list[Source] = []
     refused: DataUsageError | None = None
-    for entry, manifest in zip(listed, manifests, strict=True):
+    for entry, place, manifest in zip(listed, places, manifests, strict=True):
         try:
-            sources += _sources(entry, manifest, split, seq_len, alone=alone)
+            sources += _sources(entry, place, manifest, split, seq_len, alone=alone)
         except DataUsageError as error:
             if split == "train":
                 raise
@@ -96,31 +107,34 @@ def open_datasets(data: Data, *, seq_len: int, split: str = "train") -> Datasets
         bos=_bos(manifests[0]),
         eos_id=manifests[0].special_ids.get("eos"),
         fingerprint=manifests[0].fingerprint if alone else by_name,
+        places=tuple(
+            (place, manifest.tokenizer_file)
+            for place, manifest in zip(places, manifests, strict=True)
+        ),
     )
 
 
 def _sources(
-    entry: DataSource, manifest: Manifest, split: str, seq_len: int, *, alone: bool
+    entry: DataSource, place: Place, manifest: Manifest, split: str, seq_len: int, *, alone: bool
 ) -> list[Source]:
-    folder = Path(entry.path)
     names = manifest.source_names(split)
     if not names:
         found = sorted({shard.split for shard in manifest.shards})
         raise DataUsageError(
-            f"{folder} has no split {split!r}, only {', '.join(found)}; prepare it with "
+            f"{place} has no split {split!r}, only {', '.join(found)}; prepare it with "
             "`--val-fraction` above 0"
         )
     if seq_len > manifest.block_tokens:
         raise DataUsageError(
-            f"seq_len={seq_len} is longer than a block of {folder}, which holds "
+            f"seq_len={seq_len} is longer than a block of {place}, which holds "
             f"{manifest.block_tokens} tokens; lower seq_len"
         )
-    tokens = [TokenSource(folder, manifest, split, name) for name in names]
+    tokens = [TokenSource(place, manifest, split, name) for name in names]
     geometries = [Geometry(t.num_tokens, manifest.block_tokens, seq_len) for t in tokens]
     for source, geometry in zip(tokens, geometries, strict=True):
         if geometry.num_samples == 0:
             raise DataUsageError(
-                f"{folder}: source {source.name!r} of split {split!r} holds {source.num_tokens} "
+                f"{place}: source {source.name!r} of split {split!r} holds {source.num_tokens} "
                 f"tokens, but one sample of seq_len={seq_len} needs {seq_len + 1}; lower seq_len "
                 "or prepare more text"
             )
@@ -130,7 +144,7 @@ def _sources(
     return [
         Source(
             name=_name(entry.name, name, alone=alone, only=len(names) == 1),
-            dataset=folder,
+            dataset=place,
             tokens=source,
             geometry=geometry,
             fingerprint=manifest.source_fingerprint(split, name),
@@ -158,7 +172,7 @@ def _check_alike(listed: list[DataSource], manifests: list[Manifest]) -> None:
             raise DataUsageError(
                 f"sources {first.name!r} and {entry.name!r} were made with different tokenizers: "
                 f"{first.path} has sha256 {there}, {entry.path} has {here}; prepare one of them "
-                f"again with `--tokenizer {Path(first.path) / reference.tokenizer_file}`"
+                f"again with `--tokenizer {first.path}/{reference.tokenizer_file}`"
             )
         if _bos(manifest) != _bos(reference):
             with_bos, without = (first, entry) if _bos(reference) else (entry, first)

@@ -17,6 +17,14 @@ def _named(value: str | Path) -> Path:
     return Path(value)
 
 
+def _dataset(value: str | Path) -> Any:
+    """A dataset: a path, or a URL or command, which stay text; a path would lose a slash of it."""
+    from data.places import is_url
+
+    text = str(value)
+    return text if is_url(text) else _named(value)
+
+
 def _folder(value: str | Path) -> Path:
     """A folder that is there, or may be made."""
     path = _named(value)
@@ -53,8 +61,8 @@ AllowChange = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-DatasetFolder = Annotated[
-    Path, typer.Argument(metavar="DATASET", help="Dataset directory.", parser=_named)
+DatasetPlace = Annotated[
+    Any, typer.Argument(metavar="DATASET", help="Dataset: directory or URL.", parser=_dataset)
 ]
 ModelFolder = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Hugging Face folder.", parser=_named)
@@ -120,9 +128,9 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes; 0 uses every core.
 
 Full = Annotated[bool, typer.Option("--full", help="Also hash every shard as a whole.")]
 DatasetOrRun = Annotated[
-    Path | None,
+    Any,
     typer.Argument(
-        metavar="[DATASET]", help="Dataset directory; a run or recipe may name it.", parser=_named
+        metavar="[DATASET]", help="Directory or URL; a run or recipe may name it.", parser=_dataset
     ),
 ]
 Step = Annotated[

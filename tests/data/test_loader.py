@@ -137,7 +137,7 @@ def test_a_run_that_stops_early_leaves_its_loader_processes_behind_cleanly(
 class _DeadlyStream(SampleStream):
     """Ends its process when it is asked to read, as a machine out of memory would."""
 
-    def read(self, sources: Any, offsets: Any) -> Any:
+    def read(self, sources: Any, offsets: Any, damaged: dict[int, str] | None = None) -> Any:
         os._exit(9)
 
 
