@@ -111,6 +111,12 @@ class Cache:
                 else:
                     time.sleep(0.02)
                 continue
+            ready = self._existing(path, content, trusted)
+            if ready is not None:
+                # Finished between the look and the claim.
+                os.close(file)
+                part.unlink(missing_ok=True)
+                return ready
             self._fill(file, part, path, content, fetch, wrong)
             for dead in range(generation):
                 _part(path, dead).unlink(missing_ok=True)

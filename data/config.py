@@ -43,6 +43,10 @@ class AccessError(DataError):
     """
 
 
+class MissingError(AccessError):
+    """A file that a server says is not there: it may be lost, or the address may be wrong."""
+
+
 class CleanConfig(BaseModel):
     """What is done to documents before anything else; without it they are stored as they came."""
 

@@ -65,7 +65,7 @@ class Folder:
             raise DataUsageError(_no_dataset(self.folder))
         return path.read_bytes()
 
-    def open(self, file: str, sha256: str) -> BufferedReader:
+    def open(self, file: str, sha256: str, *, original: bool = False) -> BufferedReader:
         path = self.folder / file
         if not path.is_file():
             raise DataError(f"{path} is missing; restore it from a copy of the dataset")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
@@ -39,8 +39,8 @@ class Place(Protocol):
     def manifest(self) -> bytes:
         """The manifest as it is now. DataUsageError when this is no dataset."""
 
-    def open(self, file: str, sha256: str) -> BufferedReader:
-        """The table or an index. Of a directory the caller checks the hash."""
+    def open(self, file: str, sha256: str, *, original: bool = False) -> BufferedReader:
+        """The table or an index, no copy if `original`; its hash is the caller's to check."""
 
     def tokenizer(self, file: str, sha256: str) -> Path:
         """A local file or folder with the tokenizer; its hash is the caller's to check."""
@@ -77,7 +77,9 @@ class Remote:
     def manifest(self) -> bytes:
         return self._files.whole(MANIFEST)
 
-    def open(self, file: str, sha256: str) -> BufferedReader:
+    def open(self, file: str, sha256: str, *, original: bool = False) -> BufferedReader:
+        if original:
+            return _temporary([self._files.whole(file)])
         content = Content(f"{sha256}.file", None, "sha256", sha256)
 
         def fetch() -> Iterator[bytes]:
@@ -119,10 +121,7 @@ class Remote:
         if not self.by_chunk:
             # Checked against the manifest when it came; the command is asked again by `sha256`.
             return self.open_array(array)
-        with tempfile.TemporaryFile() as file:
-            for piece in self._ranges(array.shard, array.start, array.num_bytes):
-                file.write(piece)
-            file.flush()
+        with _temporary(self._ranges(array.shard, array.start, array.num_bytes)) as file:
             return os.dup(file.fileno())
 
     def check_size(self, shard: str, num_bytes: int) -> None:
@@ -159,6 +158,14 @@ class Remote:
             f"{self.path(file)} is damaged, or not the file that the dataset lists (its sha256 "
             "differs); put the right one there"
         )
+
+
+def _temporary(content: Iterable[bytes]) -> BufferedReader:
+    """A file without a name."""
+    with tempfile.TemporaryFile() as file:
+        file.writelines(content)
+        file.seek(0)
+        return os.fdopen(os.dup(file.fileno()), "rb")
 
 
 def place_of(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from data.config import AccessError, DataError, DataUsageError
+from data.config import AccessError, DataError, DataUsageError, MissingError
 
 _ATTEMPTS = 8
 _FIRST_PAUSE = 0.25
@@ -37,9 +37,10 @@ class Wish:
     is_input: bool = False
     """Of a preparation, where a person has just written the URL."""
 
-    def refusal(self, reason: str) -> DataError:
+    def refusal(self, reason: str, *, is_missing: bool) -> DataError:
         """It will not do to ask again."""
-        kind = DataUsageError if self.is_input else AccessError
+        kind: type[DataError] = MissingError if is_missing else AccessError
+        kind = DataUsageError if self.is_input else kind
         return kind(f"{self} cannot be fetched ({reason}); {self.cure}")
 
     def surrender(self, attempts: int, reason: str) -> DataError:
@@ -67,7 +68,8 @@ def tried(action: Callable[[], Result], wish: Wish) -> Result:
         except Exception as error:
             reason = _reason(error)
             if not _may_pass(error):
-                raise wish.refusal(reason) from error
+                missing = isinstance(error, FileNotFoundError) and _status(error) in (None, 404)
+                raise wish.refusal(reason, is_missing=missing) from error
             if attempt == _ATTEMPTS or time.monotonic() - started > _BUDGET_SECONDS:
                 raise wish.surrender(attempt, reason) from error
         time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1) * rng.uniform(0.5, 1.5))

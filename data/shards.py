@@ -139,10 +139,12 @@ def read_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
         return _index_from(file.read(), str(path), sha256)
 
 
-def index_of(place: Place, shard: str, sha256: str) -> ShardIndex:
-    """The index of a shard of a dataset, wherever that is; as `read_index`."""
+def index_of(place: Place, shard: str, sha256: str, *, original: bool = False) -> ShardIndex:
+    """The index of a shard of a dataset, wherever that is, and no copy if `original`; as
+    `read_index`.
+    """
     name = index_path(Path(shard)).as_posix()
-    with place.open(name, sha256) as file:
+    with place.open(name, sha256, original=original) as file:
         return _index_from(file.read(), place.path(name), sha256)
 
 

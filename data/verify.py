@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.arrays import check_lens, check_tokens
-from data.config import AccessError, DataError
+from data.config import AccessError, DataError, MissingError
 from data.folder import Folder
 from data.manifest import MANIFEST, TABLE, Manifest, ShardEntry, read_manifest, read_table
 from data.places import Place, place_of
@@ -117,9 +117,8 @@ def _tokenizer_problems(place: Place, manifest: Manifest) -> Iterator[Problem]:
     name = manifest.tokenizer_file
     try:
         file = place.tokenizer(name, manifest.tokenizer_sha256) / name
-    except AccessError:
-        raise
     except DataError as error:
+        _raise_unless_damage(error)
         yield Problem(name, None, str(error))
         return
     if not file.is_file() or file_sha256(file) != manifest.tokenizer_sha256:
@@ -134,27 +133,24 @@ def _check_shard(
     path = place.path(entry.path)
     try:
         place.check_size(entry.path, entry.bytes)
-    except AccessError:
-        raise
     except DataError as error:
+        _raise_unless_damage(error)
         return [Problem(entry.path, None, str(error))], 0
     problems: list[Problem] = []
     num_chunks = 0
     try:
-        index = index_of(place, entry.path, entry.idx_sha256)
+        index = index_of(place, entry.path, entry.idx_sha256, original=True)
         problems += _differences(place, manifest, entry, index)
         for number, chunk in enumerate(index.chunks):
             num_chunks += 1
             try:
                 for kind in ("lens", "tokens"):
                     _check_array(place, manifest, entry, index, number, kind)
-            except AccessError:
-                raise
             except DataError as error:
+                _raise_unless_damage(error)
                 problems.append(Problem(entry.path, chunk.key, str(error)))
-    except AccessError:
-        raise
     except DataError as error:
+        _raise_unless_damage(error)
         problems.append(Problem(index_path(Path(entry.path)).as_posix(), None, str(error)))
     if full and not problems and place.sha256(entry.path, entry.bytes) != entry.sha256:
         message = (
@@ -163,6 +159,12 @@ def _check_shard(
         )
         problems.append(Problem(entry.path, None, message))
     return problems, num_chunks
+
+
+def _raise_unless_damage(error: DataError) -> None:
+    """A file that is not there is a problem of the dataset; what is out of reach is none."""
+    if isinstance(error, AccessError) and not isinstance(error, MissingError):
+        raise error
 
 
 def _check_array(

@@ -73,8 +73,8 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         help="Text, .jsonl, .json, .csv, .tsv, .parquet or WebDataset .tar file, also as .gz .bz2 "
-        ".xz .zst; directory, glob, URL (s3 gs http hf), @LIST, or - (-.jsonl) for standard "
-        "input; repeatable.",
+        ".xz .zst; directory, glob, URL (s3 gs http hf), @LIST, - (-.jsonl) for standard input, "
+        "or pipe:.jsonl:COMMAND; repeatable.",
     ),
 ]
 MoreInputs = Annotated[

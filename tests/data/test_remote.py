@@ -135,7 +135,7 @@ def test_a_missing_package_is_named_with_its_command(
 def test_an_unknown_scheme_is_refused_and_no_command_is_run(tmp_path: Path) -> None:
     with pytest.raises(DataUsageError, match=r"ftp:// is not supported; s3://, gs://, http://"):
         find_files(["ftp://host/a.txt"], tmp_path)
-    with pytest.raises(DataUsageError, match="no such file or folder"):
+    with pytest.raises(DataUsageError, match="does not say what the command writes"):
         find_files(["pipe:echo hello"], tmp_path)
 
 
