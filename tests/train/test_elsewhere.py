@@ -1,4 +1,4 @@
-"""Runs on data from a URL are those on the folder, to the bit; damage is quarantined exactly once."""
+"""A run on data from a URL is the one on the folder, to the bit; damage is quarantined once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data import shards
+from data.config import PrepareConfig
 from data.manifest import read_manifest
+from data.prepare import prepare
 from data.shards import index_path, read_index
 from data.sources import open_datasets
+from data.stream import SampleStream
 from launcher.inspect import inspect_step
 from tests.data.servers import serving
 from tests.data.tiny import flip_bit
@@ -68,16 +72,13 @@ def numbers(run: Path) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def chunked(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of several shards and many chunks."""
-    from data.config import PrepareConfig
-    from data.prepare import prepare
-
     folder = tmp_path_factory.mktemp("chunked") / "dataset"
     lines = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     text = "".join(path.read_text() for path in sorted(corpus.glob("*.txt")))
     pieces = [text[at : at + 2000] for at in range(0, len(text), 2000)]
     lines.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     settings = PrepareConfig(
-        vocab_size=400, val_fraction=0.1, shard_bytes=40_000, part_bytes=10_000
+        vocab_size=400, val_fraction=0.1, shard_bytes=20_000, part_bytes=10_000
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "CHUNK_TOKENS", 2000)
@@ -85,21 +86,15 @@ def chunked(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_from_a_url_is_the_local_run_to_the_bit(
-    chunked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_a_url_is_the_local_run_to_the_bit(chunked: Path, tmp_path: Path) -> None:
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     with serving(chunked) as server:
-        workers = "data.num_workers=2"
+        staged = config(chunked, "data.stage=true", f"data.cache_dir={tmp_path / 'other'}")
         jobs = [
             (config(chunked), tmp_path / "local", None),
-            (config(server.url, cache, workers), tmp_path / "far", 4),
-            # Moved in the middle of the run; the cache is elsewhere and too small for much.
-            (
-                config(chunked, "data.stage=true", f"data.cache_dir={tmp_path}/b", workers),
-                tmp_path / "far",
-                None,
-            ),
+            (config(server.url, cache, "data.num_workers=2"), tmp_path / "far", 5),
+            # The data has moved in the middle of the run, and so has the cache.
+            (staged, tmp_path / "far", None),
             (config(f"pipe:cat {chunked}/{{path}}", cache), tmp_path / "piped", None),
         ]
         run_ranks(1, train_many, jobs)
@@ -127,14 +122,12 @@ def damage(folder: Path) -> tuple[str, str]:
 
 def touched(intact: Path, folder: Path, samples: int) -> list[int]:
     """Samples that hold a token of a damaged chunk, by the tokens' places in the intact copy."""
-    from data.stream import SampleStream
-
     stream = SampleStream(open_datasets(intact, seq_len=32), seq_len=32, seed=3)
     (source,) = stream.sources.values()
     entries = read_manifest(intact).source_shards("train", "main")
     found = []
     for sample in range(samples):
-        _, _, offsets = stream.locate(__import__("numpy").array([sample]))
+        _, _, offsets = stream.locate(np.array([sample]))
         places = [source.tokens.place(int(offsets[0]) + i)[:2] for i in range(33)]
         if any(
             shard == entries[3].path or (shard == entries[1].path and chunk.endswith("-00001"))
@@ -144,9 +137,7 @@ def touched(intact: Path, folder: Path, samples: int) -> list[int]:
     return found
 
 
-def test_damage_is_quarantined_once_whoever_reads_it(
-    chunked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_is_quarantined_once_whoever_reads_it(chunked: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
     shutil.copytree(chunked, folder)
     named = damage(folder)
@@ -154,15 +145,11 @@ def test_damage_is_quarantined_once_whoever_reads_it(
     one = [
         (config(folder, quarantine), tmp_path / "one", None),
         (config(folder, quarantine, "data.num_workers=2"), tmp_path / "workers", 4),
-        # Resumed with other workers, and another micro-batch.
-        (config(folder, quarantine, "data.num_workers=1"), tmp_path / "workers", None),
+        (config(folder, quarantine), tmp_path / "workers", None),
     ]
-    two = [
-        (config(folder, quarantine), tmp_path / "two", None),
-        (config(folder, quarantine, "data.num_workers=2", "micro_batch=1"), tmp_path / "far", None),
-    ]
+    settings = config(folder, quarantine, "data.num_workers=1", "micro_batch=5")
     (told,) = run_ranks(1, train_many, one)
-    both = run_ranks(2, train_many, two)
+    both = run_ranks(2, train_many, [(settings, tmp_path / "two", None)])
 
     expected = numbers(tmp_path / "one")
     assert numbers(tmp_path / "workers") == expected
@@ -176,16 +163,15 @@ def test_damage_is_quarantined_once_whoever_reads_it(
         32 * (row["samples"][1] - row["quarantined"]) for row in steps
     ]
     assert open_checkpoint(tmp_path / "one", 8).state["quarantined"] == len(bad)
-    for run in ("two", "far"):
-        for row, wanted in zip(numbers(tmp_path / run), expected, strict=True):
-            assert (row[:3], row[6]) == (wanted[:3], wanted[6])
-            # fp32: only the order of additions differs.
-            assert row[3] == (wanted[3] and pytest.approx(wanted[3], rel=2e-4))
+    for row, wanted in zip(numbers(tmp_path / "two"), expected, strict=True):
+        assert (row[:3], row[6]) == (wanted[:3], wanted[6])
+        # fp32: only the order of additions differs.
+        assert row[3] == (wanted[3] and pytest.approx(wanted[3], rel=2e-4))
     # Each run warned of each damage once, on each rank that met it.
     for what in named:
         assert sum(what in message for message in told) == 3
-        assert all(0 < sum(what in message for message in rank) <= 2 for rank in both)
-        assert sum(what in message for rank in both for message in rank) >= 3
+        assert all(sum(what in message for message in rank) <= 1 for rank in both)
+        assert any(what in message for rank in both for message in rank)
 
 
 def test_without_quarantine_the_run_stops_and_inspect_tells_of_both(
