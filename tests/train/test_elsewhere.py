@@ -22,7 +22,7 @@ from data.stream import SampleStream
 from launcher.inspect import inspect_step
 from tests.data.servers import serving
 from tests.data.tiny import flip_bit
-from tests.ranks import run_ranks
+from tests.ranks import RankFailure, run_ranks
 from train.attempt import run_attempt
 from train.checkpoint import open_checkpoint
 from train.config import RunConfig
@@ -141,59 +141,44 @@ def test_damage_is_quarantined_once_whoever_reads_it(chunked: Path, tmp_path: Pa
     folder = tmp_path / "dataset"
     shutil.copytree(chunked, folder)
     named = damage(folder)
-    quarantine = "data.on_damage=quarantine"
-    one = [
-        (config(folder, quarantine), tmp_path / "one", None),
-        (config(folder, quarantine, "data.num_workers=2"), tmp_path / "workers", 4),
-        (config(folder, quarantine), tmp_path / "workers", None),
-    ]
-    settings = config(folder, quarantine, "data.num_workers=1", "micro_batch=5")
-    (told,) = run_ranks(1, train_many, one)
-    both = run_ranks(2, train_many, [(settings, tmp_path / "two", None)])
+    one, two = tmp_path / "one", tmp_path / "two"
+    quarantine = config(folder, "data.on_damage=quarantine")
+    by_workers = config(folder, "data.on_damage=quarantine", "data.num_workers=1", "micro_batch=5")
+    (told,) = run_ranks(1, train_many, [(quarantine, one, None)])
+    both = run_ranks(2, train_many, [(by_workers, two, 4)])
+    # Free to change on resume: without quarantine the first damage stops the run.
+    with pytest.raises(RankFailure, match=r"its tokens are damaged|is damaged: 1000 bytes"):
+        run_ranks(1, train_many, [(config(folder), two, None)])
+    run_ranks(1, train_many, [(quarantine, two, None)])
 
-    expected = numbers(tmp_path / "one")
-    assert numbers(tmp_path / "workers") == expected
+    expected, steps = numbers(one), rows(one)
     bad = touched(chunked, folder, 96)
     assert 5 < len(bad) < 60
-    steps = rows(tmp_path / "one")
     assert [row["quarantined"] for row in steps] == [
         sum(sample < row["samples"][1] for sample in bad) for row in steps
     ]
     assert [row["tokens"] for row in steps] == [
         32 * (row["samples"][1] - row["quarantined"]) for row in steps
     ]
-    assert open_checkpoint(tmp_path / "one", 8).state["quarantined"] == len(bad)
-    for row, wanted in zip(numbers(tmp_path / "two"), expected, strict=True):
+    assert open_checkpoint(one, 8).state["quarantined"] == len(bad)
+    for row, wanted in zip(numbers(two), expected, strict=True):
         assert (row[:3], row[6]) == (wanted[:3], wanted[6])
         # fp32: only the order of additions differs.
         assert row[3] == (wanted[3] and pytest.approx(wanted[3], rel=2e-4))
-    # Each run warned of each damage once, on each rank that met it.
+    # Each damage is told once by every rank that meets it.
     for what in named:
-        assert sum(what in message for message in told) == 3
+        assert sum(what in message for message in told) == 1
         assert all(sum(what in message for message in rank) <= 1 for rank in both)
         assert any(what in message for rank in both for message in rank)
 
-
-def test_without_quarantine_the_run_stops_and_inspect_tells_of_both(
-    chunked: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "dataset"
-    shutil.copytree(chunked, folder)
-    named = damage(folder)
-    run_ranks(1, train_many, [(config(folder, "data.on_damage=quarantine"), tmp_path / "run", 4)])
-    steps = rows(tmp_path / "run")
     shown = [
-        inspect_step(None, step=row["step"], run=tmp_path / "run", recipe="", overrides=())
-        for row in steps
+        inspect_step(None, step=row["step"], run=one, recipe="", overrides=()) for row in steps
     ]
     assert [step.data_hash for step in shown] == [row["data_hash"] for row in steps]
-    quarantined = [one for step in shown for one in step.samples if one.quarantined]
-    assert len(quarantined) == steps[-1]["quarantined"] > 0
-    assert all(any(what in one.quarantined for what in named) for one in quarantined)
-    assert all(not one.pieces for one in quarantined)
-    # Free to change on resume: and then the run stops at the first damage.
-    with pytest.raises(AssertionError, match=r"its tokens are damaged|is damaged: 1000 bytes"):
-        run_ranks(1, train_many, [(config(folder), tmp_path / "run", None)])
+    found = [sample for step in shown for sample in step.samples if sample.quarantined]
+    assert [sample.sample for sample in found] == bad
+    assert all(any(what in sample.quarantined for what in named) for sample in found)
+    assert not any(sample.pieces for sample in found)
 
 
 def see_other_data(world: World, configs: list[RunConfig], run: Path) -> str:
