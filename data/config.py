@@ -17,10 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+COMMAND = "pipe:"
+"""What the name of a dataset or input begins with that is a command of the person who runs it."""
+
 BadText = Literal["strict", "replace", "skip"]
 DatatroveRule = Literal["gopher-repetition", "gopher-quality", "c4", "fineweb-quality"]
 Boundaries = Literal["ignore", "labels", "attention"]
 Packing = Literal["concat", "best_fit"]
+OnDamage = Literal["fail", "quarantine"]
 
 
 class DataError(ValueError):
@@ -41,6 +45,17 @@ def missing_extra(what: str, extra: str, error: ImportError) -> DataUsageError:
         f"{what} needs the packages of the extra {extra!r} ({error}); install them with "
         f"{sys.executable} -m pip install 'headrace[{extra}]'"
     )
+
+
+class AccessError(DataError):
+    """Data that cannot be read now: a network, a server, a right or a disk is in the way.
+
+    It says nothing about the data, so nothing is ever taken for damaged because of it.
+    """
+
+
+class MissingError(AccessError):
+    """A file that a server says is not there: it may be lost, or the address may be wrong."""
 
 
 class CleanConfig(BaseModel):
@@ -153,7 +168,7 @@ class DataSource(BaseModel):
     name: Annotated[str, Field(pattern=r"^[^/.\x00][^/\x00]*$")]
     """What the source is called; it is part of the keys of the sample order, so it must stay."""
     path: Annotated[str, Field(min_length=1)]
-    """Dataset directory written by `headrace prepare`."""
+    """Dataset written by `headrace prepare`: a directory, a URL, or pipe:COMMAND."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Share of the samples, on any positive scale."""
 
@@ -164,7 +179,8 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: str = ""
-    """Dataset directory written by `headrace prepare`; the short form for one dataset."""
+    """Dataset written by `headrace prepare`: a directory, a URL (s3, gs, http, https, hf), or
+    "pipe:COMMAND {path}" for a program that writes a file of it; the short form for one dataset."""
     sources: tuple[DataSource, ...] = ()
     """Several datasets of one tokenizer, mixed by weight, instead of `path`."""
     max_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -181,10 +197,28 @@ class DataConfig(BaseModel):
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank; 0 reads in the training process."""
 
+    on_damage: OnDamage = "fail"
+    """What a sample is that touches a damaged chunk. quarantine: it trains nothing and is counted
+    in metrics.jsonl. What cannot be read for another reason stops the run all the same."""
+    cache_dir: str = ""
+    """Folder for what comes from elsewhere, shared by the ranks and jobs of a node, on its own
+    disk; empty takes headrace in the user's cache directory."""
+    cache_bytes: Annotated[int, Field(ge=2**20)] = 2**36
+    """Bytes that the cache folder may hold; what was used longest ago makes room."""
+    stage: bool = False
+    """Copy what is read of a directory into the cache, so that a shared file system is asked for
+    every byte once per node."""
+
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every dataset directory that is named."""
+        """Every dataset that is named."""
         return tuple(source.path for source in self.sources) or (self.path,) * bool(self.path)
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> Self:
+        for path in self.paths:
+            check_public(path)
+        return self
 
     @model_validator(mode="after")
     def _named_once(self) -> Self:
@@ -198,3 +232,19 @@ class DataConfig(BaseModel):
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}; give each a name of its own")
         return self
+
+
+def check_public(location: str) -> None:
+    """DataUsageError for a URL that holds a secret: the name of a dataset is written down."""
+    scheme, mark, rest = location.partition("://")
+    if not mark or location.startswith(COMMAND):
+        return
+    host = rest.partition("/")[0]
+    if "@" in host or "?" in rest or "#" in rest:
+        shown = host.rpartition("@")[2].partition("?")[0].partition("#")[0]
+        raise DataUsageError(
+            f"the dataset at {scheme}://{shown}/... is named with a password, a query or a "
+            "fragment, but its name is kept in the run directory; name it without, and put "
+            "credentials where the library for it looks (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, "
+            "HF_TOKEN, ~/.netrc for http)"
+        )

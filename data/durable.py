@@ -126,12 +126,19 @@ def read_seal(path: Path, *, remedy: str = RESTORE, error: type[ValueError] = Da
         raw = path.read_bytes()
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror}{remedy}") from failure
+    return unsealed(raw, str(path), remedy=remedy, error=error)
+
+
+def unsealed(
+    raw: bytes, name: str, *, remedy: str = RESTORE, error: type[ValueError] = DataError
+) -> bytes:
+    """The JSON text of a sealed file's bytes, checked and without its seal."""
     seal = _SEAL.match(raw[-_SEAL_BYTES:])
     body = hashlib.sha256(memoryview(raw)[:-_SEAL_BYTES])
     body.update(b"}")
     if seal is None or body.hexdigest() != seal[1].decode():
         raise error(
-            f"{path} is damaged or was edited: its content does not match the sha256 at its end"
+            f"{name} is damaged or was edited: its content does not match the sha256 at its end"
             f"{remedy}"
         )
     return raw[:-_SEAL_BYTES] + b"}"

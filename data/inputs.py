@@ -1,4 +1,5 @@
-"""From what a person names to files: paths, folders, patterns, lists, URLs and standard input.
+"""From what a person names to files: paths, folders, patterns, lists, URLs, standard input and the
+output of commands.
 
 Nothing is read here but lists, the first bytes of files, and what comes from elsewhere: that is
 kept whole in a folder first, so that everything after can be repeated.
@@ -7,15 +8,18 @@ kept whole in a folder first, so that everything after can be repeated.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from data import remote
+from data.commands import run, split_input
 from data.compressed import kind_by_content
-from data.config import DataUsageError
+from data.config import COMMAND, DataUsageError
 from data.documents import COMPRESSIONS, InputFile
 from data.durable import publish, writing
 
@@ -68,6 +72,9 @@ def _named(named: str, keep: Path | None) -> Iterator[Found]:
     elif named == _STDIN or named.startswith(f"{_STDIN}."):
         path = _spool_stdin(named, _folder(named, keep))
         yield path, path.name, True
+    elif named.startswith(COMMAND):
+        path = _spool_command(named, _folder(named, keep))
+        yield path, path.name, True
     elif "://" in named:
         for path in remote.fetch(named, _folder(named, keep)):
             yield path, path.name, True
@@ -94,10 +101,10 @@ def _listed(path: Path, keep: Path | None) -> Iterator[Found]:
         if not entry or entry.startswith("#"):
             continue
         count += 1
-        if entry.startswith(("@", _STDIN)):
+        if entry.startswith(("@", _STDIN, COMMAND)):
             raise DataUsageError(
                 f"{path}:{number}: {entry} is not a path, pattern or URL; a list names no other "
-                "list, and not standard input (write ./ before a name that begins so)"
+                "list, no command, and not standard input (write ./ before a name that begins so)"
             )
         try:
             yield from _named(entry if "://" in entry else str(path.parent / entry), keep)
@@ -118,16 +125,33 @@ def _spool_stdin(named: str, folder: Path) -> Path:
     if named == _STDIN:
         _check_plain(block)
     path = folder / f"stdin{named[1:] or '.txt'}"
+    return _spool(chain([block], iter(lambda: stream.read(2**20), b"")), path)
+
+
+def _spool_command(named: str, folder: Path) -> Path:
+    """What a command writes as a file, when it has ended well; its suffix as in pipe:.jsonl:CMD."""
+    suffix, words = split_input(named)
+    key = hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
+    pieces = run(words)
+    first = next(pieces, b"")
+    if not first:
+        raise DataUsageError(f"--input {named}: the command wrote nothing")
+    return _spool(chain([first], pieces), folder / f"pipe-{key}{suffix}")
+
+
+def _spool(pieces: Iterable[bytes], path: Path) -> Path:
+    """A stream as a file, which has its name when it is whole."""
     part = path.with_name(path.name + ".part")
     with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            while block:
-                file.write(block)
-                block = stream.read(2**20)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     return path
 
 

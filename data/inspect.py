@@ -11,7 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.config import DataUsageError
+import numpy as np
+
+from data.config import DataUsageError, OnDamage
+from data.places import Place
+from data.sources import open_datasets
 from data.stream import Placement, SampleStream, sample_hash
 
 
@@ -40,10 +44,12 @@ class InspectedSample:
     shard: str
     chunk: str
     token_offset: int
-    """Of the first token, counted from the start of the shard."""
+    """Of the first token, counted from the start of the shard; -1 where damage hides it."""
     hash: str
     """As in `data_hash`, 16 hex digits."""
     pieces: tuple[Piece, ...]
+    quarantined: str = ""
+    """What is damaged, where a sample that touches it trains nothing; its tokens are zeros then."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,11 @@ def inspect(
     """
     if step < 1:
         raise DataUsageError(f"step {step} does not exist; steps count from 1")
-    stream = SampleStream(dataset, seq_len=seq_len, seed=seed)
-    decode = decode or decoder(dataset, stream.tokenizer_sha256)
+    datasets = open_datasets(dataset, seq_len=seq_len)
+    stream = SampleStream(datasets, seq_len=seq_len, seed=seed)
+    if decode is None:
+        place, file = datasets.places[0]
+        decode = decoder(place, file, stream.tokenizer_sha256)
     first, last = (step - 1) * batch_samples, step * batch_samples
     return inspect_samples(stream, step=step, first=first, last=last, decode=decode)
 
@@ -93,15 +102,22 @@ def inspect_samples(
     first: int,
     last: int,
     decode: Callable[[Sequence[int]], str],
+    on_damage: OnDamage = "fail",
 ) -> Inspection:
-    """Samples [first, last), all or some of those of a step."""
+    """Samples [first, last), all or some of those of a step; with on_damage="quarantine" those that
+    touch damage are said to.
+    """
     total = 0
     samples = []
     for sample in range(first, last):
-        tokens = stream.tokens(sample)
+        damaged: dict[int, str] | None = {} if on_damage == "quarantine" else None
+        tokens = stream.batch(np.array([sample], dtype=np.int64), damaged)[0]
         hashed = sample_hash(sample, tokens)
         total += hashed
-        samples.append(_inspected(stream.placement(sample), hashed, tokens.tolist(), decode))
+        if damaged:
+            samples.append(_quarantined(stream, sample, hashed, damaged[0]))
+        else:
+            samples.append(_inspected(stream.placement(sample), hashed, tokens.tolist(), decode))
     return Inspection(
         dataset=" ".join(sorted({str(source.dataset) for source in stream.sources.values()})),
         step=step,
@@ -111,6 +127,23 @@ def inspect_samples(
         seq_len=stream.seq_len,
         data_hash=f"{total % 2**64:016x}",
         samples=tuple(samples),
+    )
+
+
+def _quarantined(stream: SampleStream, sample: int, hashed: int, damage: str) -> InspectedSample:
+    """What can be said without the damaged files."""
+    sources, epochs, offsets = stream.locate(np.array([sample], dtype=np.int64))
+    source = stream.source(int(sources[0]))
+    return InspectedSample(
+        sample=sample,
+        source=source.name,
+        epoch=int(epochs[0]),
+        shard=source.tokens.shard_of(int(offsets[0])),
+        chunk="",
+        token_offset=-1,
+        hash=f"{hashed:016x}",
+        pieces=(),
+        quarantined=damage,
     )
 
 
@@ -135,10 +168,9 @@ def _inspected(
     )
 
 
-def decoder(dataset: Path, tokenizer_sha256: str) -> Callable[[Sequence[int]], str]:
+def decoder(place: Place, file: str, sha256: str) -> Callable[[Sequence[int]], str]:
     """From ids to text with the tokenizer of a dataset. DataError when it is not the one."""
     from data.tokenizer import load_tokenizer
-    from data.verify import check_tokenizer
+    from data.verify import tokenizer_of
 
-    check_tokenizer(dataset, tokenizer_sha256)
-    return load_tokenizer(dataset).decode
+    return load_tokenizer(tokenizer_of(place, file, sha256)).decode

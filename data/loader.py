@@ -9,6 +9,7 @@ a run stops with batches in flight.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from data.boundaries import (
     mask_parts,
     positions_in_documents,
 )
-from data.config import Boundaries, DataError
+from data.config import Boundaries, DataError, OnDamage
 from data.order import Ints, accumulation
 from data.stream import SampleStream as SampleStream
 from data.stream import sample_hash as sample_hash
@@ -38,7 +39,11 @@ PREFETCHED = 4
 LOCATED = 64
 """Micro-batches whose samples are looked up in the order at once."""
 
+log = logging.getLogger(__name__)
+
 Batch = dict[str, torch.Tensor]
+Loaded = tuple[Batch, frozenset[str]]
+"""A batch, and the damage that samples of it touch."""
 
 
 def micro_batches(
@@ -53,6 +58,7 @@ def micro_batches(
     num_micro: int | None = None,
     num_workers: int = 0,
     boundaries: Boundaries = "ignore",
+    on_damage: OnDamage = "fail",
 ) -> Iterator[Batch]:
     """The micro-batches of one rank in training order, accumulation * num_steps of them.
 
@@ -62,7 +68,9 @@ def micro_batches(
     (labels[t] is the target of input t; -100 where there is none), and data_hash, a scalar: the sum
     of the hashes of the real samples, modulo 2^64, as a signed number. `boundaries` changes labels
     and positions by data/boundaries.py, never the samples; "attention" adds doc_ids [B,T].
-    DataError when the data is damaged, also when a loader process found it.
+    With on_damage="quarantine" a sample that touches damage is zeros without a target, and
+    `quarantined`, a scalar, counts those of the batch; otherwise, and for everything that cannot be
+    read for another reason, DataError, also when a loader process found it.
     """
     assert 0 <= rank < num_ranks, "a rank of the data-parallel group"
     plan = Plan(
@@ -75,10 +83,11 @@ def micro_batches(
         num_micro=num_micro or accumulation(batch_samples, num_ranks, micro_batch),
         num_steps=num_steps,
         boundaries=boundaries,
+        on_damage=on_damage,
     )
     if num_workers == 0:
-        return (plan.batch(number) for number in range(len(plan)))
-    return _from_workers(plan, num_workers)
+        return _telling(stream, (plan.load(number) for number in range(len(plan))))
+    return _telling(stream, _from_workers(plan, num_workers))
 
 
 @dataclass(frozen=True)
@@ -94,15 +103,16 @@ class Plan(Dataset[Any]):
     num_micro: int
     num_steps: int
     boundaries: Boundaries = "ignore"
+    on_damage: OnDamage = "fail"
     _located: dict[int, list[tuple[Ints, Ints, Ints]]] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return self.num_micro * self.num_steps
 
-    def __getitem__(self, number: int) -> Batch | DataError:
+    def __getitem__(self, number: int) -> Loaded | DataError:
         # Handed over as a value: torch would wrap an exception in the worker's whole traceback.
         try:
-            return self.batch(number)
+            return self.load(number)
         except DataError as error:
             return error
 
@@ -128,13 +138,16 @@ class Plan(Dataset[Any]):
             self._located[first] = list(found)
         return self._located[first][number - first]
 
-    def batch(self, number: int) -> Batch:
+    def load(self, number: int) -> Loaded:
         samples, sources, offsets = self._locate(number)
-        tokens = self.stream.read(sources, offsets)
+        damaged: dict[int, str] | None = {} if self.on_damage == "quarantine" else None
+        tokens = self.stream.read(sources, offsets, damaged)
         seq_len = self.stream.seq_len
         num_dummies = self.micro_batch - len(samples)
         input_ids_BT = tokens[:, :-1].astype(np.int64)
         labels_BT = tokens[:, 1:].astype(np.int64)
+        if damaged:
+            labels_BT[list(damaged)] = NO_TARGET
         if num_dummies:
             padding = ((0, num_dummies), (0, 0))
             input_ids_BT = np.pad(input_ids_BT, padding)
@@ -148,7 +161,10 @@ class Plan(Dataset[Any]):
         if "position_ids" not in arrays:
             arrays["position_ids"] = _positions(self.micro_batch, seq_len).copy()
         arrays["data_hash"] = np.array(total - 2**64 if total >= 2**63 else total)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if damaged is not None:
+            arrays["quarantined"] = np.array(len(damaged))
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return batch, frozenset((damaged or {}).values())
 
     def _documents(
         self, labels_BT: Ints, input_ids_BT: Ints, sources: Ints, offsets: Ints
@@ -172,7 +188,16 @@ def _positions(micro_batch: int, seq_len: int) -> NDArray[np.int64]:
     return np.tile(np.arange(seq_len, dtype=np.int64), (micro_batch, 1))
 
 
-def _from_workers(plan: Plan, num_workers: int) -> Iterator[Batch]:
+def _telling(stream: SampleStream, found: Iterator[Loaded]) -> Iterator[Batch]:
+    """The batches, with a warning for all damage that this process has not warned of."""
+    for batch, damage in found:
+        for what in sorted(damage - stream.told):
+            log.warning("quarantined, samples that touch it train nothing: %s", what)
+        stream.told |= damage
+        yield batch
+
+
+def _from_workers(plan: Plan, num_workers: int) -> Iterator[Loaded]:
     # A fork server is a fresh process: workers inherit neither threads nor a GPU from the trainer.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -14,6 +14,7 @@ import numpy as np
 
 from data.config import DataUsageError
 from data.phases import Phases
+from data.places import is_at
 from data.sources import Source
 from data.stream import SampleStream
 
@@ -58,7 +59,7 @@ def look_up(
     shard: str,
     number: int,
     steps: int,
-    dataset: Path | None = None,
+    dataset: str | Path | None = None,
 ) -> Lookup:
     """The samples that hold some of document `number` of `shard` (SPLIT/SOURCE/FILE) in the epochs
     that a run of `steps` steps reaches, in one at least.
@@ -79,12 +80,11 @@ def look_up(
     return Lookup(source.name, shard, number, start, stop - start, document.id, tuple(found))
 
 
-def _source(stream: SampleStream, shard: str, dataset: Path | None) -> Source:
-    wanted = None if dataset is None else dataset.resolve()
+def _source(stream: SampleStream, shard: str, dataset: str | Path | None) -> Source:
     near = [
         source
         for source in stream.sources.values()
-        if source.tokens.has_shard(shard) and wanted in (None, source.dataset.resolve())
+        if source.tokens.has_shard(shard) and (dataset is None or is_at(source.dataset, dataset))
     ]
     if not near:
         raise DataUsageError(

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data.config import DataError, DataUsageError
-from data.durable import is_sealed, read_seal, write_durably, write_sealed
+from data.config import AccessError, DataError, DataUsageError
+from data.durable import is_sealed, unsealed, write_durably, write_sealed
+from data.places import MANIFEST as MANIFEST
+from data.places import Place, place_of
 
-MANIFEST = "manifest.json"
 TABLE = "shards.npy"
 FORMAT = "headrace-dataset"
 VERSION = 1
@@ -150,19 +151,19 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(dataset: Path) -> Manifest:
-    """The manifest of a dataset directory, its own sha256 and that of the shard table checked.
+def read_manifest(dataset: Path | Place) -> Manifest:
+    """The manifest of a dataset, its own sha256 and that of the shard table checked.
 
-    DataUsageError when the directory is no dataset, DataError when the dataset is damaged.
+    DataUsageError when this is no dataset, DataError when the dataset is damaged, AccessError when
+    that cannot be told.
     """
-    path = dataset / MANIFEST
-    if not path.is_file():
-        raise DataUsageError(_no_dataset(dataset))
-    raw = path.read_bytes()
+    place = place_of(dataset)
+    path = place.path(MANIFEST)
+    raw = place.manifest()
     if not (is_sealed(raw) or FORMAT.encode() in raw):
-        raise DataUsageError(_foreign_manifest(dataset))
+        raise DataUsageError(_foreign_manifest(place))
+    body = unsealed(raw, path)
     del raw
-    body = read_seal(path)
     refused: ValidationError | None = None
     try:
         # Straight from the text: 100,000 shards as dictionaries would take 100 MB more.
@@ -171,7 +172,7 @@ def read_manifest(dataset: Path) -> Manifest:
     except ValidationError as error:
         refused, found = error, json.loads(body)
     if found.get("format") != FORMAT:
-        raise DataUsageError(_foreign_manifest(dataset))
+        raise DataUsageError(_foreign_manifest(place))
     if found.get("version") != VERSION:
         raise DataUsageError(
             f"{path} has format version {found.get('version')}, this headrace reads {VERSION}; "
@@ -188,49 +189,43 @@ def read_manifest(dataset: Path) -> Manifest:
             f"{path} was edited and sealed again: its fingerprint is not the one of what it lists; "
             "restore it from a copy of the dataset"
         )
-    table = dataset / TABLE
-    if not table.is_file() or hashlib.sha256(table.read_bytes()).hexdigest() != (
-        manifest.table_sha256
-    ):
-        raise DataError(
-            f"{table} is missing or damaged (its sha256 is not the one in {MANIFEST}); "
-            "restore it from a copy, or run the same `headrace prepare` into a new directory"
-        )
+    _check_table(place, manifest.table_sha256)
     return manifest
 
 
-def read_table(dataset: Path) -> NDArray[np.void]:
-    """The shards as a mapped table in manifest order; `read_manifest` has checked its hash."""
-    table: NDArray[np.void] = np.load(dataset / TABLE, mmap_mode="r", allow_pickle=False)
-    return table
+def read_table(dataset: Path | Place, sha256: str = "") -> NDArray[np.void]:
+    """The shards as a mapped table in manifest order; `read_manifest` has checked its hash, which
+    a dataset that is not in a directory is asked for by.
+    """
+    with place_of(dataset).open(TABLE, sha256) as file:
+        version = np.lib.format.read_magic(file)
+        assert version == (1, 0), "as it was written"
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        table: NDArray[np.void] = np.memmap(
+            file, dtype=dtype, mode="r", offset=file.tell(), shape=shape
+        )
+        return table
 
 
-def _foreign_manifest(dataset: Path) -> str:
+def _check_table(place: Place, sha256: str) -> None:
+    try:
+        with place.open(TABLE, sha256) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except AccessError:
+        raise
+    except DataError:
+        found = ""
+    if found != sha256:
+        raise DataError(
+            f"{place.path(TABLE)} is missing or damaged (its sha256 is not the one in {MANIFEST}); "
+            "restore it from a copy, or run the same `headrace prepare` into a new directory"
+        )
+
+
+def _foreign_manifest(place: Place) -> str:
     return (
-        f"{dataset} is not a dataset: its {MANIFEST} was not written by `headrace prepare`; "
+        f"{place} is not a dataset: its {MANIFEST} was not written by `headrace prepare`; "
         "name the directory given to `headrace prepare --output`"
-    )
-
-
-def _no_dataset(dataset: Path) -> str:
-    if dataset.is_file():
-        return (
-            f"{dataset} is not a dataset but a file; prepare it: `headrace prepare --input "
-            f"{dataset} --output DATASET`, and name that directory"
-        )
-    if not dataset.is_dir():
-        return (
-            f"{dataset} is not a dataset: no such directory (looked in {Path.cwd()}); "
-            f"write it with `headrace prepare --input PATH --output {dataset}`"
-        )
-    if (dataset / "headrace.lock.json").is_file():
-        return (
-            f"{dataset} is not a dataset yet: its preparation has not finished (no {MANIFEST}); "
-            "run the same `headrace prepare` again, it continues where it stopped"
-        )
-    return (
-        f"{dataset} is not a dataset: it holds no {MANIFEST}; name the directory given to "
-        "`headrace prepare --output`"
     )
 
 

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.arrays import check_lens
 from data.claim import holding
 from data.config import DataError, DataUsageError
 from data.durable import write_durably, writing
 from data.manifest import Manifest, ShardEntry, read_manifest
 from data.packing import pack
+from data.places import Place, place_of
 from data.plans import (
     LENGTH_BITS,
     PLAN,
@@ -30,14 +32,13 @@ from data.plans import (
     Plan,
     open_plan_file,
     plan_bytes,
-    plan_file,
     plan_folder,
+    plan_name,
     read_plan,
     write_plan,
 )
 from data.pool import Pool, Progress
-from data.shards import index_path, read_index
-from data.tokens import check_lens, open_shard
+from data.shard_index import index_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def pack_dataset(
         )
     folder = plan_folder(dataset, seq_len)
     with holding(folder):
-        plan = finished_plan(dataset, manifest, seq_len)
+        plan = finished_plan(place_of(dataset), manifest, seq_len)
         was_complete = plan is not None
         if plan is None:
             with writing(folder):
@@ -97,16 +98,16 @@ def pack_dataset(
                 (folder / PLAN).unlink(missing_ok=True)
             shards = _pack_shards(dataset, manifest, seq_len, workers, progress)
             write_plan(dataset, manifest, seq_len, shards)
-            plan = read_plan(dataset, manifest, seq_len)
+            plan = read_plan(place_of(dataset), manifest, seq_len)
     return PackedDataset(str(dataset), seq_len, packed_sources(plan, manifest), was_complete)
 
 
-def finished_plan(dataset: Path, manifest: Manifest, seq_len: int) -> Plan | None:
+def finished_plan(place: Place, manifest: Manifest, seq_len: int) -> Plan | None:
     """The plan that was made before, after hashing all of it; None when it must be made (again)."""
     try:
-        plan = read_plan(dataset, manifest, seq_len)
+        plan = read_plan(place, manifest, seq_len)
         for entry, shard in zip(manifest.shards, plan.shards, strict=True):
-            os.close(open_plan_file(plan_file(dataset, seq_len, entry.path), shard.sha256))
+            os.close(open_plan_file(place, seq_len, entry.path, shard.sha256))
     except DataError:
         return None
     return plan
@@ -138,24 +139,26 @@ def _packed_source(plan: Plan, manifest: Manifest, split: str, name: str) -> Pac
     )
 
 
-def pack_shard(dataset: Path, entry: ShardEntry, seq_len: int) -> tuple[bytes, PackedShard]:
+def pack_shard(place: Place, entry: ShardEntry, seq_len: int) -> tuple[bytes, PackedShard]:
     """The file of a shard, and what plan.json says of it."""
     begin, packings = 0, []
-    for lens in chunk_lens(dataset, entry):
+    for lens in chunk_lens(place, entry):
         packings.append((begin, pack(lens, seq_len)))
         begin += int(lens.sum())
     return plan_bytes(packings)
 
 
-def chunk_lens(dataset: Path, entry: ShardEntry) -> Iterator[NDArray[np.int64]]:
+def chunk_lens(place: Place, entry: ShardEntry) -> Iterator[NDArray[np.int64]]:
     """The document lengths of every chunk of a shard, checked."""
-    path = dataset / entry.path
-    file = open_shard(path, entry.bytes)
-    try:
-        for chunk in read_index(index_path(path), sha256=entry.idx_sha256).chunks:
-            yield check_lens(file, path, chunk).astype(np.int64)
-    finally:
-        os.close(file)
+    index = index_of(place, entry.path, entry.idx_sha256)
+    for number, listed in enumerate(index.chunks):
+        chunk = listed.alone() if place.by_chunk else listed
+        array = listed.array("lens", shard=entry.path, number=number, index=index)
+        file = place.open_array(array)
+        try:
+            yield check_lens(file, place.path(entry.path), chunk).astype(np.int64)
+        finally:
+            os.close(file)
 
 
 def _pack_shards(
@@ -175,6 +178,6 @@ def _pack_shards(
 
 
 def _write_shard(dataset: Path, seq_len: int, entry: ShardEntry) -> PackedShard:
-    content, shard = pack_shard(dataset, entry, seq_len)
-    write_durably(plan_file(dataset, seq_len, entry.path), content)
+    content, shard = pack_shard(place_of(dataset), entry, seq_len)
+    write_durably(dataset / plan_name(seq_len, entry.path), content)
     return shard

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from array import array
 from bisect import bisect_left, bisect_right
@@ -27,10 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataError, DataUsageError
-from data.durable import read_sealed, write_sealed
+from data.config import AccessError, DataError, DataUsageError
+from data.durable import unsealed, write_sealed
+from data.folder import Folder
 from data.manifest import Manifest, read_table
 from data.packing import PackedChunk, Parts
+from data.places import Place
 from data.recent import Recent
 
 FOLDER = "packing"
@@ -68,7 +71,7 @@ _COLUMNS = {
 class Plan:
     """The content of a plan.json, its shards in the order of the manifest."""
 
-    dataset: Path
+    place: Place
     seq_len: int
     shards: tuple[PackedShard, ...]
 
@@ -78,20 +81,26 @@ def plan_folder(dataset: Path, seq_len: int) -> Path:
     return dataset / FOLDER / str(seq_len)
 
 
-def plan_file(dataset: Path, seq_len: int, shard: str) -> Path:
-    """The file of a shard (SPLIT/SOURCE/FILE)."""
-    return plan_folder(dataset, seq_len) / Path(shard).with_suffix(".npy")
+def plan_name(seq_len: int, shard: str = "") -> str:
+    """The file of a shard (SPLIT/SOURCE/FILE), or plan.json, relative to the dataset."""
+    file = Path(shard).with_suffix(".npy").as_posix() if shard else PLAN
+    return f"{FOLDER}/{seq_len}/{file}"
 
 
-def planned_lengths(dataset: Path) -> list[int]:
-    """The lengths that `headrace data pack` has made plans for, or has begun to."""
-    names = [path.name for path in (dataset / FOLDER).glob("*") if path.is_dir()]
+def planned_lengths(place: Place) -> list[int]:
+    """The lengths that `headrace data pack` has made plans for, or has begun to; what lies
+    elsewhere cannot be listed.
+    """
+    if not isinstance(place, Folder):
+        return []
+    names = [path.name for path in (place.folder / FOLDER).glob("*") if path.is_dir()]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def command(dataset: Path, seq_len: int) -> str:
+def command(place: Place, seq_len: int) -> str:
     """What makes a plan, as an error tells it."""
-    return f"`headrace data pack {dataset} --seq-len {seq_len}`"
+    elsewhere = "" if isinstance(place, Folder) else " in the directory it was copied from"
+    return f"`headrace data pack {place} --seq-len {seq_len}`{elsewhere}"
 
 
 def write_plan(dataset: Path, manifest: Manifest, seq_len: int, shards: list[PackedShard]) -> None:
@@ -107,18 +116,19 @@ def write_plan(dataset: Path, manifest: Manifest, seq_len: int, shards: list[Pac
     write_sealed(plan_folder(dataset, seq_len) / PLAN, content)
 
 
-def read_plan(dataset: Path, manifest: Manifest, seq_len: int) -> Plan:
+def read_plan(place: Place, manifest: Manifest, seq_len: int) -> Plan:
     """The plan of a dataset for samples of a length. DataUsageError when there is none or it is of
     other data, DataError when it is damaged; both name the command that makes it.
     """
-    path = plan_folder(dataset, seq_len) / PLAN
-    make = f"make it with {command(dataset, seq_len)}"
-    if not path.is_file():
+    path = place.path(plan_name(seq_len))
+    make = f"make it with {command(place, seq_len)}"
+    raw = place.sealed(plan_name(seq_len))
+    if raw is None:
         raise DataUsageError(
-            f"{dataset} has no plan for data.packing=best_fit with seq_len={seq_len} ({path} is "
+            f"{place} has no plan for data.packing=best_fit with seq_len={seq_len} ({path} is "
             f"missing); {make}, or write data.packing=concat"
         )
-    found = read_sealed(path, remedy=f"; {make} again")
+    found = json.loads(unsealed(raw, path, remedy=f"; {make} again"))
     if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
         raise DataUsageError(
             f"{path} is no packing plan that this headrace reads (format {found.get('format')!r}, "
@@ -127,13 +137,13 @@ def read_plan(dataset: Path, manifest: Manifest, seq_len: int) -> Plan:
     if (found["fingerprint"], found["seq_len"]) != (manifest.fingerprint, seq_len):
         raise DataUsageError(
             f"{path} was made for data of fingerprint {found['fingerprint'][:16]} with "
-            f"seq_len={found['seq_len']}, but {dataset} is {manifest.fingerprint[:16]}; {make} "
+            f"seq_len={found['seq_len']}, but {place} is {manifest.fingerprint[:16]}; {make} "
             "again"
         )
     rows = zip(*(found[name] for name in _COLUMNS), strict=True)
-    plan = Plan(dataset, seq_len, tuple(PackedShard(*row) for row in rows))
+    plan = Plan(place, seq_len, tuple(PackedShard(*row) for row in rows))
     if len(plan.shards) != len(manifest.shards):
-        raise DataError(f"{path} lists {len(plan.shards)} shards, not those of {dataset}; {make}")
+        raise DataError(f"{path} lists {len(plan.shards)} shards, not those of {place}; {make}")
     return plan
 
 
@@ -157,17 +167,19 @@ def plan_bytes(packings: Sequence[tuple[int, PackedChunk]]) -> tuple[bytes, Pack
     return content, PackedShard(num_samples, num_parts, num_targets, num_cut, sha256)
 
 
-def open_plan_file(path: Path, sha256: str) -> int:
+def open_plan_file(place: Place, seq_len: int, shard: str, sha256: str) -> int:
     """A file descriptor of a shard's file, all of it hashed. DataError naming the command."""
     try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(_damaged(path, f"it cannot be read: {error.strerror}")) from error
-    with os.fdopen(os.dup(file), "rb") as whole:
-        found = hashlib.file_digest(whole, "sha256").hexdigest()
+        with place.open(plan_name(seq_len, shard), sha256) as whole:
+            found = hashlib.file_digest(whole, "sha256").hexdigest()
+            file = os.dup(whole.fileno())
+    except AccessError:
+        raise
+    except DataError as error:
+        raise DataError(_damaged(place, seq_len, shard, "it is missing")) from error
     if found != sha256:
         os.close(file)
-        raise DataError(_damaged(path, f"its sha256 is not the one in {PLAN}"))
+        raise DataError(_damaged(place, seq_len, shard, f"its sha256 is not the one in {PLAN}"))
     return file
 
 
@@ -181,7 +193,8 @@ class PlanReader:
         entries = manifest.source_shards(split, source)
         self._row = manifest.shards.index(entries[0])
         shards = plan.shards[self._row : self._row + len(entries)]
-        self._dataset, self._seq_len = plan.dataset, plan.seq_len
+        self._place, self._seq_len = plan.place, plan.seq_len
+        self._table_sha256 = manifest.table_sha256
         self._ends = array("q", accumulate(shard.samples for shard in shards))
         self._num_parts = array("q", (shard.parts for shard in shards))
         self._sha256 = np.array([list(bytes.fromhex(s.sha256)) for s in shards], dtype=np.uint8)
@@ -220,11 +233,11 @@ class PlanReader:
         self._reset()
 
     def _reset(self) -> None:
-        self._table = read_table(self._dataset)
-        self._files: Recent[tuple[int, int]] = Recent(
+        self._table = read_table(self._place, self._table_sha256)
+        self._files: Recent[int, tuple[int, int]] = Recent(
             MAX_FILES, drop=lambda file: os.close(file[0])
         )
-        self._parts: Recent[Parts] = Recent(MAX_SAMPLES)
+        self._parts: Recent[int, Parts] = Recent(MAX_SAMPLES)
         self._checked: set[int] = set()
 
     def _num_samples(self, shard: int) -> int:
@@ -246,26 +259,26 @@ class PlanReader:
         file, begin = self._files.get(shard, self._open)
         raw = os.pread(file, _WIDTH * count, begin + _WIDTH * first)
         if len(raw) < _WIDTH * count:
-            raise DataError(_damaged(self._path(shard), "it was cut while it was in use"))
+            cut = "it was cut while it was in use"
+            raise DataError(_damaged(self._place, self._seq_len, self._shard(shard), cut))
         return np.frombuffer(raw, dtype="<u8")
 
     def _open(self, shard: int) -> tuple[int, int]:
         """A descriptor, and where the numbers begin: behind a header of no fixed length."""
+        sha256, name = self._sha256[shard].tobytes().hex(), self._shard(shard)
         if shard in self._checked:
-            file = os.open(self._path(shard), os.O_RDONLY)
+            with self._place.open(plan_name(self._seq_len, name), sha256) as whole:
+                file = os.dup(whole.fileno())
         else:
-            file = open_plan_file(self._path(shard), self._sha256[shard].tobytes().hex())
+            file = open_plan_file(self._place, self._seq_len, name, sha256)
             self._checked.add(shard)
         count = self._num_samples(shard) + 1 + self._num_parts[shard]
         return file, os.fstat(file).st_size - _WIDTH * count
 
-    def _path(self, shard: int) -> Path:
-        name = bytes(self._table[self._row + shard]["path"]).decode()
-        return plan_file(self._dataset, self._seq_len, name)
+    def _shard(self, shard: int) -> str:
+        return bytes(self._table[self._row + shard]["path"]).decode()
 
 
-def _damaged(path: Path, what: str) -> str:
-    # DATASET/packing/LENGTH/SPLIT/SOURCE/FILE
-    length = path.parents[2]
-    make = command(length.parents[1], int(length.name))
-    return f"{path} is damaged: {what}; make the plan again with {make}"
+def _damaged(place: Place, seq_len: int, shard: str, what: str) -> str:
+    path = place.path(plan_name(seq_len, shard))
+    return f"{path} is damaged: {what}; make the plan again with {command(place, seq_len)}"

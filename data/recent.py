@@ -1,23 +1,24 @@
-"""The values used last, by number: a bound on open files and parsed indexes, whatever the data."""
+"""The values used last, by key: a bound on open files and parsed indexes, whatever the data."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Value]):
+class Recent(Generic[Key, Value]):
     """The values used last, made on demand and let go when there are too many."""
 
     def __init__(self, limit: int, *, drop: Callable[[Value], None] | None = None) -> None:
         self._limit = limit
         self._drop = drop
-        self._values: OrderedDict[int, Value] = OrderedDict()
+        self._values: OrderedDict[Key, Value] = OrderedDict()
 
-    def get(self, key: int, make: Callable[[int], Value]) -> Value:
+    def get(self, key: Key, make: Callable[[Key], Value]) -> Value:
         """The value of a key, made by `make` unless it was used lately."""
         value = self._values.get(key)
         if value is None:

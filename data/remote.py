@@ -1,9 +1,9 @@
-"""Inputs behind a URL: fetched once into a folder, then read like any file. Imports fsspec alone.
+"""Files behind a URL: inputs, fetched once into a folder, and datasets, read by ranges.
 
-s3:// gs:// http:// https:// hf://. A file counts when the note beside it (size and hash) was
-written, last; a later call holds the file against its note and does not ask the server again.
-Failures that may pass (5xx, 429, cut connections, timeouts) are tried 8 times in about 30 s, with
-growing pauses; others stop at once. Cost: the download, plus one hash of what was fetched before.
+s3:// gs:// http:// https:// hf://. The only module that imports fsspec. A kept input counts when
+the note beside it (size and hash) was written, last; a later call holds the file against its note
+and does not ask the server again. Failures: data/retries.py. Cost: the download, plus one hash of
+what was fetched before.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
 import xxhash
 
-from data.config import DataError, DataUsageError
+from data.config import DataUsageError, check_public
 from data.durable import publish, write_durably, writing
+from data.retries import Wish, WrongAnswer, tried, without_secrets
 
 PACKAGES = {
     "s3": "s3fs",
@@ -32,25 +30,111 @@ PACKAGES = {
     "hf": "huggingface_hub",
 }
 """Scheme -> the package that fsspec needs for it."""
-_ATTEMPTS = 8
-_FIRST_PAUSE = 0.25
-_PASSING = (408, 425, 429)
 _STALLED_SECONDS = 60
 
-Result = TypeVar("Result")
+
+class UrlFiles:
+    """The files of a dataset below a URL."""
+
+    has_ranges = True
+
+    def __init__(self, url: str) -> None:
+        check_public(url)
+        self.location = url
+        self._url = url.rstrip("/")
+        self._scheme = urlsplit(url).scheme
+        self._system: Any = None
+        # Refused before anything is asked of a server.
+        _system(self._url, self._scheme, "dataset ")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A file system belongs to the process whose threads serve it.
+        return {**vars(self), "_system": None}
+
+    def name(self, file: str) -> str:
+        """The URL of a file."""
+        return f"{self._url}/{quote(file) if self._is_http else file}"
+
+    def whole(self, file: str) -> bytes:
+        """A small file. AccessError when it cannot be had."""
+        url = self.name(file)
+        found: bytes = tried(lambda: self._files().cat_file(url), Wish(url))
+        return found
+
+    def size(self, file: str) -> int:
+        """The bytes of a file, without reading it."""
+        url = self.name(file)
+
+        def ask() -> int:
+            size = self._files().info(url).get("size")
+            if size is None:
+                raise WrongAnswer("the server does not say how long the file is")
+            return int(size)
+
+        return tried(ask, Wish(url))
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file, never more or fewer. AccessError when they are not given.
+
+        Whether they are the right ones only their hash can tell.
+        """
+        url = self.name(file)
+        cure = (
+            "the file there is not the one that the manifest lists, or the server does not give "
+            "parts of files: copy the dataset again, or to another place"
+        )
+
+        def ask() -> bytes:
+            found = self._range(url, start, stop)
+            if len(found) != stop - start:
+                raise WrongAnswer(
+                    f"bytes {start} to {stop - 1} were asked for, {len(found)} bytes came"
+                )
+            return found
+
+        return tried(ask, Wish(url, cure))
+
+    def _range(self, url: str, start: int, stop: int) -> bytes:
+        files = self._files()
+        if not self._is_http:
+            found: bytes = files.cat_file(url, start=start, end=stop)
+            return found
+        # Unlike cat_file it does not download a whole file that a server gives instead of a part.
+        with files.open(url, "rb", size=stop, cache_type="none") as stream:
+            stream.seek(start)
+            try:
+                part: bytes = stream.read(stop - start)
+            except ValueError:
+                raise WrongAnswer(
+                    f"bytes {start} to {stop - 1} were asked for, the server gave the whole file"
+                ) from None
+        if not part:
+            raise ValueError("the file ends before the bytes that were asked for")
+        return part
+
+    @property
+    def _is_http(self) -> bool:
+        return self._scheme in ("http", "https")
+
+    def _files(self) -> Any:
+        if self._system is None:
+            self._system = _system(self._url, self._scheme, "dataset ")
+        return self._system
 
 
 def fetch(url: str, folder: Path) -> list[Path]:
     """Every file that the URL names, a pattern or folder in sorted order, as files in `folder`."""
     scheme = urlsplit(url).scheme
-    system = _system(url, scheme)
+    system = _system(url, scheme, "--input ")
     return [_fetch_one(system, found, scheme, folder) for found in _expand(system, url, scheme)]
 
 
-def _system(url: str, scheme: str) -> Any:
+def _system(url: str, scheme: str, noun: str) -> Any:
     if scheme not in PACKAGES:
         known = ", ".join(f"{name}://" for name in PACKAGES)
-        raise DataUsageError(f"--input {url}: {scheme}:// is not supported; {known} are")
+        raise DataUsageError(
+            f"{noun}{without_secrets(url)}: {scheme}:// is not supported; {known} are"
+        )
     package = PACKAGES[scheme]
     try:
         import fsspec
@@ -62,12 +146,15 @@ def _system(url: str, scheme: str) -> Any:
         # Its own limit is 5 minutes for a whole file; a server's packing would not be the file's.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_STALLED_SECONDS)
         return fsspec.filesystem(
-            scheme, client_kwargs={"timeout": timeout}, headers={"Accept-Encoding": "identity"}
+            scheme,
+            # trust_env: passwords from ~/.netrc, proxies from the environment.
+            client_kwargs={"timeout": timeout, "trust_env": True},
+            headers={"Accept-Encoding": "identity"},
         )
     except ImportError:
         raise DataUsageError(
-            f"--input {url}: reading {scheme}:// needs the package {package}; install it with "
-            f"{sys.executable} -m pip install {package}"
+            f"{noun}{without_secrets(url)}: reading {scheme}:// needs the package {package}; "
+            f"install it with {sys.executable} -m pip install {package}"
         ) from None
 
 
@@ -75,10 +162,11 @@ def _expand(system: Any, url: str, scheme: str) -> list[str]:
     """The URLs of single files."""
     if scheme in ("http", "https"):
         return [url]
+    wish = Wish(url, is_input=True)
     if any(mark in url for mark in "*?["):
-        found = _tried(lambda: system.glob(url), url)
-    elif _tried(lambda: system.isdir(url), url):
-        found = _tried(lambda: system.find(url), url)
+        found = tried(lambda: system.glob(url), wish)
+    elif tried(lambda: system.isdir(url), wish):
+        found = tried(lambda: system.find(url), wish)
     else:
         return [url]
     names = sorted(f"{scheme}://{name}" for name in found if not _is_hidden(name))
@@ -109,13 +197,13 @@ def _fetch_one(system: Any, url: str, scheme: str, folder: Path) -> Path:
             raise OSError(f"got {part.stat().st_size} bytes of {expected}")
 
     try:
-        _tried(download, url)
+        tried(download, Wish(url, is_input=True))
         with writing(part), part.open("rb") as stream:
             os.fsync(stream.fileno())
         publish(part, path)
     finally:
         part.unlink(missing_ok=True)
-    fetched = {"url": _without_secrets(url), "bytes": path.stat().st_size, "xxh3": _hash(path)}
+    fetched = {"url": without_secrets(url), "bytes": path.stat().st_size, "xxh3": _hash(path)}
     write_durably(note, json.dumps(fetched).encode())
     return path
 
@@ -134,62 +222,3 @@ def _hash(path: Path) -> str:
         while block := stream.read(2**23):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _without_secrets(url: str) -> str:
-    """The URL without a query, a fragment or a password: signed URLs hold credentials."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
-
-
-def _tried(action: Callable[[], Result], url: str) -> Result:
-    """The action's result, tried again while its failures may pass."""
-    # The pauses change no byte, and many jobs must not come back at one moment.
-    rng = random.Random()
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return action()
-        except Exception as error:
-            reason = _reason(error)
-            if not _may_pass(error):
-                raise DataUsageError(
-                    f"--input {_without_secrets(url)} cannot be fetched ({reason}); check the "
-                    "address, and whether you may read it"
-                ) from error
-            if attempt == _ATTEMPTS:
-                raise DataError(
-                    f"--input {_without_secrets(url)} could not be fetched in {_ATTEMPTS} attempts"
-                    f" ({reason}); run the same command again when the server answers: what was "
-                    "fetched is kept"
-                ) from error
-        time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1) * rng.uniform(0.5, 1.5))
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status of an error or of what caused it."""
-    while error is not None:
-        status = getattr(error, "status", None)
-        if isinstance(status, int):
-            return status
-        error = error.__cause__
-    return None
-
-
-def _may_pass(error: Exception) -> bool:
-    status = _status(error)
-    if status is not None:
-        return status >= 500 or status in _PASSING
-    return not isinstance(
-        error, FileNotFoundError | PermissionError | NotImplementedError | ValueError
-    )
-
-
-def _reason(error: Exception) -> str:
-    status = _status(error) or (404 if isinstance(error, FileNotFoundError) else None)
-    # The message itself may repeat a signed URL.
-    words = type(error).__name__
-    if isinstance(error, OSError) and status is None and "://" not in str(error):
-        words = f"{words}: {error}"
-    return f"HTTP {status}, {words}" if status else words

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from data.manifest import Manifest, read_manifest
 from data.order import Geometry, Ints, slots_of, window_ends
 from data.packing import Parts
+from data.places import Place
 from data.plans import PlanReader, read_plan
 from data.tokens import TokenSource
 
@@ -42,9 +42,15 @@ class Samples(Protocol):
         """The same source in samples of another length."""
 
     def read_rows(
-        self, offsets: Sequence[int], rows: NDArray[np.uint32], places: Sequence[int]
+        self,
+        offsets: Sequence[int],
+        rows: NDArray[np.uint32],
+        places: Sequence[int],
+        damaged: dict[int, str] | None = None,
     ) -> None:
-        """Row places[i] becomes the seq_len + 1 tokens of the sample at offsets[i]."""
+        """Row places[i] becomes the seq_len + 1 tokens of the sample at offsets[i]. With `damaged`,
+        one that touches damage is zeros, and entered there by its place.
+        """
 
     def parts(self, offset: int) -> Parts:
         """The runs of tokens that make up a sample, starts counted in tokens of the source."""
@@ -75,10 +81,14 @@ class Concat:
         return replace(self, geometry=replace(self.geometry, seq_len=seq_len))
 
     def read_rows(
-        self, offsets: Sequence[int], rows: NDArray[np.uint32], places: Sequence[int]
+        self,
+        offsets: Sequence[int],
+        rows: NDArray[np.uint32],
+        places: Sequence[int],
+        damaged: dict[int, str] | None = None,
     ) -> None:
-        """DataError when the tokens are damaged."""
-        self.tokens.read_rows(offsets, rows, places)
+        """DataError when the tokens are damaged and nobody keeps account."""
+        self.tokens.read_rows(offsets, rows, places, damaged)
 
     def parts(self, offset: int) -> Parts:
         """One."""
@@ -97,12 +107,12 @@ class BestFit:
     """Samples of a plan that `headrace data pack` has made. DataUsageError when there is none."""
 
     def __init__(
-        self, tokens: TokenSource, dataset: Path, manifest: Manifest, split: str, seq_len: int
+        self, tokens: TokenSource, place: Place, manifest: Manifest, split: str, seq_len: int
     ) -> None:
         self.tokens = tokens
-        self._dataset = dataset
+        self._place = place
         self._split = split
-        plan = read_plan(dataset, manifest, seq_len)
+        plan = read_plan(place, manifest, seq_len)
         self._plan = PlanReader(plan, manifest, split, tokens.name)
         num_samples = self._plan.num_samples
         block = manifest.block_tokens // seq_len * seq_len
@@ -118,19 +128,28 @@ class BestFit:
         if seq_len == self.geometry.seq_len:
             return self
         # Not kept: the list of a large dataset's shards would go to every loader process.
-        manifest = read_manifest(self._dataset)
-        return BestFit(self.tokens, self._dataset, manifest, self._split, seq_len)
+        manifest = read_manifest(self._place)
+        return BestFit(self.tokens, self._place, manifest, self._split, seq_len)
 
     def read_rows(
-        self, offsets: Sequence[int], rows: NDArray[np.uint32], places: Sequence[int]
+        self,
+        offsets: Sequence[int],
+        rows: NDArray[np.uint32],
+        places: Sequence[int],
+        damaged: dict[int, str] | None = None,
     ) -> None:
-        """What no part fills is zeros. DataError when plan or tokens are damaged."""
+        """What no part fills is zeros. DataError when the plan is damaged, or tokens are and nobody
+        keeps account.
+        """
         for offset, place in zip(offsets, places, strict=True):
+            found: dict[int, str] | None = None if damaged is None else {}
             parts, end = self.parts(offset), 0
             for start, size in zip(parts.starts.tolist(), parts.lens.tolist(), strict=True):
                 begin, end = end, end + size
-                self.tokens.read_rows([start], rows[place : place + 1, begin:end], [0])
+                self.tokens.read_rows([start], rows[place : place + 1, begin:end], [0], found)
             rows[place, end:] = 0
+            if damaged is not None and found:
+                rows[place], damaged[place] = 0, found[0]
 
     def parts(self, offset: int) -> Parts:
         """Those of the plan."""

@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data.config import DataError
-from data.durable import publish, read_sealed, write_sealed, writing
+from data.durable import publish, write_sealed, writing
 from data.manifest import BLOCK_TOKENS as BLOCK_TOKENS
 from data.manifest import Dtype as Dtype
 from data.manifest import Manifest as Manifest
@@ -34,35 +34,17 @@ from data.manifest import ShardEntry as ShardEntry
 from data.manifest import dtype_for as dtype_for
 from data.manifest import read_manifest as read_manifest
 from data.manifest import write_manifest as write_manifest
-from data.names import lines_of, names_of
+from data.names import lines_of
+from data.shard_index import (
+    INDEX_FORMAT,
+    INDEX_VERSION,
+    Chunk,
+    ShardIndex,
+    index_path,
+    read_index,
+)
 
 CHUNK_TOKENS = 2**20
-INDEX_FORMAT = "headrace-shard-index"
-INDEX_VERSION = 1
-_READ_BYTES = 2**22
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk of a shard. Offsets are of the first array element, in bytes of the tar."""
-
-    key: str
-    documents: int
-    tokens: int
-    lens_offset: int
-    tokens_offset: int
-    lens_xxh3: str
-    tokens_xxh3: str
-    ids_offset: int | None = None
-    """Of the document ids; None, like what follows, where the shard keeps none."""
-    ids_bytes: int = 0
-    ids_xxh3: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As in the index: shards without document ids have the index that they always had."""
-        ids = ("ids_offset", "ids_bytes", "ids_xxh3")
-        has_ids = self.ids_offset is not None
-        return {key: value for key, value in vars(self).items() if has_ids or key not in ids}
 
 
 @dataclass(frozen=True)
@@ -71,26 +53,6 @@ class Named:
 
     ids: NDArray[Any]
     name: str
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The content of an index file."""
-
-    dtype: Dtype
-    bytes: int
-    tar_sha256: str
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the shard."""
-        return sum(chunk.tokens for chunk in self.chunks)
-
-    @property
-    def documents(self) -> int:
-        """Documents of the shard."""
-        return sum(chunk.documents for chunk in self.chunks)
 
 
 def write_shard(
@@ -125,52 +87,6 @@ def finished_shard(path: Path) -> ShardEntry | None:
     except (DataError, OSError):
         return None
     return _entry(path, index, file_sha256(index_path(path)))
-
-
-def index_path(shard: Path) -> Path:
-    """shard-000000.tar -> shard-000000.idx.json"""
-    return shard.with_suffix(".idx.json")
-
-
-def read_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
-    """The index of a shard. DataError when it is missing, damaged, or has another sha256."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; restore it from a copy of the dataset")
-    if sha256 is not None and file_sha256(path) != sha256:
-        read_sealed(path)
-        raise DataError(
-            f"{path} is an intact index, but not the one that the manifest lists; "
-            "restore it from a copy of this dataset"
-        )
-    found = read_sealed(path)
-    if (found.get("format"), found.get("version")) != (INDEX_FORMAT, INDEX_VERSION):
-        raise DataError(
-            f"{path} is no shard index that this headrace reads: "
-            f"format {found.get('format')!r}, version {found.get('version')!r}"
-        )
-    return ShardIndex(
-        dtype=found["dtype"],
-        bytes=found["bytes"],
-        tar_sha256=found["tar_sha256"],
-        chunks=tuple(Chunk(**chunk) for chunk in found["chunks"]),
-    )
-
-
-def read_names(file: int, path: Path, chunk: Chunk) -> list[str] | None:
-    """The id of every document of a chunk, checked; None where the shard keeps none.
-
-    DataError naming the shard and the chunk.
-    """
-    if chunk.ids_offset is None:
-        return None
-    raw = os.pread(file, chunk.ids_bytes, chunk.ids_offset)
-    if xxhash.xxh3_64_hexdigest(raw) != chunk.ids_xxh3:
-        raise DataError(
-            f"{path}, chunk {chunk.key}: its document ids are damaged (xxh3 differs from the "
-            "index); restore the shard from a copy, and run `headrace data verify --full` on the "
-            "dataset to see what else is"
-        )
-    return names_of(raw)
 
 
 def file_sha256(path: Path) -> str:

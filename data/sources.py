@@ -15,11 +15,12 @@ from data.config import DataConfig, DataError, DataSource, DataUsageError, Packi
 from data.manifest import Manifest, read_manifest
 from data.mixture import quotas
 from data.order import Geometry
+from data.places import Place, place_of
 from data.samples import BestFit, Concat, Samples
 from data.tokens import TokenSource
 
 Data = str | Path | Sequence[DataSource]
-"""A dataset directory, or several by name and weight."""
+"""A dataset, or several by name and weight."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Source:
     """One source of a split: a name in the keys of the order, and the tokens behind it."""
 
     name: str
-    dataset: Path
+    dataset: Place
     tokens: TokenSource
     samples: Samples
     fingerprint: str
@@ -59,6 +60,8 @@ class Datasets:
     """Of the dataset, or of every dataset by its name."""
     packing: Packing
     """How documents fill samples."""
+    places: tuple[tuple[Place, str], ...]
+    """Every dataset that was named, with the name of its tokenizer's file."""
 
     def slots(self) -> dict[str, int]:
         """The mixture by the weights of the sources, out of NUM_SLOTS."""
@@ -75,25 +78,34 @@ def data_of(config: DataConfig) -> Data:
 
 
 def open_datasets(
-    data: Data, *, seq_len: int, split: str = "train", packing: Packing = "concat"
+    data: Data,
+    *,
+    seq_len: int,
+    split: str = "train",
+    config: DataConfig | None = None,
+    commands: bool = False,
+    packing: Packing = "concat",
 ) -> Datasets:
-    """Open the sources of a split.
+    """Open the sources of a split; `config` and `commands` as of `place_of`. A config brings its
+    own packing.
 
     Training needs all that are named; of another split each dataset gives what it has, by size.
     DataUsageError when the datasets do not fit each other or give no sample of seq_len.
     """
+    packing = packing if config is None else config.packing
     if isinstance(data, str | Path):
         listed = [DataSource(name="dataset", path=str(data), weight=1)]
     else:
         listed = list(data)
     alone = isinstance(data, str | Path)
-    manifests = [read_manifest(Path(entry.path)) for entry in listed]
+    places = [place_of(entry.path, config, commands=commands) for entry in listed]
+    manifests = [read_manifest(place) for place in places]
     _check_alike(listed, manifests)
     sources: list[Source] = []
     refused: DataUsageError | None = None
-    for entry, manifest in zip(listed, manifests, strict=True):
+    for entry, place, manifest in zip(listed, places, manifests, strict=True):
         try:
-            sources += _sources(entry, manifest, split, seq_len, packing, alone=alone)
+            sources += _sources(entry, place, manifest, split, seq_len, packing, alone=alone)
         except DataUsageError as error:
             if split == "train":
                 raise
@@ -111,11 +123,16 @@ def open_datasets(
         eos_id=manifests[0].special_ids.get("eos"),
         fingerprint=manifests[0].fingerprint if alone else by_name,
         packing=packing,
+        places=tuple(
+            (place, manifest.tokenizer_file)
+            for place, manifest in zip(places, manifests, strict=True)
+        ),
     )
 
 
 def _sources(
     entry: DataSource,
+    place: Place,
     manifest: Manifest,
     split: str,
     seq_len: int,
@@ -123,35 +140,34 @@ def _sources(
     *,
     alone: bool,
 ) -> list[Source]:
-    folder = Path(entry.path)
     names = manifest.source_names(split)
     if not names:
         found = sorted({shard.split for shard in manifest.shards})
         raise DataUsageError(
-            f"{folder} has no split {split!r}, only {', '.join(found)}; prepare it with "
+            f"{place} has no split {split!r}, only {', '.join(found)}; prepare it with "
             "`--val-fraction` above 0"
         )
     if seq_len > manifest.block_tokens:
         raise DataUsageError(
-            f"seq_len={seq_len} is longer than a block of {folder}, which holds "
+            f"seq_len={seq_len} is longer than a block of {place}, which holds "
             f"{manifest.block_tokens} tokens; lower seq_len"
         )
     made: list[Samples] = []
     for name in names:
-        tokens = TokenSource(folder, manifest, split, name)
+        tokens = TokenSource(place, manifest, split, name)
         if packing == "best_fit":
-            made.append(BestFit(tokens, folder, manifest, split, seq_len))
+            made.append(BestFit(tokens, place, manifest, split, seq_len))
         else:
             made.append(Concat(tokens, Geometry(tokens.num_tokens, manifest.block_tokens, seq_len)))
         if made[-1].geometry.num_samples == 0:
-            raise DataUsageError(_too_small(folder, split, tokens, seq_len, packing))
+            raise DataUsageError(_too_small(place, split, tokens, seq_len, packing))
     total = sum(samples.geometry.num_samples for samples in made)
     # By size, sources come to the end of their epochs together.
     scale = 1.0 if alone or split != "train" else entry.weight / total
     return [
         Source(
             name=_name(entry.name, name, alone=alone, only=len(names) == 1),
-            dataset=folder,
+            dataset=place,
             tokens=samples.tokens,
             samples=samples,
             fingerprint=manifest.source_fingerprint(split, name),
@@ -162,9 +178,9 @@ def _sources(
 
 
 def _too_small(
-    folder: Path, split: str, tokens: TokenSource, seq_len: int, packing: Packing
+    place: Place, split: str, tokens: TokenSource, seq_len: int, packing: Packing
 ) -> str:
-    held = f"{folder}: source {tokens.name!r} of split {split!r} holds"
+    held = f"{place}: source {tokens.name!r} of split {split!r} holds"
     if packing == "best_fit":
         return f"{held} no document of two tokens or more; prepare more text"
     return (
@@ -191,7 +207,7 @@ def _check_alike(listed: list[DataSource], manifests: list[Manifest]) -> None:
             raise DataUsageError(
                 f"sources {first.name!r} and {entry.name!r} were made with different tokenizers: "
                 f"{first.path} has sha256 {there}, {entry.path} has {here}; prepare one of them "
-                f"again with `--tokenizer {Path(first.path) / reference.tokenizer_file}`"
+                f"again with `--tokenizer {first.path}/{reference.tokenizer_file}`"
             )
         if _bos(manifest) != _bos(reference):
             with_bos, without = (first, entry) if _bos(reference) else (entry, first)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data.arrays import check_lens, check_tokens, hash_tokens
 from data.config import DataError
 from data.manifest import Manifest, ShardEntry, read_manifest
 from data.order import Geometry, locate
 from data.pack import PackedSource, chunk_lens, packed_sources
+from data.places import Place, place_of
 from data.plans import planned_lengths, read_plan
 from data.repeats import RepeatCounter, Repeats
-from data.shards import index_path, read_index
-from data.tokens import TokenSource, check_lens, check_tokens, hash_tokens, open_shard
+from data.shard_index import index_of, index_path
+from data.tokens import TokenSource
 
 MEASURED_TOKENS = 2**27
 """How far the default order is followed: one window of it."""
@@ -84,39 +87,40 @@ class Stats:
 
 
 def dataset_stats(
-    dataset: Path,
+    dataset: str | Path | Place,
     *,
     seq_len: int,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Stats:
     """Read a dataset once and say what it holds. DataError when it is damaged."""
-    manifest = read_manifest(dataset)
+    place = place_of(dataset)
+    manifest = read_manifest(place)
     lengths: Counter[int] = Counter()
     counter = RepeatCounter()
     longest = longer = 0
     for number, entry in enumerate(manifest.shards):
-        for length, digest in _documents(dataset, manifest, entry):
+        for length, digest in _documents(place, manifest, entry):
             lengths[length.bit_length() - 1] += 1
             longest, longer = max(longest, length), longer + (length > seq_len)
             counter.add(digest, length, is_train=entry.split == "train")
         progress("read", number + 1, len(manifest.shards))
     sources = tuple(
-        _source(dataset, manifest, split, name, seq_len, seed)
+        _source(place, manifest, split, name, seq_len, seed)
         for split in ("train", "val")
         for name in manifest.source_names(split)
     )
     tokens, disk = sum(s.tokens for s in sources), sum(s.disk_bytes for s in sources)
     text_bytes = _text_bytes(manifest)
     return Stats(
-        dataset=str(dataset),
+        dataset=str(place),
         fingerprint=manifest.fingerprint,
         vocab_size=manifest.vocab_size,
         seq_len=seq_len,
         tokens=tokens,
         documents=sum(s.documents for s in sources),
         sources=sources,
-        plans=_plans(dataset, manifest),
+        plans=_plans(place, manifest),
         text_bytes=text_bytes,
         bytes_per_token=None if text_bytes is None else text_bytes / tokens,
         length_histogram={2**power: lengths[power] for power in sorted(lengths)},
@@ -129,16 +133,22 @@ def dataset_stats(
 
 
 def _documents(
-    dataset: Path, manifest: Manifest, entry: ShardEntry
+    place: Place, manifest: Manifest, entry: ShardEntry
 ) -> Iterator[tuple[int, xxhash.xxh3_128]]:
     """Length and hash of every document of a shard, all of it checked."""
-    path, dtype = dataset / entry.path, np.dtype(manifest.dtype)
-    file = open_shard(path, entry.bytes)
-    try:
-        for chunk in read_index(index_path(path), sha256=entry.idx_sha256).chunks:
+    path, dtype = place.path(entry.path), np.dtype(manifest.dtype)
+    index = index_of(place, entry.path, entry.idx_sha256)
+    for number, listed in enumerate(index.chunks):
+        named: Any = {"shard": entry.path, "number": number, "index": index}
+        chunk = listed.alone() if place.by_chunk else listed
+        with ExitStack() as held:
+            lens = place.open_array(listed.array("lens", **named))
+            held.callback(os.close, lens)
+            file = place.open_array(listed.array("tokens", **named))
+            held.callback(os.close, file)
             tokens = check_tokens(file, path, chunk, dtype, manifest.vocab_size)
             begin = 0
-            for length in check_lens(file, path, chunk).tolist():
+            for length in check_lens(lens, path, chunk).tolist():
                 if length == 0:
                     raise DataError(f"{path}, chunk {chunk.key}: a document of no tokens")
                 if tokens is not None:
@@ -146,32 +156,29 @@ def _documents(
                 else:
                     yield length, hash_tokens(file, path, chunk, dtype, begin, length)
                 begin += length
-    finally:
-        os.close(file)
 
 
 def _source(
-    dataset: Path, manifest: Manifest, split: str, name: str, seq_len: int, seed: int
+    place: Place, manifest: Manifest, split: str, name: str, seq_len: int, seed: int
 ) -> SourceStats:
     entries = manifest.source_shards(split, name)
-    paths = [dataset / entry.path for entry in entries]
     found = SourceStats(
         split,
         name,
         shards=len(entries),
         tokens=sum(entry.tokens for entry in entries),
         documents=sum(entry.documents for entry in entries),
-        disk_bytes=sum(p.stat().st_size + index_path(p).stat().st_size for p in paths),
+        disk_bytes=sum(entry.bytes + _index_bytes(place, entry) for entry in entries),
     )
     geometry = Geometry(found.tokens, manifest.block_tokens, seq_len)
     if seq_len <= manifest.block_tokens:
         found.samples_per_epoch = geometry.num_samples
     if found.samples_per_epoch:
-        found.cut_documents = _cut(dataset, entries, geometry)
+        found.cut_documents = _cut(place, entries, geometry)
     found.unused_tokens = found.tokens - found.samples_per_epoch * seq_len
     count = min(found.samples_per_epoch, max(MEASURED_TOKENS // seq_len, 1))
     if count:
-        source = TokenSource(dataset, manifest, split, name)
+        source = TokenSource(place, manifest, split, name)
         _, offsets = locate(np.arange(count), geometry, seed=seed, source=name)
         for offset in offsets.tolist():
             source.read(offset, offset + seq_len + 1)
@@ -181,11 +188,11 @@ def _source(
     return found
 
 
-def _cut(dataset: Path, entries: tuple[ShardEntry, ...], geometry: Geometry) -> int:
+def _cut(place: Place, entries: tuple[ShardEntry, ...], geometry: Geometry) -> int:
     """Documents that no sample of concatenated tokens holds whole."""
     begin = count = 0
     for entry in entries:
-        for lens in chunk_lens(dataset, entry):
+        for lens in chunk_lens(place, entry):
             ends = begin + np.cumsum(lens)
             blocks, inside = np.divmod(ends - lens, geometry.block_tokens)
             slots = np.minimum(inside // geometry.seq_len, geometry.samples_per_block - 1)
@@ -197,16 +204,21 @@ def _cut(dataset: Path, entries: tuple[ShardEntry, ...], geometry: Geometry) -> 
     return count
 
 
-def _plans(dataset: Path, manifest: Manifest) -> tuple[PackedSource, ...]:
+def _plans(place: Place, manifest: Manifest) -> tuple[PackedSource, ...]:
     """Of every length that has a plan for these data."""
     found: list[PackedSource] = []
-    for seq_len in planned_lengths(dataset):
+    for seq_len in planned_lengths(place):
         try:
-            found += packed_sources(read_plan(dataset, manifest, seq_len), manifest)
+            found += packed_sources(read_plan(place, manifest, seq_len), manifest)
         except DataError:
             # Unfinished, stale or damaged: `headrace data verify` tells which.
             continue
     return tuple(found)
+
+
+def _index_bytes(place: Place, entry: ShardEntry) -> int:
+    with place.open(index_path(Path(entry.path)).as_posix(), entry.idx_sha256) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _text_bytes(manifest: Manifest) -> int | None:

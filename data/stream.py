@@ -77,6 +77,8 @@ class SampleStream:
         self._shuffle = shuffle
         self.sources = {source.name: source for source in datasets.sources}
         self._lengths = {seq_len: self}
+        self.told: set[str] = set()
+        """Damage that this process has warned of."""
         fingerprints = datasets.fingerprints()
         if phases is None:
             phases = Phases([first_phase(1, datasets.slots(), fingerprints, seq_len=seq_len)])
@@ -119,17 +121,24 @@ class SampleStream:
         rows: NDArray[np.uint32] = self.batch(np.array([sample], dtype=np.int64))[0]
         return rows
 
-    def batch(self, samples: Ints) -> NDArray[np.uint32]:
-        """The tokens of several samples, uint32 [len(samples), seq_len + 1]."""
+    def batch(self, samples: Ints, damaged: dict[int, str] | None = None) -> NDArray[np.uint32]:
+        """The tokens of several samples, uint32 [len(samples), seq_len + 1]; as `read`."""
         sources, _, offsets = self.locate(samples)
-        return self.read(sources, offsets)
+        return self.read(sources, offsets, damaged)
 
-    def read(self, sources: Ints, offsets: Ints) -> NDArray[np.uint32]:
-        """The tokens of samples that `locate` has found, uint32 [len(sources), seq_len + 1]."""
+    def read(
+        self, sources: Ints, offsets: Ints, damaged: dict[int, str] | None = None
+    ) -> NDArray[np.uint32]:
+        """The tokens of samples that `locate` has found, uint32 [len(sources), seq_len + 1].
+
+        DataError for a sample that touches damage; with `damaged` it is zeros and entered there,
+        by its place, with what is damaged.
+        """
         rows = np.empty((len(sources), self.seq_len + 1), dtype=np.uint32)
         for number in set(sources.tolist()):
             chosen = np.flatnonzero(sources == number)
-            self.source(number).samples.read_rows(offsets[chosen].tolist(), rows, chosen.tolist())
+            samples, starts = self.source(number).samples, offsets[chosen].tolist()
+            samples.read_rows(starts, rows, chosen.tolist(), damaged)
         return rows
 
     def parts(self, sources: Ints, offsets: Ints) -> list[Parts]:

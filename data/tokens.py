@@ -1,7 +1,8 @@
 """One source of a dataset as one long array of tokens, read by `os.pread` in exact ranges.
 
 A chunk is read whole the first time it is touched: its xxh3 and its largest id are checked, and it
-stays in a bounded cache. Later reads take their range from the cache or straight from the file. A
+stays in memory for a while. Later reads take their range from there or straight from the file; what
+files there are, here or in the cache of what comes from elsewhere, is its place's business. A
 read may cross chunks and shards. Not for use by several threads at once; a copy sent to another
 process opens its own files.
 Memory: 64 MiB of chunks, 1,024 parsed indexes and 8 bytes per shard; 128 open files.
@@ -14,25 +15,28 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from data.config import DataError, DataUsageError
+from data.arrays import check_lens, check_tokens, read_exactly
+from data.config import AccessError, DataError, DataUsageError
 from data.manifest import Manifest, read_table
+from data.places import Kind, Place, place_of
 from data.recent import Recent
-from data.shards import Chunk, ShardIndex, index_path, read_index, read_names
+from data.shard_index import ShardIndex, index_of, index_path, read_names
 
 CACHE_BYTES = 2**26
-LARGEST_CACHED_CHUNK = 2**24
 MAX_INDEXES = 1024
 MAX_FILES = 128
-_PIECE_BYTES = 2**22
+_WHOLE = -1
+"""In the place of a chunk: all of a shard."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,10 @@ class Document:
 class TokenSource:
     """The tokens of one source of one split, shard after shard in manifest order."""
 
-    def __init__(self, dataset: Path, manifest: Manifest, split: str, source: str) -> None:
+    def __init__(self, dataset: Path | Place, manifest: Manifest, split: str, source: str) -> None:
         self.name = source
-        self._dataset = dataset
+        self._place = place_of(dataset)
+        self._table_sha256 = manifest.table_sha256
         self._vocab_size = manifest.vocab_size
         self._dtype = np.dtype(manifest.dtype)
         shards = manifest.source_shards(split, source)
@@ -76,13 +81,14 @@ class TokenSource:
         starts: Sequence[int],
         rows: NDArray[np.uint32],
         places: Sequence[int],
-        damaged: NDArray[np.bool_] | None = None,
+        damaged: dict[int, str] | None = None,
     ) -> None:
         """Row places[i] becomes the tokens from starts[i] on. Errors as of `read`.
 
-        With `damaged`, a row that touches a damaged chunk is zeros and marked there instead. Chunks
-        are checked as a whole before any of them is used, so which rows that are depends on the
-        files alone: not on who reads what, or in which order.
+        With `damaged`, a row that touches a damaged chunk is zeros instead, and its place is
+        entered there with what is damaged. Chunks are checked as a whole before any of them is
+        used, so which rows that are depends on the files alone: not on who reads what, or in which
+        order. What cannot be read for another reason is an error all the same.
         """
         length = rows.shape[1]
         for start, place in zip(starts, places, strict=True):
@@ -92,10 +98,12 @@ class TokenSource:
                     rows[place] = self._read_chunk(shard, number, first, first + length)
                 else:
                     rows[place] = self.read(start, start + length)
-            except DataError:
+            except AccessError:
+                raise
+            except DataError as error:
                 if damaged is None:
                     raise
-                rows[place], damaged[place] = 0, True
+                rows[place], damaged[place] = 0, str(error)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Tokens [start, stop), uint32. DataError naming shard and chunk when they are damaged."""
@@ -106,6 +114,10 @@ class TokenSource:
         ]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return whole.astype(np.uint32)
+
+    def shard_of(self, token: int) -> str:
+        """Shard path of a token, by the manifest alone."""
+        return self._path(bisect_right(self._ends, token))
 
     def place(self, token: int) -> tuple[str, str, int]:
         """Shard path, chunk key and token offset inside the shard of a token."""
@@ -124,7 +136,7 @@ class TokenSource:
         index, left = self._index(row), number
         for at, chunk in enumerate(index.chunks):
             if 0 <= left < chunk.documents:
-                lens = check_lens(self._file(row), self._dataset / shard, chunk)
+                lens = self._lens(row, at)
                 start += int(index.starts[at]) + int(lens[:left].sum())
                 return start, start + int(lens[left])
             left -= chunk.documents
@@ -134,11 +146,8 @@ class TokenSource:
     def documents(self, start: int, stop: int) -> Iterator[Document]:
         """The documents, whole or in part, that make up tokens [start, stop), in order."""
         for shard, number, first, last in self._pieces(start, stop):
-            index = self._index(shard)
-            chunk = index.chunks[number]
-            before = sum(c.documents for c in index.chunks[:number])
-            lens = check_lens(self._file(shard), self._dataset / self._path(shard), chunk)
-            names = read_names(self._file(shard), self._dataset / self._path(shard), chunk)
+            before = sum(c.documents for c in self._index(shard).chunks[:number])
+            lens, names = self._lens(shard, number), self._names(shard, number)
             begin = 0
             for i, length in enumerate(lens.tolist()):
                 low, high = max(begin, first), min(begin + length, last)
@@ -156,11 +165,11 @@ class TokenSource:
         self._reset()
 
     def _reset(self) -> None:
-        self._table = read_table(self._dataset)
+        self._table = read_table(self._place, self._table_sha256)
         self._cache: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
         self._cached_bytes = 0
-        self._files: Recent[int] = Recent(MAX_FILES, drop=os.close)
-        self._indexes: Recent[_Index] = Recent(MAX_INDEXES)
+        self._files: Recent[tuple[int, int, Kind], int] = Recent(MAX_FILES, drop=os.close)
+        self._indexes: Recent[int, _Index] = Recent(MAX_INDEXES)
         self._checked: dict[int, bytearray] = {}
         self._bad: dict[tuple[int, int], str] = {}
 
@@ -185,20 +194,17 @@ class TokenSource:
         if whole is not None:
             self._cache.move_to_end((shard, number))
             return whole[first:last]
-        index, file = self._index(shard), self._file(shard)
-        chunk = index.chunks[number]
+        index = self._index(shard)
+        chunk = index.located[number]
         checked = self._checked.get(shard)
         if checked is None:
             checked = self._checked[shard] = bytearray(len(index.chunks))
         if not checked[number]:
-            if (shard, number) in self._bad:
-                raise DataError(self._bad[shard, number])
+            self._refuse_bad(shard, number)
             self.bytes_read += chunk.tokens * self._dtype.itemsize
-            try:
+            with self._noting(shard, number):
+                file = self._file(shard, number, "tokens")
                 whole = check_tokens(file, index.shard, chunk, self._dtype, self._vocab_size)
-            except DataError as error:
-                self._bad[shard, number] = str(error)
-                raise
             checked[number] = 1
             if whole is not None:
                 self._remember((shard, number), whole)
@@ -206,8 +212,25 @@ class TokenSource:
         width = self._dtype.itemsize
         offset = chunk.tokens_offset + first * width
         self.bytes_read += (last - first) * width
-        raw = _read_exactly(file, index.shard, chunk, offset, (last - first) * width)
+        file = self._file(shard, number, "tokens")
+        raw = read_exactly(file, index.shard, chunk, offset, (last - first) * width)
         return np.frombuffer(raw, dtype=self._dtype)
+
+    def _refuse_bad(self, shard: int, number: int) -> None:
+        """Damage is read once: the second time it is known."""
+        if (shard, number) in self._bad:
+            raise DataError(self._bad[shard, number])
+
+    @contextmanager
+    def _noting(self, shard: int, number: int) -> Iterator[None]:
+        """Remember damage that is found in the block."""
+        try:
+            yield
+        except AccessError:
+            raise
+        except DataError as error:
+            self._bad[shard, number] = str(error)
+            raise
 
     def _remember(self, place: tuple[int, int], tokens: NDArray[Any]) -> None:
         self._cache[place] = tokens
@@ -222,123 +245,61 @@ class TokenSource:
     def _index(self, shard: int) -> _Index:
         return self._indexes.get(shard, self._open_index)
 
-    def _file(self, shard: int) -> int:
-        return self._files.get(shard, self._open_file)
-
     def _open_index(self, shard: int) -> _Index:
-        row = self._table[self._row + shard]
-        tar = self._dataset / self._path(shard)
-        path = index_path(tar)
-        index = read_index(path, sha256=row["idx_sha256"].tobytes().hex())
-        expected = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
-        if index.tokens != expected:
-            raise DataError(
-                f"{path} lists {index.tokens} tokens, the manifest {expected}: one of them was "
-                "edited; restore both from a copy of the dataset"
-            )
-        return _Index(tar, index)
+        self._refuse_bad(shard, _WHOLE)
+        row, name = self._table[self._row + shard], self._path(shard)
+        with self._noting(shard, _WHOLE):
+            index = index_of(self._place, name, row["idx_sha256"].tobytes().hex())
+            expected = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
+            if index.tokens != expected:
+                path = self._place.path(index_path(Path(name)).as_posix())
+                raise DataError(
+                    f"{path} lists {index.tokens} tokens, the manifest {expected}: one of them was "
+                    "edited; restore both from a copy of the dataset"
+                )
+        return _Index(self._place.path(name), index, alone=self._place.by_chunk)
 
-    def _open_file(self, shard: int) -> int:
-        path = self._dataset / self._path(shard)
-        return open_shard(path, int(self._table[self._row + shard]["bytes"]))
+    def _lens(self, shard: int, number: int) -> NDArray[Any]:
+        """The document lengths of a chunk."""
+        index = self._index(shard)
+        return check_lens(self._file(shard, number, "lens"), index.shard, index.located[number])
+
+    def _names(self, shard: int, number: int) -> list[str] | None:
+        """The ids of a chunk's documents; None where none are kept."""
+        index = self._index(shard)
+        if index.chunks[number].ids_offset is None:
+            return None
+        return read_names(self._file(shard, number, "ids"), index.shard, index.located[number])
+
+    def _file(self, shard: int, number: int, kind: Kind) -> int:
+        key = (shard, number, kind) if self._place.by_chunk else _whole(shard)
+        file = self._files.get(key, self._open_file)
+        return file
+
+    def _open_file(self, key: tuple[int, int, Kind]) -> int:
+        shard, number, kind = key
+        index = self._index(shard)
+        array = index.index.chunks[max(number, 0)].array(
+            kind, shard=self._path(shard), number=number, index=index.index
+        )
+        checked = self._checked.get(shard)
+        trusted = checked is not None and number != _WHOLE and bool(checked[number])
+        return self._place.open_array(array, trusted=trusted and kind == "tokens")
+
+
+@lru_cache(maxsize=MAX_INDEXES)
+def _whole(shard: int) -> tuple[int, int, Kind]:
+    return shard, _WHOLE, "tokens"
 
 
 class _Index:
     """The chunks of a shard with their places in its tokens."""
 
-    def __init__(self, shard: Path, index: ShardIndex) -> None:
+    def __init__(self, shard: str, index: ShardIndex, *, alone: bool) -> None:
         self.shard = shard
+        self.index = index
         self.chunks = index.chunks
+        self.located = tuple(chunk.alone() for chunk in index.chunks) if alone else index.chunks
+        """With offsets in the files that the place opens."""
         self.ends = list(accumulate(chunk.tokens for chunk in index.chunks))
         self.starts = [0, *self.ends[:-1]]
-
-
-def open_shard(path: Path, num_bytes: int) -> int:
-    """A file descriptor of a shard. DataError when it is missing or not `num_bytes` long."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}; restore it from a copy of the dataset"
-        ) from error
-    found = os.fstat(descriptor).st_size
-    if found != num_bytes:
-        os.close(descriptor)
-        raise DataError(
-            f"{path} is damaged: {found} bytes, the manifest says {num_bytes}; restore it from a "
-            "copy of the dataset, and run `headrace data verify --full` to see what else is"
-        )
-    return descriptor
-
-
-def check_tokens(
-    file: int, path: Path, chunk: Chunk, dtype: np.dtype[Any], vocab_size: int
-) -> NDArray[Any] | None:
-    """Read the tokens of a chunk once and check hash and ids; None when too many to keep in memory.
-
-    DataError naming the shard and the chunk.
-    """
-    num_bytes = chunk.tokens * dtype.itemsize
-    keep = num_bytes <= LARGEST_CACHED_CHUNK
-    piece_bytes = num_bytes if keep else _PIECE_BYTES
-    digest = xxhash.xxh3_64()
-    tokens: NDArray[Any] = np.empty(0, dtype=dtype)
-    largest = 0
-    for at in range(0, num_bytes, piece_bytes):
-        size = min(piece_bytes, num_bytes - at)
-        raw = _read_exactly(file, path, chunk, chunk.tokens_offset + at, size)
-        digest.update(raw)
-        tokens = np.frombuffer(raw, dtype=dtype)
-        largest = max(largest, int(tokens.max()))
-    if digest.hexdigest() != chunk.tokens_xxh3:
-        raise DataError(_damaged(path, chunk, "tokens"))
-    if largest >= vocab_size:
-        raise DataError(
-            f"{path}, chunk {chunk.key}: token id {largest} is outside the vocabulary of "
-            f"{vocab_size} ids; the shard was written with another tokenizer, prepare the "
-            "dataset again"
-        )
-    return tokens if keep else None
-
-
-def hash_tokens(
-    file: int, path: Path, chunk: Chunk, dtype: np.dtype[Any], begin: int, length: int
-) -> xxhash.xxh3_128:
-    """The hash over `length` tokens of a chunk from `begin` on, read in pieces."""
-    digest = xxhash.xxh3_128()
-    offset, end = (chunk.tokens_offset + n * dtype.itemsize for n in (begin, begin + length))
-    while offset < end:
-        size = min(_PIECE_BYTES, end - offset)
-        digest.update(_read_exactly(file, path, chunk, offset, size))
-        offset += size
-    return digest
-
-
-def check_lens(file: int, path: Path, chunk: Chunk) -> NDArray[Any]:
-    """The document lengths of a chunk, checked. DataError naming the shard and the chunk."""
-    raw = _read_exactly(file, path, chunk, chunk.lens_offset, 4 * chunk.documents)
-    lens = np.frombuffer(raw, dtype="<u4")
-    if xxhash.xxh3_64_hexdigest(raw) != chunk.lens_xxh3 or int(lens.sum()) != chunk.tokens:
-        raise DataError(_damaged(path, chunk, "document lengths"))
-    return lens
-
-
-def _read_exactly(file: int, path: Path, chunk: Chunk, offset: int, size: int) -> bytes:
-    raw = os.pread(file, size, offset)
-    while len(raw) < size:
-        more = os.pread(file, size - len(raw), offset + len(raw))
-        if not more:
-            raise DataError(
-                f"{path}, chunk {chunk.key}: the file ends {size - len(raw)} bytes too early, it "
-                "was cut while it was in use; restore the shard from a copy"
-            )
-        raw += more
-    return raw
-
-
-def _damaged(path: Path, chunk: Chunk, array: str) -> str:
-    return (
-        f"{path}, chunk {chunk.key}: its {array} are damaged (xxh3 differs from the index); "
-        "restore the shard from a copy, and run `headrace data verify --full` on the dataset to "
-        "see what else is"
-    )

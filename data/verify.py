@@ -14,25 +14,20 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from data.config import DataError
+from data.arrays import check_lens, check_tokens
+from data.config import AccessError, DataError, MissingError
+from data.folder import Folder
 from data.manifest import MANIFEST, TABLE, Manifest, ShardEntry, read_manifest, read_table
 from data.pack import pack_shard
-from data.plans import (
-    PLAN,
-    command,
-    open_plan_file,
-    plan_file,
-    plan_folder,
-    planned_lengths,
-    read_plan,
-)
-from data.shards import ShardIndex, file_sha256, index_path, read_index, read_names
+from data.places import Kind, Place, place_of
+from data.plans import command, open_plan_file, plan_name, planned_lengths, read_plan
+from data.shard_index import ShardIndex, index_of, index_path, read_names
+from data.shards import file_sha256
 from data.tokenizer import tokenizer_file
-from data.tokens import check_lens, check_tokens, open_shard
 
 
 @dataclass(frozen=True)
@@ -70,30 +65,31 @@ class Verification:
 
 
 def verify(
-    dataset: Path, *, full: bool = False, progress: Callable[[ShardEntry], None] | None = None
+    dataset: str | Path | Place,
+    *,
+    full: bool = False,
+    progress: Callable[[ShardEntry], None] | None = None,
 ) -> Verification:
     """Check every shard; `progress` is told of each when it is done.
 
     Damage of shards is reported, all of it; DataError is raised when there is no manifest to check
-    against.
+    against. Of what lies elsewhere all is fetched; copies in the cache are not looked at.
     """
-    manifest = read_manifest(dataset)
-    problems = [*_contradictions(dataset, manifest), *_stray_files(dataset, manifest)]
-    tokenizer = dataset / manifest.tokenizer_file
-    if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer_sha256:
-        message = f"{tokenizer} is missing or not the tokenizer that the manifest names"
-        problems.append(Problem(manifest.tokenizer_file, None, message))
+    place = place_of(dataset)
+    manifest = read_manifest(place)
+    problems = [*_contradictions(place, manifest), *_stray_files(place, manifest)]
+    problems += _tokenizer_problems(place, manifest)
     num_chunks = 0
     for entry in manifest.shards:
-        found, chunks = _check_shard(dataset, manifest, entry, full=full)
+        found, chunks = _check_shard(place, manifest, entry, full=full)
         problems += found
         num_chunks += chunks
         if progress is not None:
             progress(entry)
-    for seq_len in planned_lengths(dataset):
-        problems += _check_plan(dataset, manifest, seq_len, full=full and not problems)
+    for seq_len in planned_lengths(place):
+        problems += _check_plan(place, manifest, seq_len, full=full and not problems)
     return Verification(
-        dataset=str(dataset),
+        dataset=str(place),
         full=full,
         num_shards=len(manifest.shards),
         num_chunks=num_chunks,
@@ -102,6 +98,13 @@ def verify(
         fingerprint=manifest.fingerprint,
         problems=tuple(problems),
     )
+
+
+def tokenizer_of(place: Place, file: str, sha256: str) -> Path:
+    """The folder, on this machine, with the tokenizer of a dataset, checked."""
+    folder = place.tokenizer(file, sha256)
+    check_tokenizer(folder, sha256)
+    return folder
 
 
 def check_tokenizer(dataset: Path, expected: str) -> None:
@@ -116,34 +119,46 @@ def check_tokenizer(dataset: Path, expected: str) -> None:
         )
 
 
+def _tokenizer_problems(place: Place, manifest: Manifest) -> Iterator[Problem]:
+    name = manifest.tokenizer_file
+    try:
+        file = place.tokenizer(name, manifest.tokenizer_sha256) / name
+    except DataError as error:
+        _raise_unless_damage(error)
+        yield Problem(name, None, str(error))
+        return
+    if not file.is_file() or file_sha256(file) != manifest.tokenizer_sha256:
+        message = f"{file} is missing or not the tokenizer that the manifest names"
+        yield Problem(name, None, message)
+
+
 def _check_shard(
-    dataset: Path, manifest: Manifest, entry: ShardEntry, *, full: bool
+    place: Place, manifest: Manifest, entry: ShardEntry, *, full: bool
 ) -> tuple[list[Problem], int]:
     """What is wrong with a shard, and how many of its chunks were read."""
-    path = dataset / entry.path
+    path = place.path(entry.path)
     try:
-        file = open_shard(path, entry.bytes)
+        place.check_size(entry.path, entry.bytes)
     except DataError as error:
+        _raise_unless_damage(error)
         return [Problem(entry.path, None, str(error))], 0
     problems: list[Problem] = []
     num_chunks = 0
     try:
-        index = read_index(index_path(path), sha256=entry.idx_sha256)
-        problems += _differences(dataset, manifest, entry, index)
-        for chunk in index.chunks:
+        index = index_of(place, entry.path, entry.idx_sha256, original=True)
+        problems += _differences(place, manifest, entry, index)
+        for number, chunk in enumerate(index.chunks):
             num_chunks += 1
             try:
-                check_lens(file, path, chunk)
-                read_names(file, path, chunk)
-                check_tokens(file, path, chunk, np.dtype(manifest.dtype), manifest.vocab_size)
+                for kind in get_args(Kind):
+                    _check_array(place, manifest, entry, index, number, kind)
             except DataError as error:
+                _raise_unless_damage(error)
                 problems.append(Problem(entry.path, chunk.key, str(error)))
     except DataError as error:
-        name = str(index_path(path).relative_to(dataset))
-        problems.append(Problem(name, None, str(error)))
-    finally:
-        os.close(file)
-    if full and not problems and file_sha256(path) != entry.sha256:
+        _raise_unless_damage(error)
+        problems.append(Problem(index_path(Path(entry.path)).as_posix(), None, str(error)))
+    if full and not problems and place.sha256(entry.path, entry.bytes) != entry.sha256:
         message = (
             f"{path} is damaged outside its arrays (a tar header or padding): the tokens are "
             "right, but its sha256 differs from the manifest; restore it from a copy"
@@ -152,35 +167,61 @@ def _check_shard(
     return problems, num_chunks
 
 
-def _check_plan(
-    dataset: Path, manifest: Manifest, seq_len: int, *, full: bool
-) -> Iterator[Problem]:
+def _check_plan(place: Place, manifest: Manifest, seq_len: int, *, full: bool) -> Iterator[Problem]:
     """What is wrong with the packing plan of a length."""
     try:
-        plan = read_plan(dataset, manifest, seq_len)
+        plan = read_plan(place, manifest, seq_len)
     except DataError as error:
-        name = (plan_folder(dataset, seq_len) / PLAN).relative_to(dataset).as_posix()
-        yield Problem(name, None, str(error))
+        yield Problem(plan_name(seq_len), None, str(error))
         return
     for entry, shard in zip(manifest.shards, plan.shards, strict=True):
-        path = plan_file(dataset, seq_len, entry.path)
-        name = path.relative_to(dataset).as_posix()
+        name = plan_name(seq_len, entry.path)
         try:
-            os.close(open_plan_file(path, shard.sha256))
+            os.close(open_plan_file(place, seq_len, entry.path, shard.sha256))
         except DataError as error:
             yield Problem(name, None, str(error))
             continue
-        if full and pack_shard(dataset, entry, seq_len)[1] != shard:
+        if full and pack_shard(place, entry, seq_len)[1] != shard:
             message = (
-                f"{path} is not what the lengths of the documents give; make the plan again with "
-                f"{command(dataset, seq_len)}"
+                f"{place.path(name)} is not what the lengths of the documents give; make the plan "
+                f"again with {command(place, seq_len)}"
             )
             yield Problem(name, None, message)
 
 
-def _contradictions(dataset: Path, manifest: Manifest) -> Iterator[Problem]:
+def _raise_unless_damage(error: DataError) -> None:
+    """A file that is not there is a problem of the dataset; what is out of reach is none."""
+    if isinstance(error, AccessError) and not isinstance(error, MissingError):
+        raise error
+
+
+def _check_array(
+    place: Place,
+    manifest: Manifest,
+    entry: ShardEntry,
+    index: ShardIndex,
+    number: int,
+    kind: Kind,
+) -> None:
+    chunk, path = index.chunks[number], place.path(entry.path)
+    if kind == "ids" and chunk.ids_offset is None:
+        return
+    file = place.open_original(chunk.array(kind, shard=entry.path, number=number, index=index))
+    chunk = chunk.alone() if place.by_chunk else chunk
+    try:
+        if kind == "lens":
+            check_lens(file, path, chunk)
+        elif kind == "ids":
+            read_names(file, path, chunk)
+        else:
+            check_tokens(file, path, chunk, np.dtype(manifest.dtype), manifest.vocab_size)
+    finally:
+        os.close(file)
+
+
+def _contradictions(place: Place, manifest: Manifest) -> Iterator[Problem]:
     """Where a manifest with a right seal denies its table: one was edited and sealed again."""
-    table, shards = read_table(dataset), manifest.shards
+    table, shards = read_table(place, manifest.table_sha256), manifest.shards
     same = len(table) == len(shards)
     for name in ("bytes", "tokens", "documents"):
         same = same and table[name].tolist() == [getattr(entry, name) for entry in shards]
@@ -188,14 +229,14 @@ def _contradictions(dataset: Path, manifest: Manifest) -> Iterator[Problem]:
     hashes = [bytes.fromhex(entry.idx_sha256) for entry in shards]
     if not same or [row.tobytes() for row in table["idx_sha256"]] != hashes:
         message = (
-            f"{dataset / TABLE} lists other shards than {MANIFEST}; restore both from a copy of "
+            f"{place.path(TABLE)} lists other shards than {MANIFEST}; restore both from a copy of "
             "the dataset"
         )
         yield Problem(TABLE, None, message)
 
 
 def _differences(
-    dataset: Path, manifest: Manifest, entry: ShardEntry, index: ShardIndex
+    place: Place, manifest: Manifest, entry: ShardEntry, index: ShardIndex
 ) -> Iterator[Problem]:
     """What an intact index says otherwise than the manifest."""
     pairs = {
@@ -205,17 +246,21 @@ def _differences(
         "sha256": (index.tar_sha256, entry.sha256),
         "dtype": (index.dtype, manifest.dtype),
     }
-    path = index_path(dataset / entry.path)
+    name = index_path(Path(entry.path)).as_posix()
     for what, (found, expected) in pairs.items():
         if found != expected:
             message = (
-                f"{path} says {what} {found}, {MANIFEST} says {expected}; restore both from a copy "
-                "of the dataset"
+                f"{place.path(name)} says {what} {found}, {MANIFEST} says {expected}; "
+                "restore both from a copy of the dataset"
             )
-            yield Problem(str(path.relative_to(dataset)), None, message)
+            yield Problem(name, None, message)
 
 
-def _stray_files(dataset: Path, manifest: Manifest) -> Iterator[Problem]:
+def _stray_files(place: Place, manifest: Manifest) -> Iterator[Problem]:
+    if not isinstance(place, Folder):
+        # A URL cannot always be listed, and nobody reads what is not in the manifest.
+        return
+    dataset = place.folder
     listed = {entry.path for entry in manifest.shards}
     listed |= {index_path(Path(name)).as_posix() for name in listed}
     for split in ("train", "val"):

@@ -207,6 +207,7 @@ def submit(
     dry_run: options.DryRun = False,
 ) -> None:
     """Hand a pretraining run to Slurm as one readable batch script."""
+    from data.places import is_url
     from launcher import slurm
     from train.config import RunConfig, require_data
     from train.decode import load_config
@@ -226,7 +227,9 @@ def submit(
     if dry_run:
         print(slurm.render(job), end="")
     else:
-        print(slurm.submit(job, *map(Path, config.data.paths)))
+        # What lies elsewhere is asked for by the job; this machine may not even reach it.
+        local = [Path(path) for path in config.data.paths if not is_url(path)]
+        print(slurm.submit(job, *local))
 
 
 @app.command()

@@ -16,13 +16,14 @@ data_app = typer.Typer(help="Look into a dataset.", no_args_is_help=True)
 
 @data_app.command()
 def verify(
-    dataset: options.DatasetFolder, full: options.Full = False, as_json: options.AsJson = False
+    dataset: options.DatasetPlace, full: options.Full = False, as_json: options.AsJson = False
 ) -> None:
     """Check a dataset against its manifest."""
+    from data.places import place_of
     from data.verify import verify
     from launcher.show import show_verification
 
-    result = verify(dataset, full=full)
+    result = verify(place_of(dataset, commands=True), full=full)
     show_verification(result, as_json=as_json)
     if not result.ok:
         raise typer.Exit(1)
@@ -59,7 +60,7 @@ def inspect(
 
 @data_app.command()
 def stats(
-    dataset: options.DatasetFolder,
+    dataset: options.DatasetPlace,
     run: options.StatsRun = None,
     seq_len: options.SeqLen = None,
     as_json: options.AsJson = False,
@@ -72,7 +73,7 @@ def stats(
 
 @data_app.command()
 def pack(
-    dataset: options.DatasetFolder,
+    dataset: options.DatasetDirectory,
     seq_len: options.PackedLen,
     workers: options.Workers = 0,
     as_json: options.AsJson = False,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from data.config import DataConfig, DataUsageError
+from data.config import DataConfig, DataUsageError, OnDamage
 from data.inspect import Inspection, decoder, inspect_samples
 from data.lookup import Lookup, look_up
 from data.phases import Phases, first_phase
@@ -41,7 +41,8 @@ class Subject:
     steps: int
     stream: SampleStream
     phases: Phases
-    tokenizer: Path
+    datasets: Datasets
+    on_damage: OnDamage
 
     def check_step(self, step: int) -> None:
         """InspectUsageError for a step after the last one."""
@@ -52,7 +53,12 @@ class Subject:
 
 
 def inspect_step(
-    dataset: Path | None, *, step: int, run: Path | None, recipe: str, overrides: Sequence[str]
+    dataset: str | Path | None,
+    *,
+    step: int,
+    run: Path | None,
+    recipe: str,
+    overrides: Sequence[str],
 ) -> Inspection:
     """The samples of a training step of `run`, or of a run of `recipe` with `overrides`.
 
@@ -78,7 +84,12 @@ def inspect_step(
 
 
 def inspect_sample(
-    dataset: Path | None, *, sample: int, run: Path | None, recipe: str, overrides: Sequence[str]
+    dataset: str | Path | None,
+    *,
+    sample: int,
+    run: Path | None,
+    recipe: str,
+    overrides: Sequence[str],
 ) -> Inspection:
     """One sample with its documents, under the step that trains on it."""
     subject = open_subject(dataset, run=run, recipe=recipe, overrides=overrides)
@@ -86,7 +97,12 @@ def inspect_sample(
 
 
 def find_document(
-    dataset: Path | None, *, document: str, run: Path | None, recipe: str, overrides: Sequence[str]
+    dataset: str | Path | None,
+    *,
+    document: str,
+    run: Path | None,
+    recipe: str,
+    overrides: Sequence[str],
 ) -> Lookup:
     """The samples and steps that train on a document, written SHARD:NUMBER."""
     shard, colon, number = document.rpartition(":")
@@ -107,7 +123,7 @@ def find_document(
 
 
 def open_subject(
-    dataset: Path | None,
+    dataset: str | Path | None,
     *,
     run: Path | None,
     recipe: str,
@@ -137,10 +153,13 @@ def open_subject(
         path = str(dataset or config.data.path)
         if not path:
             raise InspectUsageError(f"{name} names no data; write the DATASET to look into")
-        data = DataConfig(path=path, packing=config.data.packing)
-        config = config.model_copy(update={"data": data})
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     datasets = open_datasets(
-        data_of(config.data), seq_len=config.seq_len, packing=config.data.packing
+        data_of(config.data),
+        seq_len=config.seq_len,
+        config=config.data,
+        # A command counts as written by a person, and not when a run directory names it.
+        commands=run is None or (dataset is not None and not config.data.sources),
     )
     rows = () if run is None else read_phases(run)
     phases = Phases(
@@ -161,14 +180,22 @@ def open_subject(
         steps=config.steps,
         stream=SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, phases=phases),
         phases=phases,
-        tokenizer=Path(config.data.paths[0]),
+        datasets=datasets,
+        on_damage=config.data.on_damage,
     )
 
 
 def _inspect(subject: Subject, step: int, first: int, last: int) -> Inspection:
-    decode = decoder(subject.tokenizer, subject.stream.tokenizer_sha256)
-    stream = subject.stream.of(first)
-    return inspect_samples(stream, step=step, first=first, last=last, decode=decode)
+    place, file = subject.datasets.places[0]
+    decode = decoder(place, file, subject.stream.tokenizer_sha256)
+    return inspect_samples(
+        subject.stream.of(first),
+        step=step,
+        first=first,
+        last=last,
+        decode=decode,
+        on_damage=subject.on_damage,
+    )
 
 
 def _with_earlier(datasets: Datasets, run: Path, config: RunConfig) -> Datasets:
@@ -176,11 +203,8 @@ def _with_earlier(datasets: Datasets, run: Path, config: RunConfig) -> Datasets:
     sources = {source.name: source for source in datasets.sources}
     for table in reversed(data_tables(run)):
         try:
-            earlier = open_datasets(
-                data_of(DataConfig.model_validate(table)),
-                seq_len=config.seq_len,
-                packing=config.data.packing,
-            )
+            named = DataConfig.model_validate(table)
+            earlier = open_datasets(data_of(named), seq_len=config.seq_len, config=config.data)
         except DataUsageError:
             # Its steps cannot be shown; those of other phases can.
             continue

@@ -17,6 +17,14 @@ def _named(value: str | Path) -> Path:
     return Path(value)
 
 
+def _dataset(value: str | Path) -> Any:
+    """A dataset: a path, or a URL or command, which stay text; a path would lose a slash of it."""
+    from data.places import is_url
+
+    text = str(value)
+    return text if is_url(text) else _named(value)
+
+
 def _folder(value: str | Path) -> Path:
     """A folder that is there, or may be made."""
     path = _named(value)
@@ -54,7 +62,10 @@ AllowChange = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-DatasetFolder = Annotated[
+DatasetPlace = Annotated[
+    Any, typer.Argument(metavar="DATASET", help="Dataset: directory or URL.", parser=_dataset)
+]
+DatasetDirectory = Annotated[
     Path, typer.Argument(metavar="DATASET", help="Dataset directory.", parser=_named)
 ]
 ModelFolder = Annotated[
@@ -66,8 +77,8 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         help="Text, .jsonl, .json, .csv, .tsv, .parquet, .warc or WebDataset .tar file, also as "
-        ".gz .bz2 .xz .zst; directory, glob, URL (s3 gs http hf), @LIST, or - (-.jsonl) for "
-        "standard input; repeatable.",
+        ".gz .bz2 .xz .zst; directory, glob, URL (s3 gs http hf), @LIST, - (-.jsonl) for "
+        "standard input, or pipe:.jsonl:COMMAND; repeatable.",
     ),
 ]
 MoreInputs = Annotated[
@@ -164,9 +175,9 @@ TaskOf = Annotated[
 
 Full = Annotated[bool, typer.Option("--full", help="Also hash every shard as a whole.")]
 DatasetOrRun = Annotated[
-    Path | None,
+    Any,
     typer.Argument(
-        metavar="[DATASET]", help="Dataset directory; a run or recipe may name it.", parser=_named
+        metavar="[DATASET]", help="Directory or URL; a run or recipe may name it.", parser=_dataset
     ),
 ]
 Step = Annotated[

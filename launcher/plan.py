@@ -255,15 +255,13 @@ def _epochs(config: RunConfig) -> Iterator[Figure]:
     if not config.data.paths:
         return
     from data.epochs import check_epochs, uses
-    from data.sources import data_of
+    from data.sources import data_of, open_datasets
     from data.stream import SampleStream
 
-    stream = SampleStream(
-        data_of(config.data),
-        seq_len=config.seq_len,
-        seed=config.seed,
-        packing=config.data.packing,
+    datasets = open_datasets(
+        data_of(config.data), seq_len=config.seq_len, config=config.data, commands=True
     )
+    stream = SampleStream(datasets, seq_len=config.seq_len, seed=config.seed)
     found = uses(stream, config.steps * config.batch_samples)
     check_epochs(found, config.data.max_epochs)
     for use in found:

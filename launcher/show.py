@@ -134,6 +134,8 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
             f"sample {sample.sample}  {sample.source} epoch {sample.epoch}  "
             f"{sample.shard} {sample.chunk} token {sample.token_offset:,}  hash {sample.hash}"
         )
+        if sample.quarantined:
+            print(f"  quarantined, trains nothing: {sample.quarantined}")
         for piece in sample.pieces:
             text = json.dumps(piece.text[:MAX_TEXT], ensure_ascii=False)
             named = f"{piece.number}{_in_brackets(piece.id)}"

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from data.foreign import Indexed
 from data.pack import PackedDataset
+from data.places import place_of
 from data.stats import Stats, dataset_stats
 from launcher.inspect import config_of, open_subject
 from launcher.show import stage_progress
@@ -23,13 +24,16 @@ MAX_BAR = 40
 """Characters of the longest bar of the histogram."""
 
 
-def stats(dataset: Path, *, run: Path | None, seq_len: int | None) -> Stats:
+def stats(dataset: str | Path, *, run: Path | None, seq_len: int | None) -> Stats:
     """What `dataset` holds; `run` gives seq_len, seed and the epochs that it makes in all."""
     config = None if run is None else config_of(run)
     length = seq_len or (config.seq_len if config else DEFAULT_SEQ_LEN)
     with stage_progress() as progress:
         found = dataset_stats(
-            dataset, seq_len=length, seed=config.seed if config else 0, progress=progress
+            place_of(dataset, commands=True),
+            seq_len=length,
+            seed=config.seed if config else 0,
+            progress=progress,
         )
     if config is None:
         return found

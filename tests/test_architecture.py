@@ -51,7 +51,7 @@ VENDORS = {
         "launcher/spawn.py",
         "launcher/slurm.py",
         "train/export.py",
-        "data/shards.py",
+        "data/commands.py",
     },
 }
 """What is imported -> the only modules that may."""

@@ -25,7 +25,7 @@ from train.ownership import Ownership, RunInUse, own
 from train.run import Outcome
 from train.state import load_newest
 from train.stop import StopRequest
-from train.world import World, slurm_job
+from train.world import RankError, World, slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
     stop.
     """
     done = 0
+    _check_same_everywhere(world, work)
     with world.together("opening the run"):
         if world.is_main:
             run_directory.open_run(
@@ -153,6 +154,7 @@ def _train(
         stop_at=stop_at,
         stop=stop,
         resumed_from=None if saved is None else saved.step,
+        quarantined=None if saved is None else saved.state.get("quarantined"),
         identity=work.identity,
         owner=owner,
     )
@@ -207,6 +209,22 @@ def completed_steps(run: Path) -> int:
             continue
         return step
     return 0
+
+
+def _check_same_everywhere(world: World, work: Work) -> None:
+    """Collective. RankError when a rank has opened other data than rank 0: a copy that is older, or
+    a URL that was replaced in between.
+    """
+    for rank, found in enumerate(world.gather(work.identity)):
+        differing = [key for key in found if found[key] != work.identity.get(key)]
+        if differing:
+            key = differing[0]
+            raise RankError(
+                f"ranks {world.rank} and {rank} do not see the same data: {key} is "
+                f"{work.identity.get(key)!r} on one and {found[key]!r} on the other; give every "
+                "node the same dataset",
+                1,
+            )
 
 
 def _check_history(run: Path) -> None:

@@ -96,6 +96,8 @@ class Job:
     stop_at: int | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     resumed_from: int | None = None
+    quarantined: int | None = None
+    """Samples before first_step that touched damage and trained nothing; None: nobody counted."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What every checkpoint of the run carries, such as the hashes of data and tokenizer."""
     owner: Ownership | None = None
@@ -154,6 +156,7 @@ def save(job: Job, step: int) -> None:
     state = {
         "step": step,
         "tokens": job.tokens,
+        **_quarantine(job),
         "attempt": job.attempt,
         "data": job.task.data_state(step),
         **job.identity,
@@ -183,17 +186,25 @@ def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Ba
     if num_valid == 0:
         raise DataError(
             f"step {step}: samples {list(job.task.samples(step))} hold no target; every document "
-            "in them is empty. Look at them: headrace data inspect DATASET "
+            "in them is empty, or every one touches damage. Look at them: headrace data inspect "
+            "DATASET "
             f"--step {step} --run {job.run}"
         )
     return iter(found), num_valid
 
 
 def _micro_step(job: Job, batch: Batch, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    data_hash = batch.pop("data_hash")
-    return job.engine.forward_backward(
-        batch, num_valid=num_valid, loss_sum=job.task.loss_sum
-    ), data_hash
+    """The loss of a micro-batch, and its hash with its count of quarantined samples."""
+    if "quarantined" in batch:
+        job.quarantined = job.quarantined or 0
+    counts = [batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))]
+    loss = job.engine.forward_backward(batch, num_valid=num_valid, loss_sum=job.task.loss_sum)
+    return loss, torch.stack(counts)
+
+
+def _quarantine(job: Job) -> dict[str, int]:
+    """The cumulative count, for a row or a checkpoint; nothing where nobody counts."""
+    return {} if job.quarantined is None else {"quarantined": job.quarantined}
 
 
 def _record(
@@ -211,11 +222,8 @@ def _record(
     # All ranks stop to save, and there learn why rank 0 could not write the row before.
     asked = asked or job.metrics.failure is not None
     loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
-    counts = job.world.sum(
-        torch.stack(
-            [torch.stack([data_hash for _, data_hash in done]).sum(), torch.tensor(int(asked))]
-        )
-    )
+    own = torch.stack([counts for _, counts in done]).sum(dim=0)
+    counts = job.world.sum(torch.cat([own, torch.tensor([int(asked)])]))
     loss = float(loss_sum) / num_valid
     if not (math.isfinite(loss) and math.isfinite(stats.grad_norm)):
         raise NonFiniteLoss(
@@ -225,6 +233,8 @@ def _record(
             f"--step {step} --run {job.run}"
         )
     job.tokens += num_valid
+    if job.quarantined is not None:
+        job.quarantined += int(counts[1])
     seconds = time.perf_counter() - started
     rate = num_valid / seconds
     row: Row = {
@@ -235,6 +245,7 @@ def _record(
         "tokens": job.tokens,
         "samples": list(job.task.samples(step)),
         "data_hash": f"{int(counts[0]) % 2**64:016x}",
+        **_quarantine(job),
         "attempt": job.attempt,
         "tokens_per_second": rate,
         "step_seconds": seconds,
@@ -245,7 +256,7 @@ def _record(
     if job.resumed_from is not None and step == job.first_step:
         row["resumed_from"] = job.resumed_from
     job.metrics.write(row)
-    return bool(counts[1] > 0)
+    return bool(counts[2] > 0)
 
 
 def _due(every: int, step: int) -> bool:

@@ -16,7 +16,7 @@ from data.loader import SampleStream, micro_batches
 from data.order import accumulation as rounds
 from data.phases import Phases
 from data.sources import data_of, open_datasets
-from data.verify import check_tokenizer
+from data.verify import tokenizer_of
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import IGNORED, token_loss_sum
@@ -57,9 +57,10 @@ def pretrain_on(
             history = History(read_phases(run), completed_steps(run))
     # Read once: rank 0 appends to it before others might get to it.
     history = world.broadcast(history)
-    work = pretraining(
-        config, num_ranks=world.size, history=history, allow_change=tuple(allow_change)
-    )
+    with world.together("opening the data"):
+        work = pretraining(
+            config, num_ranks=world.size, history=history, allow_change=tuple(allow_change)
+        )
     return run_attempt(world, run, work, stop_at=stop_at)
 
 
@@ -74,11 +75,13 @@ def pretraining(
     dataset.
     """
     require_data(config)
+    # The config comes from the command line and a recipe: a person has written its commands.
     datasets = open_datasets(
-        data_of(config.data), seq_len=config.seq_len, packing=config.data.packing
+        data_of(config.data), seq_len=config.seq_len, config=config.data, commands=True
     )
-    for path in config.data.paths:
-        check_tokenizer(Path(path), datasets.tokenizer_sha256)
+    tokenizers = [
+        tokenizer_of(place, file, datasets.tokenizer_sha256) for place, file in datasets.places
+    ]
     phases = phases_of(config, datasets, history or History(), allow_change)
     stream = SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, phases=phases)
     _check_boundaries(stream, config.data.boundaries)
@@ -104,7 +107,7 @@ def pretraining(
         steps=config.steps,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        tokenizer=Path(config.data.paths[0]),
+        tokenizer=tokenizers[0],
         flops_per_token=flops_per_token(config.model, config.seq_len),
         identity={
             "tokenizer_sha256": stream.tokenizer_sha256,
@@ -153,8 +156,11 @@ class PretrainTask:
         self._val_stream = _validation(config)
 
     def num_valid(self, step: int) -> int | None:
-        """Every place of every sample has a target, unless the ends of documents count."""
-        if self._config.data.boundaries != "ignore" or self._config.data.packing != "concat":
+        """Every place of every sample has a target, unless packing, the ends of documents or damage
+        count.
+        """
+        data = self._config.data
+        if (data.boundaries, data.packing, data.on_damage) != ("ignore", "concat", "fail"):
             return None
         phase = self._phases.at(step)
         return phase.batch_samples * phase.seq_len
@@ -193,6 +199,7 @@ class PretrainTask:
                 num_micro=self._accumulation,
                 num_workers=self._config.data.num_workers,
                 boundaries=self._config.data.boundaries,
+                on_damage=self._config.data.on_damage,
             )
             for start, end, phase in segments
         )
@@ -217,10 +224,12 @@ class PretrainTask:
             num_ranks=world.size,
             micro_batch=self._micro_batch,
             boundaries=self._config.data.boundaries,
+            on_damage=self._config.data.on_damage,
         )
         total = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             del batch["data_hash"]
+            batch.pop("quarantined", None)
             placed = {key: value.to(world.device) for key, value in batch.items()}
             found = [float(self.loss_sum(module, placed)), int((batch["labels"] != IGNORED).sum())]
             total += torch.tensor(found, dtype=torch.float64)
@@ -262,14 +271,14 @@ def _check_boundaries(stream: SampleStream, boundaries: Boundaries) -> None:
 
 def _validation(config: RunConfig) -> SampleStream | None:
     try:
-        return SampleStream(
+        datasets = open_datasets(
             data_of(config.data),
             seq_len=config.seq_len,
-            seed=config.seed,
             split="val",
-            shuffle=False,
-            packing=config.data.packing,
+            config=config.data,
+            commands=True,
         )
+        return SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, shuffle=False)
     except DataUsageError as error:
         log.warning("no validation loss in this run: %s", error)
         return None

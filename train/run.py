@@ -36,10 +36,15 @@ FREE = (
     "data.num_workers",
     "data.path",
     "data.max_epochs",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.stage",
+    "data.on_damage",
 )
 """Keys (or prefixes) that a resumed run may change: none of them changes which samples are seen or
 what a step means.
-The dataset may move: its content is compared by fingerprint instead."""
+The dataset may move: its content is compared by fingerprint instead. data.on_damage decides only
+what becomes of a sample that would have stopped the run."""
 
 MAY_BE_FIRST = {"logs", "config.json.tmp"}
 """What a run directory may hold before its config: a batch job's logs, a start that was killed."""

@@ -28,7 +28,7 @@ import xxhash
 from data.durable import write_sealed
 from data.loader import SampleStream, micro_batches
 from data.manifest import ShardEntry, write_manifest
-from data.shards import INDEX_FORMAT, INDEX_VERSION, index_path
+from data.shard_index import INDEX_FORMAT, INDEX_VERSION, index_path
 
 NUM_SHARDS = 100_000
 CHUNK_TOKENS, CHUNKS = 10**6, 100

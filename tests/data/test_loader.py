@@ -15,7 +15,7 @@ from data.config import DataError
 from data.loader import Batch, SampleStream, micro_batches, sample_hash
 from data.manifest import read_manifest
 from data.order import accumulation
-from data.shards import index_path, read_index
+from data.shard_index import index_path, read_index
 from tests.data.tiny import documents, flip_bit, write_dataset
 
 SEQ_LEN = 16
@@ -137,7 +137,7 @@ def test_a_run_that_stops_early_leaves_its_loader_processes_behind_cleanly(
 class _DeadlyStream(SampleStream):
     """Ends its process when it is asked to read, as a machine out of memory would."""
 
-    def read(self, sources: Any, offsets: Any) -> Any:
+    def read(self, sources: Any, offsets: Any, damaged: dict[int, str] | None = None) -> Any:
         os._exit(9)
 
 

@@ -24,7 +24,7 @@ from data.manifest import read_manifest
 from data.names import lines_of, names_of
 from data.phases import Phases, first_phase
 from data.prepare import Summary, prepare
-from data.shards import index_path, read_index
+from data.shard_index import index_path, read_index
 from data.sources import open_datasets
 from data.stream import SampleStream
 from data.tokens import TokenSource

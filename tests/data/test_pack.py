@@ -23,6 +23,7 @@ from data.manifest import read_manifest
 from data.order import accumulation
 from data.pack import finished_plan, pack_dataset
 from data.phases import Phases, first_phase
+from data.places import place_of
 from data.sources import open_datasets
 from data.stats import dataset_stats
 from data.verify import verify
@@ -217,7 +218,7 @@ def test_a_plan_is_the_same_for_any_number_of_workers_and_made_once(dataset: Pat
 
 def test_an_unfinished_plan_is_none(packed: Path) -> None:
     (packed / "packing" / str(SEQ_LEN) / "plan.json").unlink()
-    assert finished_plan(packed, read_manifest(packed), SEQ_LEN) is None
+    assert finished_plan(place_of(packed), read_manifest(packed), SEQ_LEN) is None
     assert [p.file for p in verify(packed).problems] == [f"packing/{SEQ_LEN}/plan.json"]
 
 
@@ -265,7 +266,7 @@ def test_a_reader_meets_damage_before_it_believes_a_number(packed: Path) -> None
     with pytest.raises(DataError, match=r"shard-000000\.npy is damaged: its sha256 .* `headrace"):
         read(stream)
     path.unlink()
-    with pytest.raises(DataError, match=r"it cannot be read: No such file .* --seq-len 24`"):
+    with pytest.raises(DataError, match=r"is damaged: it is missing; make the .* --seq-len 24`"):
         read(stream)
     path.write_bytes(intact)
     read(stream)

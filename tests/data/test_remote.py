@@ -110,7 +110,7 @@ def test_what_will_not_pass_stops_at_once(server: Server, tmp_path: Path, status
 def test_the_budget_of_attempts_ends(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.remote._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("data.retries._FIRST_PAUSE", 0.01)
     url = server.url("/a.txt", (200, b"always short", 1))
     with pytest.raises(DataError, match=r"could not be fetched in 8 attempts.*run the same"):
         find_files([url], tmp_path)
@@ -135,7 +135,7 @@ def test_a_missing_package_is_named_with_its_command(
 def test_an_unknown_scheme_is_refused_and_no_command_is_run(tmp_path: Path) -> None:
     with pytest.raises(DataUsageError, match=r"ftp:// is not supported; s3://, gs://, http://"):
         find_files(["ftp://host/a.txt"], tmp_path)
-    with pytest.raises(DataUsageError, match="no such file or folder"):
+    with pytest.raises(DataUsageError, match="does not say what the command writes"):
         find_files(["pipe:echo hello"], tmp_path)
 
 

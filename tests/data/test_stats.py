@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import xxhash
 
-from data import repeats, shards, tokens
+from data import arrays, repeats, shards, tokens
 from data.config import DataError
 from data.manifest import read_manifest
 from data.repeats import RepeatCounter
-from data.shards import index_path, read_index
+from data.shard_index import index_path, read_index
 from data.stats import Stats, dataset_stats
 from tests.data.tiny import documents, flip_bit, write_dataset
 
@@ -57,8 +57,8 @@ def test_copies_are_counted_the_same_in_bounded_memory(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repeats, "BUFFERED", 7)
-    monkeypatch.setattr(tokens, "LARGEST_CACHED_CHUNK", 100)
-    monkeypatch.setattr(tokens, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(arrays, "LARGEST_CACHED_CHUNK", 100)
+    monkeypatch.setattr(arrays, "_PIECE_BYTES", 64)
     _check_copies(dataset_stats(dataset, seq_len=100))
 
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data import shards, tokens
+from data import arrays, shards, tokens
 from data.config import DataError
 from data.manifest import read_manifest
-from data.shards import index_path, read_index
+from data.shard_index import index_path, read_index
 from data.tokens import TokenSource
 from tests.data.tiny import documents, flip_bit, write_dataset
 
@@ -96,8 +96,8 @@ def test_chunks_that_leave_the_cache_are_read_in_ranges(
 def test_chunks_too_large_to_keep_are_checked_piece_by_piece(
     own_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "LARGEST_CACHED_CHUNK", 100)
-    monkeypatch.setattr(tokens, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(arrays, "LARGEST_CACHED_CHUNK", 100)
+    monkeypatch.setattr(arrays, "_PIECE_BYTES", 64)
     source = _source(own_dataset)
     assert source.read(0, len(STREAM)).tolist() == STREAM.tolist()
     assert source._cached_bytes == 0
@@ -194,13 +194,14 @@ def test_rows_that_touch_damage_are_the_same_whoever_reads_them(own_dataset: Pat
     assert 0 < sum(expected) < len(starts) // 2
 
     for num_readers in (1, 2, 3, 7):
-        found = np.zeros(len(starts), dtype=np.bool_)
+        found: dict[int, str] = {}
         rows = np.ones((len(starts), 41), dtype=np.uint32)
         for rank in range(num_readers):
             places = list(range(rank, len(starts), num_readers))[:: -1 if rank % 2 else 1]
             reader = _source(own_dataset)
             reader.read_rows([starts[place] for place in places], rows, places, found)
-        assert found.tolist() == expected
+        assert [place in found for place in range(len(starts))] == expected
+        assert all("damaged" in what or "cannot be read" in what for what in found.values())
         for start, row, damaged in zip(starts, rows, expected, strict=True):
             assert row.tolist() == ([0] * 41 if damaged else STREAM[start : start + 41].tolist())
 

@@ -13,7 +13,7 @@ import pytest
 from data import shards
 from data.config import DataError, DataUsageError
 from data.manifest import read_manifest
-from data.shards import index_path, read_index
+from data.shard_index import index_path, read_index
 from data.verify import verify
 from tests.data.tiny import documents, flip_bit, write_dataset
 

@@ -31,7 +31,7 @@ from train.config import ConfigError, RunConfig
 from train.metrics import read_metrics
 from train.phases import History, phases_of, read_phases
 from train.pretrain import pretrain_on, pretraining
-from train.run import open_run, read_config
+from train.run import open_run, read_config, record_phase
 from train.world import World
 
 BLOCK, WINDOW, SEED = 128, 256, 5
@@ -388,13 +388,17 @@ def test_a_run_goes_on_with_longer_samples_on_another_world(dataset: Path, tmp_p
 
 def begin(run: Path, config: RunConfig) -> None:
     work = pretraining(config, num_ranks=1)
-    open_run(run, work.config, work.identity, phase=work.phase)
+    open_run(run, work.config, work.identity)
+    assert work.phase is not None
+    record_phase(run, work.config, work.identity, work.phase)
 
 
 def reopen(run: Path, config: RunConfig, *allow: str, steps: int) -> RunConfig:
     history = History(read_phases(run), steps)
     work = pretraining(config, num_ranks=1, history=history, allow_change=allow)
-    open_run(run, work.config, work.identity, phase=work.phase, allow_change=allow)
+    open_run(run, work.config, work.identity, allow_change=allow)
+    assert work.phase is not None
+    record_phase(run, work.config, work.identity, work.phase)
     found = read_config(run)
     assert isinstance(found, RunConfig)
     return found
