@@ -15,7 +15,7 @@ class Use:
     source: str
     epochs: float
     needed_tokens: int
-    """Targets that the run trains on."""
+    """Targets that the run trains on; where samples are padded, by their mean."""
     available_tokens: int
     """Targets of one epoch."""
 

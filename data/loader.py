@@ -67,7 +67,8 @@ def micro_batches(
     Each holds int64 tensors: input_ids, labels and position_ids [B,T], labels already shifted
     (labels[t] is the target of input t; -100 where there is none), and data_hash, a scalar: the sum
     of the hashes of the real samples, modulo 2^64, as a signed number. `boundaries` changes labels
-    and positions by data/boundaries.py, never the samples; "attention" adds doc_ids [B,T].
+    and positions by data/boundaries.py, never the samples; "attention" adds doc_ids [B,T]. In
+    samples of a best-fit plan the first token of a part and padding are never targets.
     With on_damage="quarantine" a sample that touches damage is zeros without a target, and
     `quarantined`, a scalar, counts those of the batch; otherwise, and for everything that cannot be
     read for another reason, DataError, also when a loader process found it.

@@ -14,7 +14,7 @@ from data.config import Boundaries, DataUsageError
 from data.epochs import check_epochs, uses
 from data.loader import SampleStream, micro_batches
 from data.order import accumulation as rounds
-from data.phases import Phases
+from data.phases import Phases, RunPhase
 from data.sources import data_of, open_datasets
 from data.verify import tokenizer_of
 from model.flops import flops_per_token
@@ -181,12 +181,7 @@ class PretrainTask:
         for start, end, phase in segments:
             needed = rounds(phase.batch_samples, num_ranks, self._micro_batch)
             if needed > self._accumulation:
-                raise ConfigError(
-                    f"the run goes on from step {start - 1}, where an earlier phase with "
-                    f"batch_tokens={phase.batch_samples * phase.seq_len} held; restore the "
-                    f"checkpoint of step {end}, or repeat those steps with that batch_tokens, "
-                    f"`--allow-change batch_tokens --stop-at {end}`, and change it again then"
-                )
+                raise ConfigError(self._repeating(start, end, phase))
         return itertools.chain.from_iterable(
             micro_batches(
                 self._stream.at(phase.seq_len),
@@ -202,6 +197,18 @@ class PretrainTask:
                 on_damage=self._config.data.on_damage,
             )
             for start, end, phase in segments
+        )
+
+    def _repeating(self, start: int, end: int, phase: RunPhase) -> str:
+        values = f"batch_tokens={phase.batch_samples * phase.seq_len}"
+        options = f"--allow-change batch_tokens --stop-at {end}"
+        if phase.seq_len != self._config.seq_len:
+            values = f"seq_len={phase.seq_len} {values}"
+            options = f"--allow-change seq_len {options}"
+        return (
+            f"the run goes on from step {start - 1}, where an earlier phase with {values} held; "
+            f"restore the checkpoint of step {end}, or repeat those steps with `{values} "
+            f"{options}`, and change it again then"
         )
 
     def loss_sum(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -19,7 +19,7 @@ from model.gpt import GPT, init_weights
 from model.loss import token_loss_sum
 from tests.data.texts import prose, write_lines
 from tests.ranks import run_ranks
-from tests.train.test_pretrain import config, losses, refuse, train_many, train_run
+from tests.train.test_pretrain import config, losses, train_many, train_run
 from train.config import ConfigError, RunConfig
 from train.metrics import read_metrics
 from train.pretrain import pretraining, resolve
@@ -115,13 +115,9 @@ def test_another_world_and_micro_batch_give_the_same_losses(
                 assert row[key] == pytest.approx(wanted[key], rel=2e-4)
 
 
-def test_a_run_goes_on_to_the_bit_and_keeps_its_packing(
-    short: Path, references: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_to_the_bit(short: Path, references: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert run_ranks(1, train_run, _config(short, "attention"), run, 2) == ["stopped"]
-    message = run_ranks(1, refuse, _config(short, "attention", "data.packing=concat"), run)[0]
-    assert "data.packing: 'best_fit' in the run, 'concat' now" in message
     assert run_ranks(1, train_run, _config(short, "attention"), run) == ["complete"]
     assert losses(run) == losses(references["attention"])
 
@@ -137,6 +133,9 @@ def test_a_run_from_before_the_key_is_one_of_concatenation(short: Path, tmp_path
     packed = pretraining(config(short, "data.packing=best_fit"), num_ranks=1)
     with pytest.raises(ConfigError, match=r"packing: 'concat' in the run, 'best_fit' now"):
         open_run(run, packed.config, packed.identity)
+    open_run(tmp_path / "packed", packed.config, packed.identity)
+    with pytest.raises(ConfigError, match=r"packing: 'best_fit' in the run, 'concat' now"):
+        open_run(tmp_path / "packed", work.config, work.identity)
 
 
 def test_training_without_a_plan_is_refused_with_the_command(short: Path) -> None:

@@ -139,7 +139,7 @@ def single(folder: Path) -> dict[int, Datasets]:
     return {seq_len: open_datasets(folder / "a", seq_len=seq_len) for seq_len in LENGTHS}
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(5_000, marks=pytest.mark.slow)])
 def test_every_token_is_a_target_once_an_epoch_whatever_changes(
     single: dict[int, Datasets], count: int
 ) -> None:
@@ -435,6 +435,30 @@ def test_a_new_length_is_refused_unless_it_was_asked_for(dataset: Path, tmp_path
     longer = by_hand.model_copy(update={"seq_len": 32})
     found = reopen(tmp_path / "other", longer, "seq_len", steps=4)
     assert (found.seq_len, found.model.max_seq_len) == (32, 64)
+
+
+def test_steps_of_another_length_are_repeated_as_they_were(dataset: Path, tmp_path: Path) -> None:
+    """The checkpoint in front of the change is lost; the run stands at step 3 again."""
+    run = tmp_path / "run"
+    short, long = model_of(dataset, 16, 8), model_of(dataset, 32, 4)
+    begin(run, short)
+    reopen(run, long, "seq_len", steps=4)
+    history = History(read_phases(run), 3)
+    work = pretraining(long, num_ranks=1, history=history)
+    with pytest.raises(ConfigError) as refused:
+        work.task.micro_batches(4, 8, rank=0, num_ranks=1)
+    assert (
+        "repeat those steps with `seq_len=16 batch_tokens=128 --allow-change seq_len "
+        "--allow-change batch_tokens --stop-at 4`"
+    ) in str(refused.value)
+    # With micro-batches that fit both nothing has to be repeated by hand.
+    fitting = long.model_copy(update={"micro_batch": 8})
+    work = pretraining(fitting, num_ranks=1, history=history)
+    batches = list(work.task.micro_batches(4, 6, rank=0, num_ranks=1))
+    assert [batch["input_ids"].shape[1] for batch in batches] == [16, 32, 32]
+    assert [work.task.num_valid(step) for step in (4, 5)] == [128, 128]
+    reopen(run, short, "seq_len", steps=3)
+    assert [(p.first_step, p.seq_len) for p in read_phases(run)] == [(1, 16), (4, 16)]
 
 
 def test_rows_from_before_lengths_could_change_are_read(dataset: Path, tmp_path: Path) -> None:
