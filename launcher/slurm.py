@@ -16,7 +16,27 @@ from pathlib import Path
 from typing import ClassVar
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
+SHORT_OPTIONS = {
+    "J": "job-name", "N": "nodes", "t": "time", "o": "output", "D": "chdir", "G": "gpus",
+    "n": "ntasks",
+}  # fmt: skip
+"""One-letter sbatch options -> the long ones, as far as the script has a say in them."""
+OURS = {
+    "nodes": "write --nodes",
+    "gpus-per-node": "write --gpus-per-node",
+    "gpus": "write --nodes and --gpus-per-node",
+    "time": "write --time",
+    "job-name": "write --run, whose last part names the job",
+    "output": "the logs of a job lie in RUN/logs",
+    "chdir": "the job runs where it is submitted",
+    "ntasks": "one torchrun per node starts the ranks",
+}
+"""sbatch options that headrace sets by itself -> what to do instead."""
 BEGIN, END = "# filled in by `headrace submit` from here\n", "# to here\n"
+
+
+STARTING_SECONDS = 60
+"""What a job takes at least to start its ranks, load a checkpoint and make a step."""
 
 
 class SlurmError(ValueError):
@@ -134,6 +154,50 @@ def _check(job: Job) -> None:
                 f"--sbatch {option!r} is no sbatch option; write it with its dashes, "
                 "such as --sbatch=--partition=batch"
             )
+        name = _name(option)
+        if name in OURS or name in _set_by_template():
+            raise SlurmUsageError(
+                f"--sbatch={option}: the script sets --{name} itself; leave it out"
+                + (f": {OURS[name]}" if name in OURS else f", or edit {TEMPLATE}")
+            )
+    _check_time(job.time)
+
+
+def _check_time(limit: str) -> None:
+    """SlurmUsageError where the signal before the limit comes as soon as the job starts."""
+    signal = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", _template(), re.MULTILINE)
+    assert signal is not None, "the template asks for a signal before the limit"
+    seconds, notice = _seconds(limit), int(signal[1])
+    # 0 is no limit at all.
+    if 0 < seconds <= notice + STARTING_SECONDS:
+        least = -(-(notice + STARTING_SECONDS) // 60) + 1
+        raise SlurmUsageError(
+            f"--time {limit} is {seconds} s: the job is asked to save and stop {notice} s before "
+            f"its limit and needs about {STARTING_SECONDS} s to start, which leaves no time to "
+            f"train; write at least --time {least}"
+        )
+
+
+def _seconds(limit: str) -> int:
+    """MINUTES, MINUTES:SECONDS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS in seconds."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = 0, *(*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _name(option: str) -> str:
+    """The long name of an sbatch option as it was written: --nodes=5, --nodes 5, -N5, -N 5."""
+    if option.startswith("--"):
+        return re.split(r"[=\s]", option[2:], maxsplit=1)[0]
+    return SHORT_OPTIONS.get(option[1:2], option[1:2])
+
+
+def _set_by_template() -> set[str]:
+    return set(re.findall(r"^#SBATCH --([a-z-]+)", _template(), re.MULTILINE))
 
 
 def _template() -> str:

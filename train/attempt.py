@@ -72,7 +72,13 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             _check_history(run)
     done = world.broadcast(done)
     if stop_at is not None and done >= stop_at and stop_at < work.steps:
-        log.info("%s stands at step %d, which is not before --stop-at %d", run, done, stop_at)
+        log.info(
+            "%s stands at step %d, which is not before --stop-at %d; to go on, leave --stop-at "
+            "out or name a later step",
+            run,
+            done,
+            stop_at,
+        )
         return _end_at_once(world, run, work, "stopped", done)
     if done >= work.steps:
         log.info("%s is complete: %d of %d steps", run, done, work.steps)

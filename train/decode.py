@@ -16,6 +16,41 @@ from train.config import ConfigError, FinetuneConfig, RunConfig
 
 Config = TypeVar("Config", RunConfig, FinetuneConfig)
 
+OTHER_NAMES = {
+    "optim.lr": "learning_rate max_lr peak_lr",
+    "optim.min_lr_ratio": "min_lr final_lr",
+    "optim.beta1": "adam_beta1",
+    "optim.beta2": "adam_beta2",
+    "optim.eps": "adam_epsilon adam_eps epsilon",
+    "optim.weight_decay": "wd",
+    "optim.clip_norm": "grad_clip max_grad_norm clip_grad gradient_clipping",
+    "schedule.warmup_steps": "warmup num_warmup_steps warmup_iters",
+    "steps": "max_steps num_steps max_iters train_iters total_steps",
+    "epochs": "num_epochs num_train_epochs max_epochs",
+    "batch_tokens": "batch_size global_batch_size total_batch_size",
+    "batch_size": "batch_tokens global_batch_size train_batch_size",
+    "micro_batch": "gradient_accumulation_steps micro_batch_size device_batch_size "
+    "per_device_train_batch_size",
+    "seq_len": "block_size context_length sequence_length max_length max_seq_length",
+    "precision": "dtype torch_dtype mixed_precision bf16 fp16 fp32",
+    "model.num_layers": "n_layer n_layers num_hidden_layers layers depth",
+    "model.hidden_size": "n_embd d_model dim n_embed embedding_size width",
+    "model.num_heads": "n_head n_heads num_attention_heads heads",
+    "model.num_kv_heads": "n_kv_heads num_key_value_heads",
+    "model.ffn_size": "intermediate_size ffn_hidden_size d_ff",
+    "model.tie_embeddings": "tie_word_embeddings",
+    "model.norm_eps": "rms_norm_eps layer_norm_eps",
+    "model.init_std": "initializer_range",
+    "model.activation_checkpointing": "gradient_checkpointing checkpoint_activations",
+    "checkpoint.every": "save_steps save_every save_interval checkpoint_every",
+    "checkpoint.keep": "save_total_limit",
+    "zero.stage": "zero_stage",
+    "data.path": "dataset dataset_path data_path train_data",
+    "model.path": "model_name_or_path checkpoint",
+    "log.wandb": "report_to",
+}
+"""Key of ours -> the last part of what the rest of the field calls it."""
+
 
 def load_config(
     kind: type[Config], recipe: str, overrides: Sequence[str] = (), *, name: str = "recipe"
@@ -91,13 +126,23 @@ def _value(text: str) -> Any:
 def _explain(kind: type[BaseModel], item: Any, name: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        keys = list(known_keys(kind))
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or difflib.get_close_matches(
-            key.split(".")[-1], keys, n=1, cutoff=0.5
-        )
-        hint = f"did you mean {near[0]!r}?" if near else "keys are: " + ", ".join(keys)
-        return f"{name}: unknown key {key!r}; {hint}"
+        return f"{name}: unknown key {key!r}; {_hint(key, list(known_keys(kind)))}"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{name}: {key + ': ' if key else ''}{message}"
     return f"{name}: {key} = {item['input']!r}: {item['msg']}"
+
+
+def _hint(key: str, keys: Sequence[str]) -> str:
+    """What was probably meant: by its last part, by another name for it, by likeness."""
+    *tables, leaf = key.split(".")
+    meant = [known for known in keys if known.split(".")[-1] == leaf] or [
+        known for known in keys if leaf.lower() in OTHER_NAMES.get(known, "").split()
+    ]
+    # Of several, the one in the table that was named.
+    near = [known for known in meant if known.split(".")[:-1] == tables] or meant
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(leaf, keys, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return "`headrace recipes NAME` lists the keys of a recipe"

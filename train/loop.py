@@ -109,6 +109,7 @@ def train(job: Job) -> tuple[Outcome, int]:
     completed step).
     """
     job.engine.module.train()
+    _say_when_nothing_is_saved(job)
     batches = job.task.micro_batches(
         job.first_step, job.steps, rank=job.world.rank, num_ranks=job.world.size
     )
@@ -257,6 +258,13 @@ def _record(
         row["resumed_from"] = job.resumed_from
     job.metrics.write(row)
     return bool(counts[2] > 0)
+
+
+def _say_when_nothing_is_saved(job: Job) -> None:
+    every = job.config.checkpoint.every
+    first_save = job.steps if every == 0 else -(-job.first_step // every) * every
+    if min(first_save, job.stop_at or job.steps) >= job.steps:
+        log.info("no checkpoint before the last step: checkpoint.every=%d", every)
 
 
 def _due(every: int, step: int) -> bool:

@@ -57,3 +57,9 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"steps = 3 \xff")
     with pytest.raises(RecipeError, match=r"bad\.toml: not UTF-8 at byte 10"):
         find_recipe(str(path), "pretrain")
+
+
+def test_a_killed_try_of_the_small_recipe_is_no_whole_run() -> None:
+    recipe = find_recipe("tiny-cpu", "pretrain")
+    assert 0 < load_config(RunConfig, recipe.text, ["steps=60"]).checkpoint.every <= 20
+    assert load_config(RunConfig, recipe.text, ["checkpoint.every=20"]).checkpoint.every == 20

@@ -64,14 +64,35 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
         ({"time": "a day"}, r"--time 'a day' is no Slurm time; write MINUTES, HH:MM:SS or"),
         ({"num_nodes": 0}, r"--nodes 0 --gpus-per-node 8: a job needs at least one node"),
         ({"options": ("partition=x",)}, r"--sbatch 'partition=x' is no sbatch option"),
+        ({"options": ("--nodes=5",)}, r"--sbatch=--nodes=5: the script sets --nodes itself; leave "
+                                      r"it out: write --nodes$"),
+        ({"options": ("-N 5",)}, r"--sbatch=-N 5: the script sets --nodes itself"),
+        ({"options": ("-t10",)}, r"--sbatch=-t10: the script sets --time itself"),
+        ({"options": ("--chdir /tmp",)}, r"the script sets --chdir itself"),
+        ({"options": ("--signal=USR1@60",)}, r"sets --signal itself; leave it out, or edit /"),
+        ({"time": "1"}, r"--time 1 is 60 s: the job is asked to save and stop 300 s before its "
+                        r"limit and needs about 60 s to start, .* at least --time 7$"),
+        ({"time": "6:00"}, r"--time 6:00 is 360 s"),
+        ({"time": "00:05:30"}, r"--time 00:05:30 is 330 s"),
     ],
-)
+)  # fmt: skip
 def test_a_job_that_slurm_would_refuse_is_refused_here(
     changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SlurmUsageError, match=message) as refused:
         render(job(tmp_path, **changes))
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("time", ["7", "6:01", "00:06:01", "1-0:00", "1-00:00:00", "0"])
+def test_a_limit_that_leaves_time_to_train_is_taken(time: str, tmp_path: Path) -> None:
+    assert f"#SBATCH --time={time}\n" in render(job(tmp_path, time=time))
+
+
+def test_what_is_no_business_of_the_script_goes_through(tmp_path: Path) -> None:
+    options = ("--nodelist=n[1-4]", "-p batch", "--account=a", "--time-min=10")
+    script = render(job(tmp_path, options=options))
+    assert all(f"#SBATCH {option}\n" in script for option in options)
 
 
 def test_submit_says_what_to_do_where_slurm_is_missing(

@@ -3,7 +3,7 @@
 import pytest
 
 from train.config import ConfigError, FinetuneConfig, RunConfig
-from train.decode import load_config
+from train.decode import OTHER_NAMES, known_keys, load_config
 
 
 def test_overrides_win_and_are_typed() -> None:
@@ -17,6 +17,31 @@ def test_overrides_win_and_are_typed() -> None:
 def test_unknown_key_suggests_the_right_one() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'optim\.l_r'; did you mean 'optim\.lr'\?"):
         load_config(RunConfig, "", ["optim.l_r=1.0"])
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("lr", "did you mean 'optim.lr'?"),
+        ("optim.learning_rate", "did you mean 'optim.lr'?"),
+        ("learning_rate", "did you mean 'optim.lr'?"),
+        ("every", "did you mean 'checkpoint.every' or 'eval.every'?"),
+        ("batch_size", "did you mean 'batch_tokens'?"),
+        ("n_layers", "did you mean 'model.num_layers'?"),
+        ("model.num_hidden_layers", "did you mean 'model.num_layers'?"),
+        ("max_steps", "did you mean 'steps'?"),
+        ("stepz", "did you mean 'steps'?"),
+        ("qqqq", "`headrace recipes NAME` lists the keys of a recipe"),
+    ],
+)
+def test_an_unknown_key_leads_to_the_one_that_was_meant(key: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, "", [f"{key}=1"])
+    assert str(caught.value) == f"recipe: unknown key {key!r}; {hint}"
+
+
+def test_other_names_are_those_of_keys_that_are_there() -> None:
+    assert OTHER_NAMES.keys() <= {*known_keys(RunConfig), *known_keys(FinetuneConfig)}
 
 
 def test_every_bad_key_is_named_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from train.checkpoint import committed
+from train.config import RunConfig
 from train.run import attempts
+from train.world import World
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -28,3 +31,48 @@ def test_a_loss_that_is_no_number_ends_the_run_on_every_rank(
     assert committed(run) == [1]
     assert [row[0] for row in losses(run)] == [1]
     assert attempts(run)[-1]["outcome"] == "failed"
+
+
+class Heard(logging.Handler):
+    """Keeps what was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def train_and_listen(
+    world: World, jobs: list[tuple[RunConfig, Path, int | None]]
+) -> list[list[str]]:
+    """What each of these runs says."""
+    logger, found = logging.getLogger("train"), []
+    logger.setLevel(logging.INFO)
+    for job in jobs:
+        heard = Heard()
+        logger.addHandler(heard)
+        train_run(world, *job)
+        logger.removeHandler(heard)
+        found.append(heard.lines)
+    return found
+
+
+def test_a_run_says_when_nothing_is_saved_before_its_last_step_and_how_to_go_on(
+    dataset: Path, tmp_path: Path
+) -> None:
+    def job(every: int, stop_at: int | None) -> tuple[RunConfig, Path, int | None]:
+        small = ("steps=2", "batch_tokens=64", "eval.samples=1", f"checkpoint.every={every}")
+        return config(dataset, *small), tmp_path / f"{every}-{stop_at}", stop_at
+
+    # A planned stop saves; the second of equal jobs has passed it.
+    jobs = [job(0, None), job(5, None), job(1, None), job(0, 1), job(0, 1)]
+    (heard,) = run_ranks(1, train_and_listen, jobs)
+    begin = "no checkpoint before the last step: checkpoint.every="
+    told = [[line for line in lines if line.startswith(begin)] for lines in heard]
+    assert told == [[f"{begin}0"], [f"{begin}5"], [], [], []]
+    assert (
+        f"{jobs[-1][1]} stands at step 1, which is not before --stop-at 1; to go on, leave "
+        "--stop-at out or name a later step"
+    ) in heard[-1]
