@@ -164,7 +164,8 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a run needs and how long it takes, before any GPU is allocated."""
-    from launcher.plan import make_plan, show_plan
+    from launcher.plan import make_plan
+    from launcher.show import show_plan
     from train.config import RunConfig
     from train.decode import load_config
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from launcher.plan import GB, PlanError, make_plan, show_plan
+from data.manifest import read_manifest
+from launcher.memory import GB
+from launcher.plan import Plan, PlanError, make_plan
 from launcher.recipes import find_recipe
+from launcher.show import show_plan
 from train.config import RunConfig
 from train.decode import load_config
 
@@ -103,9 +108,74 @@ def test_time_follows_from_flops_and_mfu() -> None:
 def test_a_run_that_does_not_fit_is_warned_about() -> None:
     plan = make_plan(config("llama-7b", "zero.stage=1"), nodes=1, gpus_per_node=1, gpu="a100")
     assert plan["memory_per_gpu"] > 80 * GB
-    assert any("do not fit into 80 GB; lower micro_batch" in text for text in plan.warnings)
+    assert plan.warnings == ("132.3 GB do not fit into 80 GB; what fits: 3 GPUs (78.4 GB)",)
+    assert plan.as_dict()["fits"] is False
     fits = make_plan(config("llama-7b"), nodes=8, gpus_per_node=8, gpu="h100")
     assert fits.warnings == ()
+    assert fits.as_dict()["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "advice"),
+    [
+        # micro_batch is 1 already, and one rank shards nothing.
+        ((), 1, {"": 2}),
+        (
+            ("micro_batch=8", "model.activation_checkpointing=false"),
+            8,
+            {"micro_batch=2": 8, "model.activation_checkpointing=true": 8},
+        ),
+        (("micro_batch=32", "zero.stage=1"), 8, {"micro_batch=4": 8}),
+        (
+            ("micro_batch=64", "zero.stage=1", "model.num_layers=48"),
+            8,
+            {"micro_batch=1 zero.stage=3": 8},
+        ),
+        (("model.hidden_size=16384", "model.num_layers=64"), 8, {"zero.stage=3": 40}),
+        (("model.hidden_size=65536", "model.num_layers=128"), 8, {}),
+    ],
+)
+def test_advice_is_what_makes_the_run_fit(
+    given: tuple[str, ...], gpus: int, advice: dict[str, int]
+) -> None:
+    def made(settings: str, nodes: int) -> Plan:
+        chosen = config("llama-7b", *given, *settings.split())
+        return make_plan(chosen, nodes=nodes, gpus_per_node=gpus, gpu="h100")
+
+    told = []
+    for settings, needed in advice.items():
+        plan = made(settings, needed // gpus)
+        assert plan.fits
+        assert needed == gpus or not made(settings, needed // gpus - 1).fits
+        words = [f"{needed} GPUs"] * (needed != gpus) + [settings] * bool(settings)
+        told.append(f"{' with '.join(words)} ({plan['memory_per_gpu'] / GB:,.1f} GB)")
+    nothing = "no number of these GPUs holds it: take one with more memory, or a smaller model"
+    (warning,) = made("", 1).warnings
+    assert warning.split("; ")[1] == ("what fits: " + ", or ".join(told) if told else nothing)
+
+
+def test_the_vocabulary_is_that_of_the_dataset(dataset: Path) -> None:
+    def made(override: str) -> Plan:
+        return make_plan(config("tiny-cpu", override), nodes=1, gpus_per_node=1, gpu="h100")
+
+    found = made(f"data={dataset}")
+    size = read_manifest(dataset).vocab_size
+    assert found["num_parameters"] == made(f"model.vocab_size={size}")["num_parameters"]
+    assert not any("vocabulary" in text for text in found.assumptions)
+
+
+def test_people_read_words_and_units(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = config("tiny-cpu", f"data={dataset}", "steps=1000000")
+    plan = make_plan(chosen, nodes=1, gpus_per_node=1, gpu="h100")
+    show_plan(plan, explain=False, as_json=False)
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    shown = {line[0]: line[1] for line in lines if len(line) > 1}
+    assert shown["memory of the GPU"] == "80.00 GB"
+    assert shown["memory: weights"].endswith(" MB")
+    assert shown["speed"].endswith(" tokens/s")
+    assert re.fullmatch(r"[\d.]+ (seconds|minutes)", shown["time of the whole run"])
+    assert shown["epochs of source main"] == f"{plan['epochs_main']:,.0f}"
+    assert "_" not in "".join(shown) and "e+" not in "".join(shown.values())
 
 
 def test_every_figure_is_explained_and_assumptions_are_said(

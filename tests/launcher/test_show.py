@@ -21,7 +21,12 @@ def scores(num_labels: int) -> dict[str, object]:
 def test_an_evaluation_is_readable_and_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"loss": 2.0794415416798357, "perplexity": 8.0, "num_tokens": 76216}
     show_evaluation(result, as_json=False)
-    assert "num tokens  76,216" in capsys.readouterr().out
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "loss             2.0794 nats per token",
+        "perplexity       8.0000",
+        "tokens measured  76,216",
+    ]
     show_evaluation(result, as_json=True)
     assert json.loads(capsys.readouterr().out)["loss"] == math.log(8)
 
