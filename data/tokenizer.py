@@ -44,6 +44,8 @@ class Tokenizer(Protocol):
     bos_id: int | None
     pad_id: int | None
     unk_id: int | None
+    byte_ids: frozenset[int]
+    """Ids of single bytes that stand for characters without a piece; empty where there are none."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; no special id is added."""
@@ -75,6 +77,7 @@ class SentencePieceTokenizer:
         self.bos_id, self.pad_id = special.get("bos"), special.get("pad")
         self.unk_id = special.get("unk")
         self.eos_id: int = _require_eos(special.get("eos"), path)
+        self.byte_ids = frozenset(self.model.byte_ids)
         self._splits_at_space = self.model.splits_at_space
 
     def encode(self, text: str) -> list[int]:
@@ -130,6 +133,9 @@ class HuggingFaceTokenizer:
         self.pad_id = vocabulary.get(names.get("pad_token", ""))
         self.unk_id = vocabulary.get(names.get("unk_token", ""))
         self.eos_id: int = _require_eos(vocabulary.get(names.get("eos_token", "")), path)
+        falls_back = getattr(self._tokenizer.model, "byte_fallback", False)
+        pieces = (f"<0x{byte:02X}>" for byte in range(256)) if falls_back else ()
+        self.byte_ids = frozenset(vocabulary[piece] for piece in pieces if piece in vocabulary)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

@@ -14,7 +14,15 @@ from typing import Any
 
 from data.config import DataUsageError
 from data.piece_model import SPACE
-from data.readers import Document, cut_parts, find_files, read_extent
+from data.readers import (
+    MISSING_FIELD,
+    Document,
+    Dropped,
+    InputFile,
+    cut_parts,
+    find_files,
+    read_extent,
+)
 from data.split import HASH_RANGE, piece_hash
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -57,8 +65,6 @@ def evaluate_tokenizers(
     scores = []
     for named in inputs:
         texts = _sample(named, text_field)
-        if not texts:
-            raise DataUsageError(f"{named} holds no text; name files that hold some")
         scores += [_score(str(path), tokenizer, named, texts) for path, tokenizer in loaded]
     return scores
 
@@ -66,19 +72,34 @@ def evaluate_tokenizers(
 def _sample(named: str, text_field: str) -> list[str]:
     files = find_files([named])
     share = min(1.0, SAMPLE_BYTES / max(1, sum(file.num_bytes for file in files)))
-    return [
-        text.decode()
-        for text in _documents(named, text_field)
-        if piece_hash(text, 0) < share * HASH_RANGE
-    ]
+    sample: list[str] = []
+    bad: Dropped | None = None
+    for item in _items(files, text_field):
+        if isinstance(item, Document):
+            if piece_hash(item.text, 0) < share * HASH_RANGE:
+                sample.append(item.text.decode())
+        elif item.is_bad:
+            bad = bad or item
+    if not sample:
+        raise DataUsageError(_without_text(named, text_field, bad))
+    return sample
 
 
-def _documents(named: str, text_field: str) -> Iterator[bytes]:
-    for part in cut_parts(find_files([named]), _PART_BYTES):
+def _items(files: Sequence[InputFile], text_field: str) -> Iterator[Document | Dropped]:
+    for part in cut_parts(files, _PART_BYTES):
         for extent in part:
-            for document in read_extent(extent, text_field):
-                if isinstance(document, Document):
-                    yield document.text
+            yield from read_extent(extent, text_field)
+
+
+def _without_text(named: str, text_field: str, bad: Dropped | None) -> str:
+    if bad is None:
+        return f"{named} holds no text; name files that hold some"
+    what = f"no field {text_field!r}" if bad.reason == MISSING_FIELD else bad.reason
+    return (
+        f"{named} holds no text; the first record that gives none:\n"
+        f"  {bad.place}: {what}: {bad.detail}\n"
+        "mend them, or name the field that holds the text with --text-field"
+    )
 
 
 def _score(name: str, tokenizer: Tokenizer, source: str, texts: Sequence[str]) -> Score:
@@ -93,7 +114,7 @@ def _score(name: str, tokenizer: Tokenizer, source: str, texts: Sequence[str]) -
         tokenizer.decode(ids) != (text.replace(SPACE, " ") if lossless_sign else text)
         for ids, text in zip(encoded, texts, strict=True)
     )
-    fallback = _fallback_ids(tokenizer)
+    fallback = {tokenizer.unk_id, *tokenizer.byte_ids}
     return Score(
         tokenizer=name,
         source=source,
@@ -106,10 +127,3 @@ def _score(name: str, tokenizer: Tokenizer, source: str, texts: Sequence[str]) -
         unknown_share=sum(id_ in fallback for ids in encoded for id_ in ids) / num_tokens,
         mb_per_cpu_second=num_bytes / 1e6 / max(seconds, 1e-9),
     )
-
-
-def _fallback_ids(tokenizer: Tokenizer) -> set[int]:
-    found = {tokenizer.unk_id} if tokenizer.unk_id is not None else set()
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        found |= tokenizer.model.byte_ids
-    return found

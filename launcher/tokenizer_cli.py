@@ -65,22 +65,31 @@ def evaluate(
     if as_json:
         print(json.dumps([score.to_json() for score in scores], indent=2))
     else:
-        _show(scores)
+        show_scores(scores)
 
 
-def _show(scores: list[Score]) -> None:
+def show_scores(scores: list[Score]) -> None:
+    """Print a table for each source."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("source", "tokenizer", "ids", "bytes/token", "changed", "unknown", "MB/CPU-s")
-    for score in scores:
-        table.add_row(
-            score.source,
-            score.tokenizer,
-            f"{score.vocab_size:,}",
-            f"{score.bytes_per_token:.3f}",
-            f"{score.changed} of {score.documents}",
-            f"{score.unknown_share:.3%}",
-            f"{score.mb_per_cpu_second:.1f}",
-        )
-    Console().print(table)
+    console = Console()
+    for source in dict.fromkeys(score.source for score in scores):
+        # Paths are told whole: rows differ at their ends.
+        console.print(escape(source), soft_wrap=True, highlight=False)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("tokenizer", overflow="fold")
+        for name in ("ids", "bytes/token", "changed", "unknown", "MB/CPU-s"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for score in scores:
+            if score.source == source:
+                table.add_row(
+                    escape(score.tokenizer),
+                    f"{score.vocab_size:,}",
+                    f"{score.bytes_per_token:.3f}",
+                    f"{score.changed} of {score.documents}",
+                    f"{score.unknown_share:.3%}",
+                    f"{score.mb_per_cpu_second:.1f}",
+                )
+        console.print(table)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
 from data.config import DataUsageError, PrepareConfig
-from data.tokenizer import train_tokenizer
+from data.tokenizer import load_tokenizer, train_tokenizer, write_huggingface_tokenizer
 from data.tokenizer_eval import evaluate_tokenizers
 from data.vocabulary import train_file
 from tests.data.texts import prose
@@ -44,6 +45,35 @@ def test_characters_without_a_piece_are_counted_as_bytes(folder: Path) -> None:
     expected = sum(vendor.is_byte(id_) for id_ in ids) / len(ids)
     assert score.unknown_share == pytest.approx(expected) and expected > 0.2
     assert score.changed == 0
+
+
+def test_bytes_are_counted_in_a_tokenizer_json_as_in_the_model_of_equal_ids(
+    folder: Path, tmp_path: Path
+) -> None:
+    write_huggingface_tokenizer(folder / "large.model", tmp_path / "hf")
+    both = [folder / "large.model", tmp_path / "hf/tokenizer.json"]
+    model, twin = evaluate_tokenizers(both, [str(folder / "texts/b.txt")])
+    assert twin.tokens == model.tokens
+    assert twin.unknown_share == model.unknown_share > 0.2
+    # Where bytes are no way out, pieces that look like them are pieces.
+    content = json.loads((tmp_path / "hf/tokenizer.json").read_text())
+    content["model"]["byte_fallback"] = False
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path / "hf/tokenizer.json").byte_ids == frozenset()
+
+
+def test_a_missing_field_is_told_with_the_keys_that_are_there(folder: Path, tmp_path: Path) -> None:
+    web = tmp_path / "web.jsonl"
+    web.write_text('{"content": "a", "url": "b"}\n')
+    with pytest.raises(DataUsageError) as refused:
+        evaluate_tokenizers([folder / "small.model"], [str(web)])
+    assert str(refused.value) == (
+        f"{web} holds no text; the first record that gives none:\n"
+        f"  {web}:1: no field 'text': its keys are 'content', 'url'\n"
+        "mend them, or name the field that holds the text with --text-field"
+    )
+    (score,) = evaluate_tokenizers([folder / "small.model"], [str(web)], text_field="content")
+    assert score.bytes == 1
 
 
 def test_every_input_is_a_source_of_its_own(folder: Path) -> None:
