@@ -44,8 +44,8 @@ def inspect(
 
     Write one of --step, --sample and --document.
     """
-    from launcher.inspect import find_document, inspect_sample, inspect_step
-    from launcher.show import show_inspection, show_lookup
+    from launcher.inspect import find_document, inspect_sample, inspect_step, recorded_hash
+    from launcher.show import show_lookup, show_sample, show_step
 
     if sum(value is not None for value in (step, sample, document)) != 1:
         raise typer.BadParameter("write one of --step N, --sample N and --document SHARD:NUMBER")
@@ -53,9 +53,11 @@ def inspect(
     if document is not None:
         show_lookup(find_document(dataset, document=document, **given), as_json=as_json)
     elif sample is not None:
-        show_inspection(inspect_sample(dataset, sample=sample, **given), as_json=as_json)
+        show_sample(inspect_sample(dataset, sample=sample, **given), as_json=as_json)
     else:
-        show_inspection(inspect_step(dataset, step=step or 0, **given), as_json=as_json)
+        found = inspect_step(dataset, step=step or 0, **given)
+        recorded = None if run is None else recorded_hash(run, found.step)
+        show_step(found, run=run, recorded=recorded, as_json=as_json)
 
 
 @data_app.command()

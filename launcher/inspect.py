@@ -4,7 +4,7 @@ what a recipe would make of a dataset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +12,7 @@ from typing import ClassVar
 from data.config import DataConfig, DataUsageError, OnDamage
 from data.inspect import Inspection, decoder, inspect_samples
 from data.lookup import Lookup, look_up
-from data.phases import Phases, first_phase
+from data.phases import Phases, RunPhase, first_phase
 from data.sources import Datasets, data_of, open_datasets
 from data.stream import SampleStream
 from launcher.recipes import find_recipe
@@ -73,7 +73,7 @@ def inspect_step(
     subject.check_step(step)
     first, last = subject.phases.samples(step)
     inspection = _inspect(subject, step, first, last)
-    recorded = None if run is None else _recorded_hash(run, step)
+    recorded = None if run is None else recorded_hash(run, step)
     if recorded is not None and recorded != inspection.data_hash:
         raise InspectError(
             f"step {step} of {run} was trained on samples with data_hash {recorded}, but "
@@ -162,6 +162,8 @@ def open_subject(
         commands=run is None or (dataset is not None and not config.data.sources),
     )
     rows = () if run is None else read_phases(run)
+    if run is not None and dataset is not None and not config.data.sources:
+        _check_same_data(run, dataset, datasets.fingerprints(), rows)
     phases = Phases(
         rows
         or [
@@ -182,6 +184,29 @@ def open_subject(
         phases=phases,
         datasets=datasets,
         on_damage=config.data.on_damage,
+    )
+
+
+def _check_same_data(
+    run: Path, dataset: Path, found: Mapping[str, str], rows: Sequence[RunPhase]
+) -> None:
+    """InspectUsageError when a dataset that was named is not the one that the run was trained on,
+    or not any more.
+    """
+    known = Phases(rows).fingerprints if rows else dict(found)
+    other = next((name for name in found if known.get(name) != found[name]), None)
+    if other is None:
+        return
+    trained_on = config_of(run).data.path
+    if Path(trained_on).resolve() == dataset.resolve():
+        raise InspectUsageError(
+            f"{dataset} was changed since {run} was trained on it: source {other!r} is data of "
+            f"fingerprint {found[other][:16]} now and was {known.get(other, 'not there')[:16]}; "
+            "put the data of the run back"
+        )
+    raise InspectUsageError(
+        f"{run} was not trained on {dataset} but on other data, at {trained_on}; write "
+        f"{trained_on} instead"
     )
 
 
@@ -222,7 +247,7 @@ def config_of(run: Path) -> RunConfig:
     return config
 
 
-def _recorded_hash(run: Path, step: int) -> str | None:
+def recorded_hash(run: Path, step: int) -> str | None:
     """What the run's metrics say of a step; None when they do not say anything yet."""
     from train.metrics import read_metrics
 

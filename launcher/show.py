@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from data.inspect import Inspection
     from data.lookup import Lookup
     from data.prepare import Summary, TaskSummary
@@ -157,11 +159,44 @@ def show_verification(result: Verification, *, as_json: bool) -> None:
     )
 
 
-def show_inspection(found: Inspection, *, as_json: bool) -> None:
-    """Print the samples of a step, document by document, and the step's hash."""
+def show_step(
+    found: Inspection, *, run: Path | None = None, recorded: str | None = None, as_json: bool
+) -> None:
+    """Print the samples of a step, document by document, and the step's hash; with a run, whether
+    that is what the run `recorded`.
+    """
     if as_json:
-        _print_json(found.to_json())
+        equal = None if recorded is None else recorded == found.data_hash
+        compared = {} if run is None else {"run": str(run), "equals_recorded": equal}
+        _print_json(found.to_json() | compared)
         return
+    _print_samples(found)
+    print(
+        f"step {found.step}: samples [{found.first}, {found.last}), seed {found.seed}, "
+        f"seq_len {found.seq_len}, data_hash {found.data_hash}"
+    )
+    if run is not None and recorded is None:
+        print(f"{run} has recorded no such step yet")
+    elif run is not None:
+        same = "equals" if recorded == found.data_hash else "is not"
+        print(f"data_hash {same} what {run} recorded")
+
+
+def show_sample(found: Inspection, *, as_json: bool) -> None:
+    """Print one sample, document by document, and its own hash: a step's is the sum of several."""
+    if as_json:
+        told = found.to_json()
+        told["sample_hash"] = told.pop("data_hash")
+        _print_json(told)
+        return
+    _print_samples(found)
+    print(
+        f"sample {found.first} of step {found.step}: seed {found.seed}, seq_len {found.seq_len}, "
+        f"hash of this sample alone {found.data_hash}"
+    )
+
+
+def _print_samples(found: Inspection) -> None:
     for sample in found.samples:
         print(
             f"sample {sample.sample}  {sample.source} epoch {sample.epoch}  "
@@ -173,10 +208,6 @@ def show_inspection(found: Inspection, *, as_json: bool) -> None:
             text = json.dumps(piece.text[:MAX_TEXT], ensure_ascii=False)
             named = f"{piece.number}{_in_brackets(piece.id)}"
             print(f"  document {named} from token {piece.first_token:,}: {text}")
-    print(
-        f"step {found.step}: samples [{found.first}, {found.last}), seed {found.seed}, "
-        f"seq_len {found.seq_len}, data_hash {found.data_hash}"
-    )
 
 
 def show_lookup(found: Lookup, *, as_json: bool) -> None:

@@ -27,6 +27,12 @@ MAX_BAR = 40
 def stats(dataset: str | Path, *, run: Path | None, seq_len: int | None) -> Stats:
     """What `dataset` holds; `run` gives seq_len, seed and the epochs that it makes in all."""
     config = None if run is None else config_of(run)
+    subject = None
+    if config is not None:
+        # Before the counting, which takes a while: it refuses data that is not the run's. A run of
+        # one dataset finds it where it is now; sources of several are where its config says.
+        alone = None if config.data.sources else dataset
+        subject = open_subject(alone, run=run, recipe="", overrides=())
     length = seq_len or (config.seq_len if config else DEFAULT_SEQ_LEN)
     with stage_progress() as progress:
         found = dataset_stats(
@@ -35,11 +41,8 @@ def stats(dataset: str | Path, *, run: Path | None, seq_len: int | None) -> Stat
             seed=config.seed if config else 0,
             progress=progress,
         )
-    if config is None:
+    if subject is None:
         return found
-    # A run of one dataset finds it where it is now; sources of several are where its config says.
-    alone = None if config.data.sources else dataset
-    subject = open_subject(alone, run=run, recipe="", overrides=())
     total = subject.phases.samples(subject.steps)[1]
     return replace(found, epochs=subject.stream.epochs(total))
 

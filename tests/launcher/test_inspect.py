@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from data.config import DataConfig, PrepareConfig
+from data.phases import first_phase
+from data.prepare import prepare
+from data.sources import open_datasets
+from launcher.cli import run_command
 from launcher.inspect import (
     InspectError,
     InspectUsageError,
@@ -17,6 +23,7 @@ from launcher.inspect import (
     inspect_sample,
     inspect_step,
 )
+from launcher.stats import stats
 from train.config import RunConfig
 from train.run import open_run
 
@@ -104,3 +111,56 @@ def test_data_must_be_named_once(dataset: Path, tmp_path: Path) -> None:
     assert inspect_step(None, step=1, run=None, recipe="tiny-cpu", overrides=[source]).last == 16
     with pytest.raises(InspectUsageError, match="names no data; write the DATASET to look into"):
         inspect_step(None, step=1, run=None, recipe="tiny-cpu", overrides=())
+
+
+def test_what_the_run_recorded_is_told(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    open_run(run, CONFIG, {})
+    argv = ["data", "inspect", str(dataset), "--run", str(run), "--step", "2"]
+
+    def said(*more: str) -> str:
+        run_command([*argv, *more], standalone=False)
+        return capsys.readouterr().out
+
+    assert said().splitlines()[-1] == f"{run} has recorded no such step yet"
+    assert json.loads(said("--json"))["equals_recorded"] is None
+    found = inspect_step(dataset, step=2, run=run, recipe="", overrides=())
+    write_metrics(run, (2, found.data_hash))
+    assert said().splitlines()[-1] == f"data_hash equals what {run} recorded"
+    assert json.loads(said("--json"))["equals_recorded"] is True
+
+
+def test_the_hash_of_a_sample_is_not_called_that_of_a_step(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["data", "inspect", str(dataset), *ARGUMENTS, "--sample", "7"]
+    run_command(argv, standalone=False)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("sample 7 of step 2: seed 3, seq_len 32, hash of this sample alone ")
+    run_command([*argv, "--json"], standalone=False)
+    found = json.loads(capsys.readouterr().out)
+    assert "data_hash" not in found
+    assert found["sample_hash"] == found["samples"][0]["hash"] == last.split()[-1]
+
+
+def test_other_data_than_that_of_the_run_is_refused_with_its_path(
+    dataset: Path, tmp_path: Path
+) -> None:
+    run, web = tmp_path / "run", tmp_path / "web"
+    (tmp_path / "web.txt").write_text("other words than those of the run, again and again\n" * 400)
+    config = PrepareConfig(vocab_size=300)
+    prepare([str(tmp_path / "web.txt")], web, config, workers=1)
+    trained = open_datasets(str(dataset), seq_len=32)
+    phase = first_phase(CONFIG.batch_samples, trained.slots(), trained.fingerprints())
+    data = DataConfig(path=str(dataset))
+    open_run(run, CONFIG.model_copy(update={"data": data}), {}, phase=phase)
+    told = (
+        f"{run} was not trained on {web} but on other data, at {dataset}; write {dataset} instead"
+    )
+    with pytest.raises(InspectUsageError, match=f"^{re.escape(told)}$"):
+        inspect_step(web, step=1, run=run, recipe="", overrides=())
+    with pytest.raises(InspectUsageError, match=f"^{re.escape(told)}$"):
+        stats(web, run=run, seq_len=None)
+    assert inspect_step(dataset, step=1, run=run, recipe="", overrides=()).first == 0
