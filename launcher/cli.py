@@ -11,16 +11,15 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from pydantic import BaseModel, ValidationError
 from typer.core import TyperGroup
 
 from data.durable import told
-from launcher import options, spawn
+from launcher import options, spawn, usage
 from launcher.data_cli import data_app
 from launcher.recipes import Recipe, find_recipe
 from launcher.tokenizer_cli import tokenizer_app
@@ -28,7 +27,6 @@ from launcher.tokenizer_cli import tokenizer_app
 if TYPE_CHECKING:
     from train.config import FinetuneConfig, RunConfig
 
-Config = TypeVar("Config", bound=BaseModel)
 Job = TypeVar("Job", "RunConfig", "FinetuneConfig")
 
 
@@ -43,13 +41,17 @@ class _Contents(TyperGroup):
 app = typer.Typer(
     name="headrace",
     cls=_Contents,
-    help="Raw text to token shards to a GPT trained with DeepSpeed ZeRO to a Hugging Face folder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@app.callback()
+def headrace(version: options.Version = False) -> None:
+    """Raw text to token shards to a GPT trained with DeepSpeed ZeRO to a Hugging Face folder."""
 
 
 def main() -> None:
@@ -129,14 +131,14 @@ def prepare(
         "clean": {
             "normalize": normalize,
             "filter": filter,
-            "filter_datatrove": _names(filter_datatrove),
-            "language": _names(language),
+            "filter_datatrove": usage.names(filter_datatrove),
+            "language": usage.names(language),
             **({} if language_min is None else {"language_min": language_min}),
             "mask_pii": mask_pii,
             "dedup": dedup,
         },
     }
-    config = _parse(
+    config = usage.parse(
         PrepareConfig, {key: value for key, value in given.items() if value is not None}
     )
     preparation.prepare(
@@ -150,6 +152,14 @@ def prepare(
         task=task,
         as_json=as_json,
     )
+
+
+@app.command()
+def recipes(name: options.OneRecipe = None, as_json: options.AsJson = False) -> None:
+    """List the recipes, or every key of one with its value, default and meaning."""
+    from launcher.catalog import show_recipes
+
+    show_recipes(name, as_json=as_json)
 
 
 @app.command()
@@ -256,7 +266,12 @@ def finetune(
     nproc: options.NumProcesses = 1,
     stop_at: options.StopAt = None,
 ) -> None:
-    """Continue from a Hugging Face folder: model=DIR data=FILE. The result is RUN/hf."""
+    """Continue from a Hugging Face folder: model=DIR data=FILE. The result is RUN/hf.
+
+    FILE is .jsonl or .csv. classify reads its columns text and label (data.text_column=
+    data.label_column=), instruct prompt and response (data.prompt_column= data.response_column=).
+    data.val=FILE brings held-out examples; epochs= or steps= say how long.
+    """
     from train.config import FinetuneConfig
 
     def train(config: FinetuneConfig, folder: Path) -> str:
@@ -315,24 +330,6 @@ def _train(
     config = load_config(kind, recipe.text, overrides, name=recipe.name)
     folder = run or Path("runs") / recipe.name
     _leave(spawn.run_job(lambda: train(config, folder), run=folder, num_processes=nproc))
-
-
-def _parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """`values` as a config; a bad one is a usage error."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(first["input"], dict):
-            # What several options say together; the message names them.
-            raise typer.BadParameter(first["msg"].removeprefix("Value error, ")) from None
-        names = [name for name in first["loc"] if isinstance(name, str)]
-        option = "--" + names[-1].replace("_", "-")
-        raise typer.BadParameter(f"{option} {first['input']}: {first['msg']}") from None
-
-
-def _names(value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
 def _leave(code: int) -> None:

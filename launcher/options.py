@@ -4,10 +4,13 @@ long; each is declared once.
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from data.config import CleanConfig, PrepareConfig
 
 
 def _named(value: str | Path) -> Path:
@@ -34,13 +37,43 @@ def _folder(value: str | Path) -> Path:
     return path
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"headrace {importlib.metadata.version('headrace')}")
+        raise typer.Exit
+
+
+def _default(field: str) -> str:
+    """What a field of a preparation is when no option is given."""
+    kind = PrepareConfig if field in PrepareConfig.model_fields else CleanConfig
+    return str(kind.model_fields[field].default)
+
+
 PATH: Any = {"parser": _named, "metavar": "PATH"}
 FOLDER: Any = {"parser": _folder, "metavar": "FOLDER"}
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in name or a file.")]
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", help="Print the version and leave.", callback=_print_version, is_eager=True
+    ),
+]
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A built-in name or a file; `headrace recipes` lists them."
+    ),
+]
+OneRecipe = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE]", help="A built-in name or a file.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, such as optim.lr=3e-4."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Dotted keys, such as optim.lr=3e-4; `headrace recipes RECIPE` lists them.",
+    ),
 ]
 RunFolder = Annotated[
     Path | None,
@@ -86,20 +119,36 @@ MoreInputs = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", help="Dataset directory to write.", **PATH)]
 VocabSize = Annotated[
-    int | None, typer.Option(min=1, help="Train a tokenizer with this many pieces.")
+    int | None,
+    typer.Option(
+        min=1, help="Train a tokenizer with this many pieces.", show_default=_default("vocab_size")
+    ),
 ]
 TokenizerFile = Annotated[
     Path | None, typer.Option(help="Use this tokenizer.model or tokenizer.json instead.", **PATH)
 ]
 TokenizerType = Annotated[
-    Literal["bpe", "unigram"] | None, typer.Option(help="Algorithm of the trained tokenizer.")
+    Literal["bpe", "unigram"] | None,
+    typer.Option(
+        help="Algorithm of the trained tokenizer.", show_default=_default("tokenizer_type")
+    ),
 ]
 UserSymbols = Annotated[
     list[str] | None, typer.Option("--symbol", help="String that is always one piece; repeatable.")
 ]
-ValFraction = Annotated[float | None, typer.Option(help="Share of the text that is held out.")]
+ValFraction = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the text that is held out.",
+        show_default=_default("val_fraction"),
+    ),
+]
 TextField = Annotated[
-    str | None, typer.Option(help="Key (a.b.c goes into objects) or column of the text.")
+    str | None,
+    typer.Option(
+        help="Key (a.b.c goes into objects) or column of the text.",
+        show_default=_default("text_field"),
+    ),
 ]
 IdField = Annotated[
     str | None,
@@ -112,7 +161,13 @@ OnBadText = Annotated[
     Literal["strict", "replace", "skip"],
     typer.Option(help="Text that is not UTF-8: stop, put U+FFFD in, or skip the document."),
 ]
-MaxBadLines = Annotated[int | None, typer.Option(help="Broken .jsonl lines to tolerate.")]
+MaxBadLines = Annotated[
+    int | None,
+    typer.Option(
+        help="Broken .jsonl lines to tolerate.",
+        show_default=_default("max_bad_lines"),
+    ),
+]
 Bos = Annotated[bool, typer.Option("--bos", help="Put BOS in front of every document.")]
 Normalize = Annotated[
     bool, typer.Option("--normalize", help="Unicode NFC, no NUL, no byte order mark.")
@@ -133,7 +188,11 @@ Languages = Annotated[
     typer.Option("--language", metavar="CODES", help="Keep only these languages: en,zh."),
 ]
 LanguageMin = Annotated[
-    float | None, typer.Option(help="How sure of the language to be.", show_default="0.65")
+    float | None,
+    typer.Option(
+        help="How sure of the language to be.",
+        show_default=_default("language_min"),
+    ),
 ]
 MaskPii = Annotated[
     bool, typer.Option("--mask-pii", help="Mask e-mail and IP addresses, phone and card numbers.")

@@ -46,6 +46,7 @@ VENDORS = {
         "launcher/data_cli.py",
         "launcher/options.py",
         "launcher/tokenizer_cli.py",
+        "launcher/usage.py",
     },
     "subprocess": {
         "launcher/spawn.py",
@@ -173,7 +174,9 @@ def test_modules_of_login_node_commands_import_no_torch() -> None:
     "argv",
     [
         ["--help"],
+        ["--version"],
         ["pretrain", "--help"],
+        ["recipes", "classify"],
         ["plan", "llama-7b", "--nodes", "4", "--gpu", "h100", "--explain"],
         ["submit", "llama-7b", "--nodes", "4", "--run", "RUN", "data=DATASET", "--dry-run"],
     ],

@@ -44,12 +44,13 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def find_recipe(name: str, command: Command) -> Recipe:
+def find_recipe(name: str, command: Command | None = None) -> Recipe:
     """The recipe called `name`, or in the file `name`.
 
-    RecipeError when there is none, or when it belongs to the other command.
+    RecipeError when there is none, or when it belongs to another command than the one that is
+    named.
     """
-    if "=" in name and not Path(name).exists():
+    if command and "=" in name and not Path(name).exists():
         raise RecipeError(
             f"{name!r} looks like a key=value override, but the recipe comes first: "
             f"headrace {command} {_first(command)} {name}"
@@ -64,7 +65,7 @@ def find_recipe(name: str, command: Command) -> Recipe:
             f"{path}: not UTF-8 at byte {error.start}; a recipe is a TOML text file"
         ) from None
     belongs = command_of(recipe.text)
-    if belongs not in (None, command):
+    if command and belongs not in (None, command):
         raise RecipeError(
             f"recipe {name!r} is for `headrace {belongs}`, not for `headrace {command}`"
         )

@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from data.config import PrepareConfig
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 COMMANDS = (
-    "quickstart", "prepare", "data", "plan", "pretrain", "submit", "export", "finetune", "evaluate",
-    "generate",
+    "quickstart", "prepare", "data", "recipes", "plan", "pretrain", "submit", "export", "finetune",
+    "evaluate", "generate",
 )  # fmt: skip
 
 
@@ -96,6 +99,26 @@ def test_plan_prints_results_on_stdout_and_json_for_programs(tmp_path: Path) -> 
     assert "tokens per day" in done.stdout
     found = json.loads(headrace(*argv, "--json", cwd=tmp_path).stdout)
     assert found["dummy_waste"] == 0.0
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    done = headrace("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"headrace {version('headrace')}\n")
+
+
+def test_help_of_prepare_tells_what_happens_without_an_option(tmp_path: Path) -> None:
+    words = " ".join(headrace("prepare", "--help", cwd=tmp_path, COLUMNS="200").stdout.split())
+    for field in ("vocab_size", "tokenizer_type", "val_fraction", "text_field", "max_bad_lines"):
+        option = "--" + field.replace("_", "-")
+        told = words.split(f" {option} ")[1].split(" --")[0]
+        assert f"[default: ({PrepareConfig.model_fields[field].default})]" in told
+
+
+def test_help_of_finetune_names_the_keys_that_it_needs(tmp_path: Path) -> None:
+    shown = headrace("finetune", "--help", cwd=tmp_path).stdout
+    for key in ("model=", "data=", "data.text_column=", "data.label_column=", "data.val=",
+                "epochs=", "`headrace recipes`"):  # fmt: skip
+        assert key in shown
 
 
 def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""From what was typed to values: a config of several options, or a usage error that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """`values` as a config; a bad one is a usage error."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(first["input"], dict):
+            # What several options say together; the message names them.
+            raise typer.BadParameter(first["msg"].removeprefix("Value error, ")) from None
+        names = [name for name in first["loc"] if isinstance(name, str)]
+        option = "--" + names[-1].replace("_", "-")
+        raise typer.BadParameter(f"{option} {first['input']}: {first['msg']}") from None
+
+
+def names(value: str | None) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
