@@ -4,7 +4,7 @@ what a recipe would make of a dataset.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,7 @@ from data.config import DataConfig, DataUsageError, OnDamage
 from data.inspect import Inspection, decoder, inspect_samples
 from data.lookup import Lookup, look_up
 from data.phases import Phases, RunPhase, first_phase
+from data.places import is_at
 from data.sources import Datasets, data_of, open_datasets
 from data.stream import SampleStream
 from launcher.recipes import find_recipe
@@ -163,7 +164,7 @@ def open_subject(
     )
     rows = () if run is None else read_phases(run)
     if run is not None and dataset is not None and not config.data.sources:
-        _check_same_data(run, dataset, datasets.fingerprints(), rows)
+        _check_same_data(run, datasets, rows)
     phases = Phases(
         rows
         or [
@@ -187,18 +188,17 @@ def open_subject(
     )
 
 
-def _check_same_data(
-    run: Path, dataset: Path, found: Mapping[str, str], rows: Sequence[RunPhase]
-) -> None:
+def _check_same_data(run: Path, datasets: Datasets, rows: Sequence[RunPhase]) -> None:
     """InspectUsageError when a dataset that was named is not the one that the run was trained on,
     or not any more.
     """
-    known = Phases(rows).fingerprints if rows else dict(found)
+    dataset, found = datasets.places[0][0], datasets.fingerprints()
+    known = Phases(rows).fingerprints if rows else found
     other = next((name for name in found if known.get(name) != found[name]), None)
     if other is None:
         return
     trained_on = config_of(run).data.path
-    if Path(trained_on).resolve() == dataset.resolve():
+    if is_at(dataset, trained_on):
         raise InspectUsageError(
             f"{dataset} was changed since {run} was trained on it: source {other!r} is data of "
             f"fingerprint {found[other][:16]} now and was {known.get(other, 'not there')[:16]}; "
