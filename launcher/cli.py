@@ -19,8 +19,9 @@ import typer
 from typer.core import TyperGroup
 
 from data.durable import told
-from launcher import options, spawn, usage
+from launcher import options, spawn
 from launcher.data_cli import data_app
+from launcher.prepare_cli import prepare
 from launcher.recipes import Recipe, find_recipe
 from launcher.tokenizer_cli import tokenizer_app
 
@@ -84,74 +85,7 @@ def quickstart(workdir: options.Workdir = Path("quickstart")) -> None:
     _leave(quickstart(workdir))
 
 
-@app.command()
-def prepare(
-    inputs: options.Inputs,
-    output: options.Output,
-    more_inputs: options.MoreInputs = None,
-    vocab_size: options.VocabSize = None,
-    tokenizer: options.TokenizerFile = None,
-    tokenizer_type: options.TokenizerType = None,
-    user_symbols: options.UserSymbols = None,
-    val_fraction: options.ValFraction = None,
-    text_field: options.TextField = None,
-    id_field: options.IdField = None,
-    on_bad_text: options.OnBadText = "strict",
-    max_bad_lines: options.MaxBadLines = None,
-    bos: options.Bos = False,
-    normalize: options.Normalize = False,
-    filter: options.Filter = False,
-    filter_datatrove: options.FilterDatatrove = None,
-    language: options.Languages = None,
-    language_min: options.LanguageMin = None,
-    mask_pii: options.MaskPii = False,
-    dedup: options.Dedup = "off",
-    decontaminate: options.Decontaminate = None,
-    shuffle: options.Shuffle = False,
-    workers: options.Workers = 0,
-    stage: options.Stage = None,
-    task: options.TaskOf = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Turn text into a tokenizer and token shards."""
-    from data.config import PrepareConfig
-    from launcher import prepare as preparation
-
-    given = {
-        "vocab_size": vocab_size,
-        "tokenizer_type": tokenizer_type,
-        "user_symbols": user_symbols,
-        "val_fraction": val_fraction,
-        "text_field": text_field,
-        "id_field": id_field,
-        "on_bad_text": on_bad_text,
-        "max_bad_lines": max_bad_lines,
-        "bos": bos,
-        "shuffle": shuffle,
-        "clean": {
-            "normalize": normalize,
-            "filter": filter,
-            "filter_datatrove": usage.names(filter_datatrove),
-            "language": usage.names(language),
-            **({} if language_min is None else {"language_min": language_min}),
-            "mask_pii": mask_pii,
-            "dedup": dedup,
-        },
-    }
-    config = usage.parse(
-        PrepareConfig, {key: value for key, value in given.items() if value is not None}
-    )
-    preparation.prepare(
-        [*inputs, *(more_inputs or ())],
-        output,
-        config,
-        workers=workers or spawn.num_cores(),
-        tokenizer=tokenizer,
-        decontaminate=decontaminate or (),
-        stage=stage,
-        task=task,
-        as_json=as_json,
-    )
+app.command()(prepare)
 
 
 @app.command()

@@ -158,7 +158,9 @@ def test_processes_with_too_little_room_read_the_truth_and_keep_the_bound(tmp_pa
                 continue
         largest = max(largest, sum(sizes))
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert 50_000 < largest <= 100_000 + 2 * 10_000
+    # Each of three may claim an entry at one moment, and a walk that meets its renaming counts it
+    # under both names.
+    assert 50_000 < largest <= 100_000 + 3 * 2 * 10_000
     assert sum(path.stat().st_size for path in held(folder)) <= 100_000
 
 
