@@ -109,8 +109,13 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
         if world.is_main:
             run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
     if outcome == "stopped":
+        how = " without --stop-at" if reason == "--stop-at" else ""
         log.info(
-            "%s is saved at step %d (%s); the same command goes on from there", run, step, reason
+            "%s is saved at step %d (%s); the same command%s goes on from there",
+            run,
+            step,
+            reason,
+            how,
         )
     else:
         log.info("%s is complete: %d of %d steps", run, step, work.steps)
