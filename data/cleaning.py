@@ -25,7 +25,7 @@ from data.decontaminate import load_evaluation
 from data.dedup import Signed, join_clusters, repeated_rows, save, sign, write_signatures
 from data.documents import Document, Dropped, InputFile, Part, Reading
 from data.durable import read_sealed, write_sealed
-from data.jobs import MAX_JOBS, Job
+from data.jobs import MAX_JOBS, Job, files_of
 from data.minhash import METHODS
 from data.readers import read_extent, reading_of
 
@@ -100,6 +100,10 @@ class CleanJob(Job):
     parts: tuple[Part, ...]
     reading: Reading
     cleaner: Cleaner
+
+    def sources(self) -> set[InputFile]:
+        """Those of its parts."""
+        return files_of(self.parts)
 
     def run(self) -> None:
         """Write the first list of dropped documents, and what duplicates are found by."""

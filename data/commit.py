@@ -17,7 +17,7 @@ import xxhash
 
 from data import vocabulary
 from data.claim import read_claim, write_claim
-from data.config import DataError, DataUsageError
+from data.config import DataUsageError
 from data.durable import write_sealed
 from data.jobs import Job, Report, alone, do
 from data.manifest import MANIFEST, write_manifest
@@ -134,11 +134,7 @@ class CommitJob(Job):
         """Raises DataError when the input is no longer what was planned."""
         work = self.work
         output, total, rule = work.request.output, work.total, work.rule
-        if work.changed_files():
-            raise DataError(
-                "the input changed while it was being prepared, so what was written may hold "
-                f"old and new text; remove {output} and run the command again"
-            )
+        work.check_unchanged()
         warnings = [*work.settled["warnings"], *share_warnings(rule, total)]
         if total.bad_lines:
             what = f"{total.bad_lines.total()} {bad_noun(total)}"

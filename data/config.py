@@ -199,7 +199,8 @@ class DataConfig(BaseModel):
 
     on_damage: OnDamage = "fail"
     """What a sample is that touches a damaged chunk. quarantine: it trains nothing and is counted
-    in metrics.jsonl. What cannot be read for another reason stops the run all the same."""
+    in metrics.jsonl. What is missing, or cannot be read for another reason, stops the run all the
+    same."""
     cache_dir: str = ""
     """Folder for what comes from elsewhere, shared by the ranks and jobs of a node, on its own
     disk; empty takes headrace in the user's cache directory."""

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from data.cleaning import Cleaned, parts_per_job, read_cleaned
 from data.config import DataError, PrepareConfig
-from data.documents import place_name
+from data.documents import InputFile, place_name
 from data.durable import read_sealed, write_sealed
-from data.jobs import Job, alone
+from data.jobs import Job, alone, files_of
 from data.manifest import Dtype, ShardEntry
 from data.pool import Pool
 from data.readers import Document, Part, Reading
 from data.rounds import Found, SurveyParts, Text
+from data.shard_index import index_path
 from data.shards import Named, finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -122,9 +123,18 @@ class ShardJob(Job):
             return self.path.stat().st_size == self.entry().bytes
         return False
 
+    def discard(self) -> None:
+        """And the shard with it: without its index it is none."""
+        super().discard()
+        index_path(self.path).unlink(missing_ok=True)
+
     def entry(self) -> ShardEntry:
         """What the manifest says of the finished shard."""
         return ShardEntry(**read_sealed(self.result)["entry"])
+
+    def sources(self) -> set[InputFile]:
+        """Those of its parts."""
+        return files_of(self.encoding.text.parts[self.first[0] : self.last[0] + 1])
 
     def run(self) -> None:
         """Write the shard in this process."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Literal
 
 from data.cache import Cache, Content
-from data.config import AccessError, DataError, DataUsageError
+from data.config import AccessError, DataError, DataUsageError, MissingError
 
 MANIFEST = "manifest.json"
 Kind = Literal["tokens", "lens", "ids"]
@@ -63,20 +64,22 @@ class Folder:
         return str(self.folder / file)
 
     def manifest(self) -> bytes:
-        path = self.folder / MANIFEST
-        if not path.is_file():
+        content = self.sealed(MANIFEST)
+        if content is None:
             raise DataUsageError(_no_dataset(self.folder))
-        return path.read_bytes()
+        return content
 
     def sealed(self, file: str) -> bytes | None:
         path = self.folder / file
-        return path.read_bytes() if path.is_file() else None
+        with _reading(path):
+            return path.read_bytes() if path.is_file() else None
 
     def open(self, file: str, sha256: str, *, original: bool = False) -> BufferedReader:
         path = self.folder / file
         if not path.is_file():
-            raise DataError(f"{path} is missing; restore it from a copy of the dataset")
-        return path.open("rb")
+            raise MissingError(f"{path} is missing; restore it from a copy of the dataset")
+        with _reading(path):
+            return path.open("rb")
 
     def tokenizer(self, file: str, sha256: str) -> Path:
         return self.folder
@@ -91,7 +94,8 @@ class Folder:
         os.close(open_shard(self.folder / shard, num_bytes))
 
     def sha256(self, shard: str, num_bytes: int) -> str:
-        with (self.folder / shard).open("rb") as file:
+        path = self.folder / shard
+        with _reading(path), path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -122,21 +126,33 @@ class Staged(Folder):
 def open_shard(path: Path, num_bytes: int) -> int:
     """A file descriptor of a shard. DataError when it is missing or not `num_bytes` long."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with _reading(path):
+            descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
-        raise DataError(
+        raise MissingError(
             f"{path} cannot be read: {error.strerror}; restore it from a copy of the dataset"
-        ) from error
-    except OSError as error:
-        raise AccessError(
-            f"{path} cannot be read: {error.strerror}; mend the file system or its rights, then "
-            "run the same command again"
         ) from error
     found = os.fstat(descriptor).st_size
     if found != num_bytes:
         os.close(descriptor)
         raise DataError(other_size(str(path), found, num_bytes))
     return descriptor
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Around reading: a file system that refuses is an AccessError, a file that is not there what
+    it was.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise AccessError(
+            f"{path} cannot be read: {error.strerror}; mend the file system or its rights, then "
+            "run the same command again"
+        ) from error
 
 
 def read_at(file: int, size: int, offset: int, path: str | Path) -> bytes:

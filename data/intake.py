@@ -67,6 +67,10 @@ class ReadJob(Job):
     reading: Reading
     range_bytes: int
 
+    def sources(self) -> set[InputFile]:
+        """All that it hashes."""
+        return set(self.files)
+
     def run(self) -> None:
         found = [(self._ranges(file), _digest(file)) for file in self.files]
         write_sealed(self.result, {"files": [[xxh3, starts] for starts, xxh3 in found]})

@@ -15,13 +15,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from data.config import DataUsageError
+from data.documents import InputFile, Part
 from data.durable import writing
 from data.pool import Pool, Progress
 
@@ -55,6 +56,19 @@ class Job:
     def run(self) -> None:
         """Do the work and write the result."""
         raise NotImplementedError
+
+    def sources(self) -> set[InputFile]:
+        """The files of the input that it reads."""
+        return set()
+
+    def discard(self) -> None:
+        """Have the work to be done again."""
+        self.result.unlink(missing_ok=True)
+
+
+def files_of(parts: Iterable[Part]) -> set[InputFile]:
+    """The files that parts are of."""
+    return {extent.file for part in parts for extent in part}
 
 
 def do(job: Job) -> None:

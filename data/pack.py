@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data.arrays import check_lens
 from data.claim import holding
-from data.config import DataError, DataUsageError
+from data.config import AccessError, DataError, DataUsageError, MissingError
 from data.durable import write_durably, writing
 from data.manifest import Manifest, ShardEntry, read_manifest
 from data.packing import pack
@@ -108,6 +108,10 @@ def finished_plan(place: Place, manifest: Manifest, seq_len: int) -> Plan | None
         plan = read_plan(place, manifest, seq_len)
         for entry, shard in zip(manifest.shards, plan.shards, strict=True):
             os.close(open_plan_file(place, seq_len, entry.path, shard.sha256))
+    except MissingError:
+        return None
+    except AccessError:
+        raise
     except DataError:
         return None
     return plan

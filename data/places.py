@@ -13,6 +13,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
@@ -117,10 +118,20 @@ class Remote:
         content = self._files.whole(file)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise self._wrong(file)
-        folder.mkdir(parents=True, exist_ok=True)
-        if beside:
-            write_durably(folder / CONFIG_FILE, beside)
-        write_durably(path, content)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Every rank of a node comes here at once: each makes its own, and one gets the name.
+        with tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=f".{key}-", ignore_cleanup_errors=True
+        ) as own:
+            if beside:
+                write_durably(Path(own, CONFIG_FILE), beside)
+            write_durably(Path(own, file), content)
+            if path.exists():
+                # Damaged: whoever still reads it has opened it.
+                os.replace(Path(own, file), path)
+            else:
+                with suppress(OSError):
+                    os.rename(own, folder)
         return folder
 
     def open_array(self, array: Array, *, trusted: bool = False) -> int:

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import AccessError, DataError, DataUsageError
+from data.config import DataError, DataUsageError, MissingError
 from data.durable import unsealed, write_sealed
-from data.folder import Folder
+from data.folder import Folder, read_at
 from data.manifest import Manifest, read_table
 from data.packing import PackedChunk, Parts
 from data.places import Place
@@ -173,9 +173,7 @@ def open_plan_file(place: Place, seq_len: int, shard: str, sha256: str) -> int:
         with place.open(plan_name(seq_len, shard), sha256) as whole:
             found = hashlib.file_digest(whole, "sha256").hexdigest()
             file = os.dup(whole.fileno())
-    except AccessError:
-        raise
-    except DataError as error:
+    except MissingError as error:
         raise DataError(_damaged(place, seq_len, shard, "it is missing")) from error
     if found != sha256:
         os.close(file)
@@ -257,7 +255,8 @@ class PlanReader:
 
     def _numbers(self, shard: int, first: int, count: int) -> NDArray[np.uint64]:
         file, begin = self._files.get(shard, self._open)
-        raw = os.pread(file, _WIDTH * count, begin + _WIDTH * first)
+        path = self._place.path(plan_name(self._seq_len, self._shard(shard)))
+        raw = read_at(file, _WIDTH * count, begin + _WIDTH * first, path)
         if len(raw) < _WIDTH * count:
             cut = "it was cut while it was in use"
             raise DataError(_damaged(self._place, self._seq_len, self._shard(shard), cut))

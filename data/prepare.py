@@ -20,7 +20,7 @@ from data.claim import LOCK, WORK, holding, read_claim
 from data.commit import KIND, CommitJob, check_same, refuse, tokenize
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.encode import write_shards
-from data.jobs import WHOLE, Stage, Task, check_complete, here, run_stage
+from data.jobs import WHOLE, Stage, Task, check_complete, files_of, here, run_stage
 from data.manifest import MANIFEST, Manifest, read_manifest
 from data.pool import Pool, Progress, WorkerDied
 from data.readers import InputFile, find_files
@@ -84,11 +84,32 @@ def prepare(
     return Summary(output, manifest, False, tuple(manifest.preparation["warnings"]))
 
 
+def _run(
+    stage: Stage[Work], work: Work, pool: Pool, progress: Progress, task: Task = WHOLE
+) -> None:
+    """Do a task of a stage. DataError, and nothing is left of it, when the input is no longer what
+    was planned.
+    """
+    jobs = stage.jobs(work)[task.number :: task.count]
+    sources = {file for job in jobs for file in job.sources()}
+    if stage.name == "tokenizer":
+        # Small input is surveyed again there.
+        sources = files_of(work.text.parts)
+    work.check_unchanged(sources)
+    run_stage(stage, work, pool, progress, task)
+    try:
+        work.check_unchanged(sources)
+    except DataError:
+        for job in jobs:
+            job.discard()
+        raise
+
+
 def _prepare(work: Work, pool: Pool, progress: Progress) -> None:
     work.request.cleaner.check()
     output = work.request.output
     for stage in stages_of(work.request):
-        run_stage(stage, work, pool, progress)
+        _run(stage, work, pool, progress)
         claim = read_claim(output, KIND) if stage.name == "read" else None
         if claim is not None:
             check_same(output, claim, work)
@@ -148,7 +169,7 @@ def prepare_task(
         check_complete(before, work, task, command)
         if claim is not None and before:
             check_same(output, claim, work)
-        run_stage(chosen, work, pool, progress, task)
+        _run(chosen, work, pool, progress, task)
     num_jobs = len(chosen.jobs(work)[task.number :: task.count])
     is_complete = (output / MANIFEST).is_file()
     if is_complete:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data.cleaning import Cleaned, part_bytes, parts_per_job
-from data.documents import Part, Reading
+from data.documents import InputFile, Part, Reading
 from data.durable import read_sealed, write_sealed
 from data.intake import file_from_json, file_to_json
-from data.jobs import Job, key_of
+from data.jobs import Job, files_of, key_of
 from data.split import SIDES, Override, Run, Side, SplitRule
 from data.survey import Survey, SurveyJob, survey_part
 
@@ -55,6 +55,10 @@ class SurveyParts(Job):
     text: Text
     rule: SplitRule
     sample_share: float
+
+    def sources(self) -> set[InputFile]:
+        """Those of its parts."""
+        return files_of(self.parts)
 
     def run(self) -> None:
         total = Survey()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import xxhash
 
 from data.config import DataError
 from data.durable import unsealed
-from data.folder import Array, Folder, Kind
+from data.folder import Array, Folder, Kind, read_at
 from data.manifest import Dtype
 from data.names import names_of
 from data.places import Place
@@ -146,7 +145,7 @@ def read_names(file: int, path: str | Path, chunk: Chunk) -> list[str] | None:
     """
     if chunk.ids_offset is None:
         return None
-    raw = os.pread(file, chunk.ids_bytes, chunk.ids_offset)
+    raw = read_at(file, chunk.ids_bytes, chunk.ids_offset, path)
     if xxhash.xxh3_64_hexdigest(raw) != chunk.ids_xxh3:
         raise DataError(
             f"{path}, chunk {chunk.key}: its document ids are damaged (xxh3 differs from the "

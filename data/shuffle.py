@@ -35,7 +35,7 @@ from data.documents import (
     place_name,
 )
 from data.durable import publish, read_sealed, write_sealed, writing
-from data.jobs import Job
+from data.jobs import Job, files_of
 from data.survey import Survey
 
 BUCKET_BYTES = 2**27
@@ -80,6 +80,10 @@ class ScatterJob(Job):
     cleaned: Cleaned | None
     seed: int
     buffer_bytes: int
+
+    def sources(self) -> set[InputFile]:
+        """Those of its parts."""
+        return files_of(self.parts)
 
     def run(self) -> None:
         """Raises DataError for a text that no line can hold."""

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from data.arrays import check_lens, check_tokens, hash_tokens
-from data.config import DataError
+from data.config import AccessError, DataError
 from data.manifest import Manifest, ShardEntry, read_manifest
 from data.order import Geometry, locate
 from data.pack import PackedSource, chunk_lens, packed_sources
@@ -210,6 +210,8 @@ def _plans(place: Place, manifest: Manifest) -> tuple[PackedSource, ...]:
     for seq_len in planned_lengths(place):
         try:
             found += packed_sources(read_plan(place, manifest, seq_len), manifest)
+        except AccessError:
+            raise
         except DataError:
             # Unfinished, stale or damaged: `headrace data verify` tells which.
             continue

@@ -172,6 +172,7 @@ def _check_plan(place: Place, manifest: Manifest, seq_len: int, *, full: bool) -
     try:
         plan = read_plan(place, manifest, seq_len)
     except DataError as error:
+        _raise_unless_damage(error)
         yield Problem(plan_name(seq_len), None, str(error))
         return
     for entry, shard in zip(manifest.shards, plan.shards, strict=True):
@@ -179,6 +180,7 @@ def _check_plan(place: Place, manifest: Manifest, seq_len: int, *, full: bool) -
         try:
             os.close(open_plan_file(place, seq_len, entry.path, shard.sha256))
         except DataError as error:
+            _raise_unless_damage(error)
             yield Problem(name, None, str(error))
             continue
         if full and pack_shard(place, entry, seq_len)[1] != shard:

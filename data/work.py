@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from data import cleaning, ranges, shuffle, vocabulary
 from data.claim import WORK, differences
 from data.clean import Cleaner
 from data.cleaning import Cleaned, CleanJob, DropJob
-from data.config import DataUsageError, PrepareConfig
+from data.config import DataError, DataUsageError, PrepareConfig
 from data.decontaminate import evaluation_files
 from data.dedup import RangeJob, range_jobs
 from data.durable import read_sealed, write_sealed, writing
@@ -95,6 +95,7 @@ class Work:
         self.folder = folder
         self.files = [file_from_json(value) for value in plan["files"]]
         self._stamps: list[list[int]] = plan["stamps"]
+        self._stamp_of = dict(zip(self.files, self._stamps, strict=True))
 
     @cached_property
     def read_jobs(self) -> list[ReadJob]:
@@ -219,10 +220,18 @@ class Work:
         )
         return shard_jobs(self._folder("encode", self._key, sha256), output, encoding)
 
-    def changed_files(self) -> list[InputFile]:
-        """Files that somebody has written since the plan was made."""
-        stamped = zip(self.files, self._stamps, strict=True)
-        return [file for file, then in stamped if not is_unchanged(file, then)]
+    def check_unchanged(self, files: Iterable[InputFile] | None = None) -> None:
+        """DataError when somebody has written one of these files of the input, or any, since the
+        plan was made.
+        """
+        for file in self.files if files is None else files:
+            then = self._stamp_of.get(file)
+            if then is not None and not is_unchanged(file, then):
+                raise DataError(
+                    f"the input changed while it was being prepared ({file.path}), so what is "
+                    f"written may hold old and new text; remove {self.request.output} and run the "
+                    "command again"
+                )
 
     @cached_property
     def _cleaned_text(self) -> Text:
@@ -238,13 +247,20 @@ class Work:
 
     @cached_property
     def _cleaning_depends_on(self) -> dict[str, Any]:
-        return cleaning.depends_on(self.request.cleaner, self.request.config, self.intake.digests)
+        found = cleaning.depends_on(self.request.cleaner, self.request.config, self.intake.digests)
+        # Results of a moment at which the text was another one are none of the text that came back.
+        return {**found, "written": self._written}
 
     @cached_property
     def _key(self) -> str:
         # The survey names places by file, so it is of files where they lie, too.
         paths = [str(self.folder), *(str(file.path) for file in self.files)]
-        return key_of(_limits(), self.command, paths)
+        return key_of(_limits(), self.command, paths, self._written)
+
+    @property
+    def _written(self) -> list[list[int]]:
+        """Size and time of writing of every file."""
+        return [then[:2] for then in self._stamps]
 
     def _folder(self, stage: str, *depends_on: Any) -> Path:
         return self.folder / f"{stage}-{key_of(_limits(), *depends_on)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from data.config import DataConfig, DataUsageError, OnDamage
+from data.config import DataConfig, DataError, OnDamage
 from data.inspect import Inspection, decoder, inspect_samples
 from data.lookup import Lookup, look_up
 from data.phases import Phases, RunPhase, first_phase
@@ -230,7 +230,7 @@ def _with_earlier(datasets: Datasets, run: Path, config: RunConfig) -> Datasets:
         try:
             named = DataConfig.model_validate(table)
             earlier = open_datasets(data_of(named), seq_len=config.seq_len, config=config.data)
-        except DataUsageError:
+        except DataError:
             # Its steps cannot be shown; those of other phases can.
             continue
         sources = {source.name: source for source in earlier.sources} | sources

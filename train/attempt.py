@@ -88,7 +88,7 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
     owner: Ownership | None = None
     with world.together("recording the attempt"):
         if world.is_main:
-            owner = _begin(world, run, work, done or None)
+            owner = _begin(world, run, work, done)
             if work.phase is not None:
                 run_directory.record_phase(run, work.config, work.identity, work.phase)
     attempt = world.broadcast(owner and owner.number)
@@ -175,17 +175,25 @@ def _train(
         metrics.close()
 
 
-def _begin(world: World, run: Path, work: Work, resumed_from: int | None) -> Ownership:
-    """Claim the run and record the attempt. RunInUse when another one has it."""
+def _begin(world: World, run: Path, work: Work, done: int) -> Ownership:
+    """Claim the run and record the attempt. RunInUse when another one has it, or had it since the
+    run was found to stand at step `done`.
+    """
     owner = own(run, slurm_job=slurm_job())
     run_directory.begin_attempt(
         run,
         owner.number,
         world_size=world.size,
-        resumed_from=resumed_from,
+        resumed_from=done or None,
         config=work.config,
         slurm_job=slurm_job(),
     )
+    try:
+        _check_still_at(run, done)
+    except RunInUse as error:
+        run_directory.end_attempt(run, owner.number, outcome="failed", step=None, reason=str(error))
+        owner.release()
+        raise
     return owner
 
 
@@ -236,6 +244,18 @@ def _check_same_everywhere(world: World, work: Work) -> None:
                 "node the same dataset",
                 1,
             )
+
+
+def _check_still_at(run: Path, done: int) -> None:
+    """RunInUse when the run went on between the look at it and its possession: what was planned,
+    such as the step of a new phase, no longer fits.
+    """
+    now = completed_steps(run)
+    if now != done:
+        raise RunInUse(
+            f"{run} went on from step {done} to {now} while this attempt waited for it; run the "
+            "same command again"
+        )
 
 
 def _check_history(run: Path) -> None:

@@ -6,8 +6,9 @@
 A second job is refused while the owner lives. On the owner's own machine its process is looked for;
 from another one its beat is watched for three periods by the watcher's own clock, so no two clocks
 are compared. An attempt that was taken for dead and was only slow finds a higher file right before
-it commits, and can only lose. No lock of the file system is used: NFS and Lustre lack or lose them.
-No torch here.
+it begins, commits or prunes a checkpoint, and saves nothing more; left to chance is the moment
+between such a look and the one call after it. No lock of the file system is used: NFS and Lustre
+lack or lose them. No torch here.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ def _in_use(run: Path, number: int, owner: Mapping[str, Any]) -> RunInUse:
 
 
 def _described(owner: Mapping[str, Any]) -> str:
+    if not owner:
+        return "whose file is torn, so nobody can tell who it is"
     job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
     minutes = max(time.time() - float(owner.get("time", 0)), 0) / 60
     return (

@@ -40,9 +40,6 @@ def save_checkpoint(
     RankError on every rank when one of them cannot write, what it wrote is removed again; and when
     `owner` (rank 0's) has lost the run to a later attempt, whose files are left alone.
     """
-    with world.together("looking who owns the run"):
-        if owner is not None:
-            owner.check()
     try:
         _save(engine, world, run, step=step, state=state, keep=keep, owner=owner)
     except RankError:
@@ -62,8 +59,10 @@ def _save(
     keep: int,
     owner: Ownership | None,
 ) -> None:
+    check = owner.check if owner is not None else lambda: None
     with world.together(f"making room for the checkpoint of step {step}"):
         if world.is_main:
+            check()
             checkpoint.begin(run, step)
     flats = engine.flats()
     entry: dict[str, Any] = {}
@@ -79,8 +78,10 @@ def _save(
                 scalars=_one_value([scalars for _, _, scalars in rows]),
                 state=state,
                 files=[entry for entry, _, _ in rows],
-                check=owner.check if owner is not None else lambda: None,
+                check=check,
             )
+            # A later owner's checkpoints are none of a history that was left.
+            check()
             checkpoint.prune(run, keep, newest=step)
 
 

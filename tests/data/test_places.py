@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -321,3 +324,21 @@ def test_what_is_out_of_reach_is_not_damage(server: FolderServer, config: DataCo
     with pytest.raises(AccessError, match="HTTP 500"):
         found.read_rows([0], rows, [0], damaged)
     assert not damaged
+
+
+def test_the_ranks_of_a_node_come_for_the_tokenizer_at_once(folder: Path, tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+    sha256 = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+
+    def fetch(cache: Path) -> bytes:
+        location = f"pipe:cat {folder}/{{path}}"
+        place = place_of(location, DataConfig(cache_dir=str(cache)), commands=True)
+        start.wait()
+        return (place.tokenizer("tokenizer.model", sha256) / "tokenizer.model").read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(5):
+            found = set(pool.map(fetch, [tmp_path / f"cache-{number}"] * 8))
+            assert found == {(folder / "tokenizer.model").read_bytes()}
+            (kept,) = (tmp_path / f"cache-{number}" / "tokenizers").iterdir()
+            assert [path.name for path in kept.iterdir()] == ["tokenizer.model"]

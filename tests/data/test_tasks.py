@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +207,28 @@ def test_a_task_of_another_command_is_refused(corpus: Path, tmp_path: Path) -> N
         task(corpus, tmp_path / "done", "cleaned", "plan", "0/1")
 
 
-def test_input_that_changed_since_the_plan_is_not_committed(corpus: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text(prose(20_000))
-    for stage in STAGES[:-1]:
-        task(path, tmp_path / "out", "plain", stage, "0/1")
-    path.write_text(prose(20_000, seed=1))
-    with pytest.raises(DataError, match="the input changed while it was being prepared"):
-        task(path, tmp_path / "out", "plain", "commit", "0/1")
-    assert not (tmp_path / "out" / "manifest.json").exists()
+def test_text_that_came_and_went_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    """Whichever stage has met other text refuses, and the old text back gives its own dataset."""
+    path, output = tmp_path / "a.txt", tmp_path / "out"
+    text, other = prose(20_000), prose(20_000, seed=1)
+    path.write_text(text)
+    task(path, tmp_path / "expected", "cleaned", "plan", "0/1")
+    for stage in STAGES:
+        task(path, tmp_path / "expected", "cleaned", stage, "0/1")
+    for number in range(1, len(STAGES)):
+        for stage in STAGES[:number]:
+            task(path, output, "cleaned", stage, "0/1")
+        path.write_text(other)
+        for later in STAGES[1:]:
+            with suppress(DataError):
+                task(path, output, "cleaned", later, "0/1")
+        with pytest.raises(DataError, match=r"the input changed while it was .*a\.txt\), so what"):
+            task(path, output, "cleaned", "read", "0/1")
+        assert not (output / "manifest.json").exists()
+        path.write_text(text)
+    for stage in STAGES:
+        task(path, output, "cleaned", stage, "0/1")
+    assert tree(output) == tree(tmp_path / "expected")
 
 
 HOLD = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config
-from train import ownership
+from train import attempt, ownership
 from train.attempts import attempts, end_attempt
-from train.checkpoint import committed
+from train.checkpoint import committed, step_folder
 from train.ownership import Ownership, RunInUse, own
 from train.pretrain import pretrain_on
 from train.world import RankError, World
@@ -143,16 +144,16 @@ def test_a_second_job_is_refused_and_leaves_no_trace(dataset: Path, tmp_path: Pa
     assert [row["attempt"] for row in attempts(run)] == [1, 1, 2, 3, 3]
 
 
-def lose_and_save(world: World, dataset: Path, run: Path) -> tuple[str, list[int]]:
-    """Train; at the second checkpoint the run belongs to somebody else."""
+def lose_and_save(world: World, dataset: Path, run: Path, at: int) -> tuple[str, list[int]]:
+    """Train; from look number `at` on the run belongs to somebody else, at step 9 already."""
     original = ownership.Ownership.check
-    calls: list[int] = []
+    looks: list[int] = []
 
     def check(self: Ownership) -> None:
-        calls.append(1)
-        # Two looks per save: the last one is right before the manifest.
-        if len(calls) == 4:
+        looks.append(1)
+        if len(looks) == at:
             ownership._create(run, self.number + 1, None)
+            shutil.copytree(step_folder(run, 3), step_folder(run, 9))
         original(self)
 
     ownership.Ownership.check = check  # type: ignore[method-assign]
@@ -165,7 +166,38 @@ def lose_and_save(world: World, dataset: Path, run: Path) -> tuple[str, list[int
     return "", committed(run)
 
 
-def test_who_has_lost_the_run_commits_nothing(dataset: Path, tmp_path: Path) -> None:
-    told = run_ranks(2, lose_and_save, dataset, tmp_path / "run")
-    assert [steps for _, steps in told] == [[3], [3]]
+@pytest.mark.parametrize(("at", "steps"), [(4, [9, 3]), (5, [9, 3]), (6, [9, 6, 3])])
+def test_who_has_lost_the_run_begins_commits_and_prunes_nothing(
+    dataset: Path, tmp_path: Path, at: int, steps: list[int]
+) -> None:
+    """Three looks per save: before the folder, the manifest, and the removal of others."""
+    told = run_ranks(2, lose_and_save, dataset, tmp_path / "run", at)
+    assert [found for _, found in told] == [steps, steps]
     assert all("attempt 1 no longer owns" in message for message, _ in told)
+
+
+def test_a_run_that_went_on_while_its_owner_was_waited_for_is_looked_at_again(
+    dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (told,) = run_ranks(1, go_on_meanwhile, dataset, run)
+    assert f"{run} went on from step 1 to 3 while this attempt waited for it; run the same" in told
+    assert [row["event"] for row in attempts(run)] == ["start", "end"] * 2
+
+
+def go_on_meanwhile(world: World, dataset: Path, run: Path) -> str:
+    assert pretrain_on(world, config(dataset), run, stop_at=1) == "stopped"
+    original = attempt.own
+
+    def wait(*args: Any, **settings: Any) -> Ownership:
+        shutil.copytree(step_folder(run, 1), step_folder(run, 3))
+        return original(*args, **settings)
+
+    attempt.own = wait  # type: ignore[attr-defined]
+    try:
+        pretrain_on(world, config(dataset), run)
+    except RankError as error:
+        return str(error)
+    finally:
+        attempt.own = original  # type: ignore[attr-defined]
+    return ""
