@@ -25,7 +25,7 @@ from launcher.inspect import (
 )
 from launcher.stats import stats
 from train.config import RunConfig
-from train.run import open_run
+from train.run import open_run, record_phase
 
 CONFIG = RunConfig(seed=3, seq_len=32, batch_tokens=128)
 ARGUMENTS = ("seed=3", "seq_len=32", "batch_tokens=128")
@@ -153,9 +153,10 @@ def test_other_data_than_that_of_the_run_is_refused_with_its_path(
     config = PrepareConfig(vocab_size=300)
     prepare([str(tmp_path / "web.txt")], web, config, workers=1)
     trained = open_datasets(str(dataset), seq_len=32)
-    phase = first_phase(CONFIG.batch_samples, trained.slots(), trained.fingerprints())
-    data = DataConfig(path=str(dataset))
-    open_run(run, CONFIG.model_copy(update={"data": data}), {}, phase=phase)
+    phase = first_phase(CONFIG.batch_samples, trained.slots(), trained.fingerprints(), seq_len=32)
+    config_of_run = CONFIG.model_copy(update={"data": DataConfig(path=str(dataset))})
+    open_run(run, config_of_run, {})
+    record_phase(run, config_of_run, {}, phase)
     told = (
         f"{run} was not trained on {web} but on other data, at {dataset}; write {dataset} instead"
     )
