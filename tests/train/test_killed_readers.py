@@ -41,7 +41,7 @@ from tests.train.test_schedules import (
 )
 from train.phases import History, phases_of
 
-NUM_HISTORIES = 200
+NUM_HISTORIES, NUM_SOAK_HISTORIES = 60, 200
 TEXTS = {
     name: documents(count, seed=seed)
     for seed, (name, count) in enumerate([("a", 9), ("b", 3), ("c", 5)])
@@ -151,12 +151,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "count", [NUM_HISTORIES, pytest.param(NUM_SOAK_HISTORIES, marks=pytest.mark.slow)]
+)
 def test_what_is_read_before_and_after_kills_is_what_the_plain_run_reads(
-    folder: Path, ranks: Ranks
+    folder: Path, ranks: Ranks, count: int
 ) -> None:
     seen: list[bool] = []
 
-    @settings(max_examples=NUM_HISTORIES, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=count, deadline=None, derandomize=True, database=None)
     @given(history=attempts, moments=st.randoms(use_true_random=False))
     def check(history: list[Attempt], moments: Any) -> None:
         try:
@@ -167,7 +170,7 @@ def test_what_is_read_before_and_after_kills_is_what_the_plain_run_reads(
             raise
 
     check()
-    assert len(seen) >= NUM_HISTORIES
+    assert len(seen) >= count
     assert sum(seen) >= len(seen) / 5, "too few with a resize, a kill and a change"
 
 
