@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data.config import AccessError, DataError, DataUsageError
+from data.config import AccessError, DataError, DataUsageError, MissingError
 from data.durable import is_sealed, unsealed, write_durably, write_sealed
 from data.places import MANIFEST as MANIFEST
 from data.places import Place, place_of
@@ -211,6 +211,8 @@ def _check_table(place: Place, sha256: str) -> None:
     try:
         with place.open(TABLE, sha256) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
+    except MissingError:
+        found = ""
     except AccessError:
         raise
     except DataError:
