@@ -10,7 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data.config import DataError
-from data.folder import read_at
+from data.folder import damaged, read_at
 from data.shard_index import Chunk
 
 LARGEST_CACHED_CHUNK = 2**24
@@ -37,7 +37,7 @@ def check_tokens(
         tokens = np.frombuffer(raw, dtype=dtype)
         largest = max(largest, int(tokens.max()))
     if digest.hexdigest() != chunk.tokens_xxh3:
-        raise DataError(_damaged(path, chunk, "tokens"))
+        raise DataError(damaged(path, chunk.key, "tokens"))
     if largest >= vocab_size:
         raise DataError(
             f"{path}, chunk {chunk.key}: token id {largest} is outside the vocabulary of "
@@ -65,7 +65,7 @@ def check_lens(file: int, path: str | Path, chunk: Chunk) -> NDArray[Any]:
     raw = read_exactly(file, path, chunk, chunk.lens_offset, 4 * chunk.documents)
     lens = np.frombuffer(raw, dtype="<u4")
     if xxhash.xxh3_64_hexdigest(raw) != chunk.lens_xxh3 or int(lens.sum()) != chunk.tokens:
-        raise DataError(_damaged(path, chunk, "document lengths"))
+        raise DataError(damaged(path, chunk.key, "lens"))
     return lens
 
 
@@ -81,11 +81,3 @@ def read_exactly(file: int, path: str | Path, chunk: Chunk, offset: int, size: i
             )
         raw += more
     return raw
-
-
-def _damaged(path: str | Path, chunk: Chunk, array: str) -> str:
-    return (
-        f"{path}, chunk {chunk.key}: its {array} are damaged (xxh3 differs from the index); "
-        "restore the shard from a copy, and run `headrace data verify --full` on the dataset to "
-        "see what else is"
-    )

@@ -118,7 +118,7 @@ class Staged(Folder):
                 os.close(file)
 
         def wrong() -> DataError:
-            return DataError(damaged(array, self.path(array.shard)))
+            return DataError(damaged(self.path(array.shard), array.key, array.kind))
 
         return self._cache.open(array.content(), fetch, wrong, trusted=trusted)
 
@@ -180,12 +180,11 @@ def other_size(path: str, found: int, expected: int) -> str:
     )
 
 
-def damaged(array: Array, path: str) -> str:
-    """What is said of an array whose hash differs."""
+def damaged(path: str | Path, chunk: str, kind: Kind) -> str:
+    """What is said of an array of a chunk, named by its key, whose hash differs."""
     names = {"tokens": "tokens", "lens": "document lengths", "ids": "document ids"}
-    what = names[array.kind]
     return (
-        f"{path}, chunk {array.key}: its {what} are damaged (xxh3 differs from the index); "
+        f"{path}, chunk {chunk}: its {names[kind]} are damaged (xxh3 differs from the index); "
         "restore the shard from a copy, and run `headrace data verify --full` on the dataset to "
         "see what else is"
     )

@@ -181,7 +181,7 @@ class Remote:
                 "lists (size or sha256 differ); mend the command, or put the right file there"
             )
         if array is not None:
-            return DataError(damaged(array, self.path(file)))
+            return DataError(damaged(self.path(file), array.key, array.kind))
         return DataError(
             f"{self.path(file)} is damaged, or not the file that the dataset lists (its sha256 "
             "differs); put the right one there"

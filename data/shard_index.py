@@ -18,7 +18,7 @@ import xxhash
 
 from data.config import DataError
 from data.durable import unsealed
-from data.folder import Array, Folder, Kind, read_at
+from data.folder import Array, Folder, Kind, damaged, read_at
 from data.manifest import Dtype
 from data.names import names_of
 from data.places import Place
@@ -147,9 +147,5 @@ def read_names(file: int, path: str | Path, chunk: Chunk) -> list[str] | None:
         return None
     raw = read_at(file, chunk.ids_bytes, chunk.ids_offset, path)
     if xxhash.xxh3_64_hexdigest(raw) != chunk.ids_xxh3:
-        raise DataError(
-            f"{path}, chunk {chunk.key}: its document ids are damaged (xxh3 differs from the "
-            "index); restore the shard from a copy, and run `headrace data verify --full` on the "
-            "dataset to see what else is"
-        )
+        raise DataError(damaged(path, chunk.key, "ids"))
     return names_of(raw)
