@@ -9,7 +9,6 @@ them.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data.config import DataUsageError
+from data.tables import TableError, table_rows
 from data.words import ngram_hashes, word_hashes, words_of
 
 NGRAM_WORDS = 13
@@ -102,12 +102,12 @@ def _texts(path: Path) -> Iterator[str]:
                     if row.strip():
                         yield from _strings(json.loads(row))
             elif path.suffix.lower() == ".csv":
-                for cells in csv.reader(stream):
+                for cells in table_rows(stream, strict=False):
                     line += 1
                     yield from cells
             else:
                 yield stream.read()
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, RecursionError, TableError) as error:
         where = f"{path}:{line}" if line else str(path)
         raise DataUsageError(
             f"--decontaminate {where} cannot be read: {error}; give UTF-8 text, .jsonl or .csv"

@@ -8,7 +8,6 @@ record, which may have 1 GiB at most.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import tarfile
@@ -19,6 +18,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from data.config import DataError, DataUsageError
 from data.documents import MAX_RECORD_BYTES, Document, Dropped, InputFile, Reading
+from data.tables import TableError, table_rows
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 2**20
@@ -45,15 +45,13 @@ def read_json(stream: BinaryIO, file: InputFile, reading: Reading) -> Iterator[D
 
 def read_table(stream: BinaryIO, file: InputFile, reading: Reading) -> Iterator[Document | Dropped]:
     """A document per row below the header, from the column named like the text field."""
-    # The largest field; the vendor's own limit is 128 KiB, and one for the whole process.
-    csv.field_size_limit(MAX_RECORD_BYTES)
     raw = _lines(stream, file)
     top = next(raw, b"")
     # A header is never replaced or skipped: what is no UTF-8 is another encoding, all the way.
     Reading(on_bad_text="strict").clean(top, file, 0, f"{file.path}:1")
     lines = (line.decode(errors="surrogateescape") for line in chain([top], raw) if line)
     dialect = "excel-tab" if file.format == "tsv" else "excel"
-    rows = csv.reader(lines, dialect=dialect, strict=True)
+    rows = table_rows(lines, dialect)
     at = 0
     try:
         header = next(rows, [])
@@ -66,7 +64,7 @@ def read_table(stream: BinaryIO, file: InputFile, reading: Reading) -> Iterator[
                 item = replace(item, id=row[id_column])
             yield item
             at = rows.line_num
-    except csv.Error as error:
+    except TableError as error:
         raise DataError(
             f"{file.path}:{at + 1}: the row that begins here is broken ({error}); a quote in a "
             "quoted field is written twice, and one that opens a field must close it"

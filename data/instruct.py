@@ -7,7 +7,6 @@ on one side and the same file always gives the same split. All examples are kept
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
@@ -22,6 +21,7 @@ from data.config import DataError, DataUsageError
 from data.order import key, permute
 from data.readers import LINE_SUFFIXES
 from data.split import HASH_RANGE, piece_hash
+from data.tables import TableError, table_rows
 
 HELD_OUT = 0.1
 """Share of the examples that is held out when no validation file is named."""
@@ -147,9 +147,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    # The default limit of 128 KiB would refuse long texts.
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_read(path), newline=""), strict=True)
+    reader = table_rows(io.StringIO(_read(path), newline=""))
     first, line = True, 0
     header: list[str] = []
     try:
@@ -167,7 +165,7 @@ def _csv_rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dic
                     'put a field that holds commas or newlines into "quotes"'
                 )
             yield start, dict(zip(header, row, strict=True))
-    except csv.Error as error:
+    except TableError as error:
         raise DataError(
             f"{path}:{line + 1}: broken CSV in the record that starts here: {error}; "
             'a quote inside a "quoted" field is written twice'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def test_files_of_every_kind_are_reported_with_what_they_hold(
     assert report[0]["ngrams"] == len(WORDS) - 12
     assert overlaps(prose(200, seed=5), *files).keys() == {"table.csv"}
     assert overlaps(QUESTION, *files).keys() == {"test.jsonl"}, "the first file that holds it"
+
+
+def test_a_long_field_of_a_table_is_read_whatever_was_read_before(tmp_path: Path) -> None:
+    """The vendor keeps one limit for the process: 128 KiB, or what another reader left."""
+    (tmp_path / "long.csv").write_text(f'id,text\n1,"{prose(200_000)} {QUESTION}"\n')
+    csv.field_size_limit(90)
+    assert overlaps(QUESTION, tmp_path / "long.csv") == {"long.csv": len(WORDS) - 12}
 
 
 def test_files_that_cannot_be_used_are_refused_with_the_reason(

@@ -249,7 +249,7 @@ def test_a_record_beyond_the_limit_is_refused(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is 1 GiB; a small one is set here so that the test needs no such file."""
-    for module in ("formats", "readers"):
+    for module in ("formats", "readers", "tables"):
         monkeypatch.setattr(f"data.{module}.MAX_RECORD_BYTES", 90)
     monkeypatch.setattr("data.formats._BLOCK", 16)
     long = "x" * 100
