@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,17 @@ from data.targets import NO_TARGET
 # B samples of a micro-batch, T tokens of a sample
 PREFETCHED = 4
 """Micro-batches that a loader process keeps ready."""
-LOCATED = 64
-"""Micro-batches whose samples are looked up in the order at once."""
+LOCATED = (64, 512)
+"""Micro-batches whose samples are looked up in the order at once: at first, and further on."""
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
-Loaded = tuple[Batch, frozenset[str]]
-"""A batch, and the damage that samples of it touch."""
+Arrays = dict[str, NDArray[Any]]
+Loaded = tuple[Arrays, frozenset[str]]
+"""A batch as it is handed over, and the damage that samples of it touch. Arrays and not tensors:
+those would travel through /dev/shm, which containers keep small, with a message for each.
+"""
 
 
 def micro_batches(
@@ -87,8 +90,8 @@ def micro_batches(
         on_damage=on_damage,
     )
     if num_workers == 0:
-        return _telling(stream, (plan.load(number) for number in range(len(plan))))
-    return _telling(stream, _from_workers(plan, num_workers))
+        return _batches(plan, (plan.load(number) for number in range(len(plan))))
+    return _batches(plan, _from_workers(plan, num_workers))
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,10 @@ class Plan(Dataset[Any]):
         """Samples of a micro-batch, their sources and offsets. Many are located together: a call
         of the order costs as much as 300 samples.
         """
-        first = number - number % LOCATED
+        size = min(max(1 << number.bit_length() >> 1, LOCATED[0]), LOCATED[1])
+        first = number - number % size
         if first not in self._located:
-            parts = [self.samples(n) for n in range(first, min(first + LOCATED, len(self)))]
+            parts = [self.samples(n) for n in range(first, min(first + size, len(self)))]
             sources, _, offsets = self.stream.locate(np.concatenate(parts))
             cuts = np.cumsum([len(part) for part in parts])[:-1]
             found = zip(parts, np.split(sources, cuts), np.split(offsets, cuts), strict=True)
@@ -143,7 +147,6 @@ class Plan(Dataset[Any]):
         samples, sources, offsets = self._locate(number)
         damaged: dict[int, str] | None = {} if self.on_damage == "quarantine" else None
         tokens = self.stream.read(sources, offsets, damaged)
-        seq_len = self.stream.seq_len
         num_dummies = self.micro_batch - len(samples)
         input_ids_BT = tokens[:, :-1].astype(np.int64)
         labels_BT = tokens[:, 1:].astype(np.int64)
@@ -154,18 +157,15 @@ class Plan(Dataset[Any]):
             input_ids_BT = np.pad(input_ids_BT, padding)
             labels_BT = np.pad(labels_BT, padding, constant_values=NO_TARGET)
         total = sum(map(sample_hash, samples.tolist(), tokens)) % 2**64
-        arrays = {"input_ids": input_ids_BT, "labels": labels_BT}
+        arrays: Arrays = {"input_ids": input_ids_BT, "labels": labels_BT}
         doc_ids_BT = self._documents(labels_BT, input_ids_BT, sources, offsets)
         if self.boundaries == "attention" and doc_ids_BT is not None:
             arrays["doc_ids"] = doc_ids_BT
             arrays["position_ids"] = positions_in_documents(doc_ids_BT)
-        if "position_ids" not in arrays:
-            arrays["position_ids"] = _positions(self.micro_batch, seq_len).copy()
         arrays["data_hash"] = np.array(total - 2**64 if total >= 2**63 else total)
         if damaged is not None:
             arrays["quarantined"] = np.array(len(damaged))
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return batch, frozenset((damaged or {}).values())
+        return arrays, frozenset((damaged or {}).values())
 
     def _documents(
         self, labels_BT: Ints, input_ids_BT: Ints, sources: Ints, offsets: Ints
@@ -184,17 +184,21 @@ class Plan(Dataset[Any]):
         return document_ids(input_ids_BT, eos_id=self.stream.eos_id)
 
 
-@lru_cache(maxsize=4)
-def _positions(micro_batch: int, seq_len: int) -> NDArray[np.int64]:
-    return np.tile(np.arange(seq_len, dtype=np.int64), (micro_batch, 1))
+def _same(found: Any) -> Any:
+    return found
 
 
-def _telling(stream: SampleStream, found: Iterator[Loaded]) -> Iterator[Batch]:
-    """The batches, with a warning for all damage that this process has not warned of."""
-    for batch, damage in found:
+def _batches(plan: Plan, found: Iterator[Loaded]) -> Iterator[Batch]:
+    """The batches as tensors, with a warning for all damage that this process has not warned of."""
+    stream = plan.stream
+    # One row for all of them.
+    straight = torch.arange(stream.seq_len).expand(plan.micro_batch, -1)
+    for arrays, damage in found:
         for what in sorted(damage - stream.told):
             log.warning("quarantined, samples that touch it train nothing: %s", what)
         stream.told |= damage
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch.setdefault("position_ids", straight)
         yield batch
 
 
@@ -207,21 +211,32 @@ def _from_workers(plan: Plan, num_workers: int) -> Iterator[Loaded]:
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=PREFETCHED,
+        collate_fn=_same,
         multiprocessing_context=context,
     )
     batches = iter(loader)
-    while True:
-        try:
-            found = next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a loader process died ({error}); when memory ran out, lower data.num_workers "
-                "(0 reads in the training process)"
-            ) from error
-        if found is None:
-            return
-        if isinstance(found, DataError):
-            raise found
-        yield found
+    # To take a batch over costs milliseconds of messages; a thread does it during the step before.
+    ahead = ThreadPoolExecutor(1, "loader")
+    try:
+        coming = ahead.submit(next, batches, None)
+        while (found := _taken(coming)) is not None:
+            coming = ahead.submit(next, batches, None)
+            yield found
+    finally:
+        ahead.shutdown(cancel_futures=True)
+
+
+def _taken(coming: Future[Loaded | DataError | None]) -> Loaded | None:
+    """What a loader process has brought; None at the end. Raises the DataError that it met."""
+    try:
+        found = coming.result()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loader process died ({error}); when memory ran out, lower data.num_workers "
+            "(0 reads in the training process)"
+        ) from error
+    if isinstance(found, DataError):
+        raise found
+    return found
