@@ -1,0 +1,66 @@
+"""HEADRACE_FAULT is read strictly, and a fault happens once, where and to whom it says."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from train import faults
+from train.faults import KINDS, ONLY_AT, PHASES, Fault, FaultError, parse
+
+
+@pytest.fixture(autouse=True)
+def unarmed() -> Iterator[None]:
+    yield
+    faults.arm(None, 0)
+
+
+def test_every_phase_and_kind_is_read() -> None:
+    for phase in PHASES:
+        for kind in KINDS:
+            if phase in ONLY_AT.get(kind, PHASES):
+                assert parse(f"{phase}:12:3:{kind}") == Fault(phase, 12, 3, kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("forward:5:1", "is not phase:step:rank:kind, such as forward:5:1:kill"),
+        ("forward:-1:0:kill", "is not phase:step:rank:kind"),
+        ("forward:5:x:kill", "is not phase:step:rank:kind"),
+        ("lunch:5:1:kill", "no phase 'lunch'; there are import, rendezvous, build"),
+        ("forward:5:1:maim", "no kind 'maim'; there are kill, stop, term"),
+        ("write:5:1:nan", "nan changes a number, and none passes by at write; it can happen at fo"),
+    ],
+)
+def test_what_is_no_fault_is_refused(text: str, message: str) -> None:
+    with pytest.raises(FaultError, match=message):
+        parse(text)
+
+
+def test_a_fault_happens_once_at_its_step_and_rank() -> None:
+    faults.arm("data:2:1:eio", 0)
+    faults.point("data", 2)
+    faults.arm("data:2:1:eio", 1)
+    faults.point("data", 1)
+    faults.point("forward", 2)
+    with pytest.raises(OSError) as caught:
+        faults.point("data", 2)
+    assert caught.value.errno == errno.EIO
+    faults.point("data", 2)
+
+
+def test_numbers_are_changed_where_they_pass_by() -> None:
+    weights = np.ones(5, np.float32)
+    faults.arm("forward:1:0:nan", 0)
+    faults.point("forward", 1)
+    assert faults.number("forward", 0, 3.0) == 3.0
+    assert math.isnan(faults.number("forward", 1, 3.0))
+    assert faults.number("forward", 1, 3.0) == 3.0
+    faults.arm("optimizer:1:0:bitflip", 0)
+    faults.memory("optimizer", 1, weights)
+    assert weights.tolist() == [1, 1, 1.5, 1, 1]

@@ -1,0 +1,144 @@
+"""Faults on purpose, for tests: HEADRACE_FAULT=phase:step:rank:kind lets one happen, once.
+
+    import      before a rank imports torch      reduce      before the ranks sum their losses
+    rendezvous  before it meets the others       optimizer   before the weights are updated
+    build       before the engine is made        snapshot    before a checkpoint's state is copied
+    load        before a checkpoint is read      write       before a rank's file is written
+    data        before a batch is asked for      commit      before the manifest is written
+    forward     before the model is called       prune       before old checkpoints are removed
+    backward    before gradients are computed    evaluate    before a batch is validated on
+    export      before an export is published
+
+Steps count as in the loop; `import` to `load`, and `export`, happen at step 0. Where nothing is
+asked for, a point costs a call and a comparison with None. No torch here.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+VARIABLE = "HEADRACE_FAULT"
+AT_START = ("import", "rendezvous", "build", "load")
+IN_A_STEP = ("data", "forward", "backward", "reduce", "optimizer")
+IN_A_SAVE = ("snapshot", "write", "commit", "prune")
+PHASES = (*AT_START, *IN_A_STEP, *IN_A_SAVE, "evaluate", "export")
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "usr1": signal.SIGUSR1,
+}
+ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
+KINDS = (*SIGNALS, *ERRORS, "exit", "raise", "nan", "bitflip", "slow", "hang")
+ONLY_AT = {"nan": ("forward",), "bitflip": ("optimizer", "snapshot")}
+"""Kinds that change a number, and where one passes by."""
+SLOW_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class FaultError(ValueError):
+    """HEADRACE_FAULT asks for something that there is not."""
+
+    exit_code: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of one rank."""
+
+    phase: str
+    step: int
+    rank: int
+    kind: str
+
+
+def parse(text: str) -> Fault:
+    """FaultError unless `text` is phase:step:rank:kind, and such a thing can happen there."""
+    parts = text.split(":")
+    if len(parts) != 4 or not (parts[1].isdecimal() and parts[2].isdecimal()):
+        raise FaultError(
+            f"{VARIABLE}={text!r} is not phase:step:rank:kind, such as forward:5:1:kill"
+        )
+    fault = Fault(parts[0], int(parts[1]), int(parts[2]), parts[3])
+    for what, found, known in (("phase", fault.phase, PHASES), ("kind", fault.kind, KINDS)):
+        if found not in known:
+            raise FaultError(
+                f"{VARIABLE}={text!r}: no {what} {found!r}; there are {', '.join(known)}"
+            )
+    places = ONLY_AT.get(fault.kind, PHASES)
+    if fault.phase not in places:
+        raise FaultError(
+            f"{VARIABLE}={text!r}: {fault.kind} changes a number, and none passes by at "
+            f"{fault.phase}; it can happen at {' and '.join(places)}"
+        )
+    return fault
+
+
+_armed: Fault | None = None
+
+
+def arm(text: str | None, rank: int) -> None:
+    """Let the fault of `text` happen when this rank comes to it; None or empty: nothing happens."""
+    global _armed
+    fault = parse(text) if text else None
+    _armed = fault if fault is not None and fault.rank == rank else None
+
+
+def point(phase: str, step: int = 0) -> None:
+    """A place where a fault may happen. OSError or RuntimeError, where that is the fault."""
+    if _armed is not None and _is_here(phase, step) and _armed.kind not in ONLY_AT:
+        _happen(_disarm())
+
+
+def number(phase: str, step: int, value: Any) -> Any:
+    """A place where a number passes by: `value`, a tensor, or not a number instead."""
+    if _armed is not None and _is_here(phase, step) and _armed.kind == "nan":
+        _disarm()
+        return value * math.nan
+    return value
+
+
+def memory(phase: str, step: int, array: np.ndarray) -> None:
+    """A place where an array of fp32 lies: the fault flips one bit in its middle."""
+    if _armed is not None and _is_here(phase, step) and _armed.kind == "bitflip":
+        _disarm()
+        array.reshape(-1).view(np.uint32)[array.size // 2] ^= np.uint32(1 << 22)
+
+
+def _is_here(phase: str, step: int) -> bool:
+    return _armed is not None and (_armed.phase, _armed.step) == (phase, step)
+
+
+def _disarm() -> Fault:
+    global _armed
+    fault, _armed = _armed, None
+    assert fault is not None
+    log.warning("%s: %s at %s, step %d", VARIABLE, fault.kind, fault.phase, fault.step)
+    return fault
+
+
+def _happen(fault: Fault) -> None:
+    if fault.kind in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[fault.kind])
+    elif fault.kind in ERRORS:
+        code = ERRORS[fault.kind]
+        raise OSError(code, os.strerror(code), f"{VARIABLE} {fault.phase}")
+    elif fault.kind == "exit":
+        os._exit(0)
+    elif fault.kind == "raise":
+        raise RuntimeError(f"{VARIABLE} {fault.phase}")
+    elif fault.kind == "slow":
+        time.sleep(SLOW_SECONDS)
+    elif fault.kind == "hang":
+        while True:
+            time.sleep(3600)
