@@ -19,10 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from data.durable import told
 from launcher import mailbox, slurm
+from train import faults, watch
+from train.progress import at
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ def rank_of(environ: Mapping[str, str]) -> int:
 def run_rank(train: Callable[[], str]) -> int:
     """Train as the rank that this process is; returns its exit code."""
     role, rank = recognise(os.environ), rank_of(os.environ)
+    faults.arm(os.environ.get(faults.VARIABLE), rank)
+    at("import")
     if role is Role.SRUN_RANK:
         os.environ.update(slurm.rendezvous(os.environ))
     folder = mailbox.folder_of(os.environ)
@@ -70,6 +75,7 @@ def run_rank(train: Callable[[], str]) -> int:
         # The launcher ended while this rank was still being started.
         return 1
     _follow_launcher(folder, rank)
+    watch.tell = partial(_tell_stall, folder, rank)
     _greet(role, rank)
     try:
         code = 1 if train() == "failed" else 0
@@ -85,6 +91,10 @@ def follow_parent(number: signal.Signals) -> None:
     """Have the kernel send us `number` when our parent ends, however it ends; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def _tell_stall(folder: Path, rank: int, message: str) -> None:
+    mailbox.tell_failure(folder, mailbox.Failure(rank, message, watch.EXIT_STALLED))
 
 
 def _greet(role: Role, rank: int) -> None:

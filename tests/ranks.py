@@ -14,11 +14,12 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+FAIL_SECONDS = 5.0
 
 # The fork server inherits this environment when it starts: at the first call.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -50,26 +51,44 @@ def run_ranks(
         sender.close()
         processes.append(process)
         pipes.append(receiver)
-    deadline = time.monotonic() + timeout
     try:
-        return [_answer(rank, pipe, deadline) for rank, pipe in enumerate(pipes)]
-    finally:
+        answers = _answers(pipes, timeout)
         for process in processes:
             process.join(10)
+        return answers
+    finally:
+        for process in processes:
             process.kill()
             process.join()
 
 
-def _answer(rank: int, pipe: Connection, deadline: float) -> Any:
-    if not pipe.poll(max(deadline - time.monotonic(), 0)):
-        raise RankFailure(f"rank {rank} did not answer in time")
-    try:
-        ok, value = pipe.recv()
-    except EOFError:
-        raise RankFailure(f"rank {rank} died without a word") from None
-    if not ok:
-        raise RankFailure(f"rank {rank} raised:\n{value}")
-    return value
+def _answers(pipes: list[Connection], timeout: float) -> list[Any]:
+    """What the ranks return. When one has failed the others have FAIL_SECONDS to fail of it."""
+    deadline = time.monotonic() + timeout
+    values: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    while len(values) + len(failures) < len(pipes):
+        waiting = {p: r for r, p in enumerate(pipes) if r not in values and r not in failures}
+        ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = waiting[pipe]
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                ok, value = False, None
+            if ok:
+                values[rank] = value
+                continue
+            failures[rank] = f"raised:\n{value}" if value else "died without a word"
+            deadline = min(deadline, time.monotonic() + FAIL_SECONDS)
+    for rank in sorted(failures):
+        raise RankFailure(f"rank {rank} {failures[rank]}")
+    for rank in range(len(pipes)):
+        if rank not in values:
+            raise RankFailure(f"rank {rank} did not answer in time")
+    return [values[rank] for rank in range(len(pipes))]
 
 
 def _rank(

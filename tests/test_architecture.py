@@ -51,6 +51,7 @@ VENDORS = {
     "subprocess": {
         "launcher/spawn.py",
         "launcher/slurm.py",
+        "train/deadline.py",
         "train/export.py",
         "data/commands.py",
     },

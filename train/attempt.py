@@ -19,13 +19,18 @@ from train import run as run_directory
 from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
 from train.config import JobConfig
 from train.engine import DTYPES, DeepSpeedEngine
-from train.loop import Job, Task, train
+from train.job import Job, Task
+from train.loop import train
 from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
 from train.ownership import Ownership, RunInUse, own
+from train.pace import Pace
+from train.progress import at
 from train.run import Outcome
+from train.saver import Saver
 from train.state import load_newest
-from train.stop import StopRequest
-from train.world import RankError, World, slurm_job
+from train.stop import STOP_FILE, StopRequest
+from train.watch import Watch
+from train.world import RankError, World, slurm_deadline, slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +85,16 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             stop_at,
         )
         return _end_at_once(world, run, work, "stopped", done)
+    if done < work.steps and world.broadcast((run / STOP_FILE).exists()):
+        log.info("%s asks this run to stand still; to go on, remove it", run / STOP_FILE)
+        return _end_at_once(world, run, work, "stopped", done)
     if done >= work.steps:
         log.info("%s is complete: %d of %d steps", run, done, work.steps)
         return _end_at_once(world, run, work, "complete", done)
     stop = StopRequest()
     stop.listen()
+    if world.is_main:
+        stop.watch(run, slurm_deadline())
     owner: Ownership | None = None
     with world.together("recording the attempt"):
         if world.is_main:
@@ -132,6 +142,7 @@ def _train(
     owner: Ownership | None,
 ) -> tuple[Outcome, int]:
     """Collective. From the newest checkpoint to the outcome and the last completed step."""
+    at("build")
     engine = DeepSpeedEngine(
         work.module(),
         work.config,
@@ -139,6 +150,8 @@ def _train(
         micro_batch=work.micro_batch,
         accumulation=work.accumulation,
     )
+    with world.together("looking for checkpoints"):
+        at("load")
     saved = load_newest(engine, world, run)
     if saved is not None:
         _check_data(saved, work)
@@ -155,6 +168,8 @@ def _train(
         config=work.config,
         run=run,
         metrics=metrics,
+        saver=Saver(engine, world, run, config=work.config.checkpoint, owner=owner),
+        pace=Pace(work.config.checkpoint.every, world, run, first_step=first_step),
         steps=work.steps,
         accumulation=work.accumulation,
         attempt=attempt,
@@ -167,11 +182,19 @@ def _train(
         resumed_from=None if saved is None else saved.step,
         quarantined=None if saved is None else saved.state.get("quarantined"),
         identity=work.identity,
-        owner=owner,
+    )
+    watch = Watch(
+        run,
+        attempt=attempt,
+        rank=world.rank,
+        num_ranks=world.size,
+        stall_seconds=work.config.stall_seconds,
+        reading=work.task.reading,
     )
     try:
         return train(job)
     finally:
+        watch.close()
         metrics.close()
 
 

@@ -84,10 +84,16 @@ class ZeroConfig(Table):
 class CheckpointConfig(Table):
     """When to save, and how many to keep."""
 
-    every: NonNegativeInt = 0
-    """Optimizer steps between checkpoints; 0 saves only at the end and at a planned stop."""
+    every: NonNegativeInt | Literal["auto"] = 0
+    """Optimizer steps between checkpoints; 0 saves only at the end and at a planned stop, "auto"
+    chooses by what a save costs and how often the run has failed.
+    """
     keep: PositiveInt = 3
     """Newest checkpoints kept; older ones are removed after a newer one is committed."""
+    background: bool = True
+    """Training goes on while a checkpoint is written, for one more copy of the state in host
+    memory.
+    """
 
 
 class EvalConfig(Table):
@@ -125,6 +131,10 @@ class JobConfig(Table):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    stall_seconds: PositiveFloat = 600
+    """A rank that makes no progress for so long ends the run, with the stacks of all ranks in one
+    report; a step, a validation batch or a save must take less.
+    """
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw DeepSpeed keys, for what has no key here; one that contradicts ours is refused."""
 

@@ -34,3 +34,8 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def flip_bit(values: torch.Tensor) -> None:
+    """Flip one bit of the fp32 value in the middle, in place, as failing memory does."""
+    values.view(torch.int32)[len(values) // 2] ^= 1 << 22

@@ -6,7 +6,7 @@ so the number of targets of any step is known without asking the other ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,14 @@ class ExamplesTask:
         """Summed cross entropy of the targets of the micro-batch, in nats."""
         return _loss_sum(_logits(module, batch), batch["labels"])
 
-    def validate(self, module: torch.nn.Module, world: World) -> dict[str, float]:
+    def reading(self, step: int) -> str:
+        """The samples of the step; all examples are in memory."""
+        first, last = self.samples(step)
+        return f"reading samples {first} to {last - 1}"
+
+    def validate(
+        self, module: torch.nn.Module, world: World, *, is_over: Callable[[], bool]
+    ) -> dict[str, float]:
         """Collective. Mean loss per target of at most eval.samples validation examples, drawn by
         the seed; of a classifier also accuracy and macro F1.
         """
@@ -90,6 +97,8 @@ class ExamplesTask:
             self._val, chosen, order=draw, rank=world.rank, num_ranks=world.size
         )
         for batch in batches:
+            if is_over():
+                return {}
             batch = {key: value.to(world.device) for key, value in batch.items()}
             labels = batch["labels"]
             logits = _logits(module, batch)

@@ -33,6 +33,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file, write_hugg
 from model.config import ModelConfig, parameter_shapes
 from model.flops import num_parameters
 from model.hf_names import hf_config
+from train import faults
 from train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -285,6 +286,7 @@ def _write_provenance(
 
 
 def _publish(unfinished: Path, out: Path) -> None:
+    faults.point("export")
     for path in unfinished.iterdir():
         # safetensors makes files that only their owner may read.
         shutil.copymode(unfinished / "config.json", path)

@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import signal
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 VARIABLE = "HEADRACE_FAULT"
 AT_START = ("import", "rendezvous", "build", "load")
@@ -100,19 +97,12 @@ def point(phase: str, step: int = 0) -> None:
         _happen(_disarm())
 
 
-def number(phase: str, step: int, value: Any) -> Any:
-    """A place where a number passes by: `value`, a tensor, or not a number instead."""
-    if _armed is not None and _is_here(phase, step) and _armed.kind == "nan":
-        _disarm()
-        return value * math.nan
-    return value
-
-
-def memory(phase: str, step: int, array: np.ndarray) -> None:
-    """A place where an array of fp32 lies: the fault flips one bit in its middle."""
-    if _armed is not None and _is_here(phase, step) and _armed.kind == "bitflip":
-        _disarm()
-        array.reshape(-1).view(np.uint32)[array.size // 2] ^= np.uint32(1 << 22)
+def hits(phase: str, step: int, kind: str) -> bool:
+    """Whether a number that passes by here is to be changed, as a kind of ONLY_AT says."""
+    if _armed is None or not _is_here(phase, step) or _armed.kind != kind:
+        return False
+    _disarm()
+    return True
 
 
 def _is_here(phase: str, step: int) -> bool:

@@ -12,96 +12,22 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import torch
 
 from data.config import DataError
 from model.loss import IGNORED
-from train.config import JobConfig
-from train.engine import Batch, Engine, StepStats
-from train.metrics import Metrics, Row
-from train.ownership import Ownership
+from train import faults
+from train.device import flip_bit
+from train.engine import Batch, StepStats
+from train.job import Agreed, Job, NonFiniteLoss
+from train.metrics import Row
+from train.progress import at
 from train.run import Outcome
 from train.schedule import learning_rate
-from train.state import save_checkpoint
-from train.stop import StopRequest
-from train.world import World
 
 log = logging.getLogger(__name__)
-
-
-class Task(Protocol):
-    """What is trained on, and what its loss is. Steps count from 1; samples from 0."""
-
-    unit: str
-    """What a target is called on the progress line."""
-
-    def num_valid(self, step: int) -> int | None:
-        """Targets of this step over all ranks, known without asking them; None when only the
-        batches tell.
-        """
-
-    def samples(self, step: int) -> tuple[int, int]:
-        """Global sample indices [first, last) of this step."""
-
-    def micro_batches(
-        self, first_step: int, last_step: int, *, rank: int, num_ranks: int
-    ) -> Iterator[Batch]:
-        """This rank's micro-batches of the steps first_step .. last_step, each with its
-        `data_hash`.
-        """
-
-    def loss_sum(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Sum of the losses of the valid targets of a micro-batch, fp32 scalar."""
-
-    def validate(self, module: torch.nn.Module, world: World) -> dict[str, float]:
-        """Collective. Metrics on held-out data, at least `val_loss`; empty where there is none."""
-
-    def data_state(self, step: int) -> dict[str, Any]:
-        """Position and identity of the data after this step; goes into checkpoints."""
-
-    def check_data_state(self, state: dict[str, Any]) -> None:
-        """DataError when a checkpoint's data is not this data."""
-
-
-class NonFiniteLoss(ValueError):
-    """The loss or the gradient is NaN or infinite; nothing of the step is saved."""
-
-    exit_code = 1
-
-
-@dataclass
-class Job:
-    """Everything that the loop works with, on one rank."""
-
-    task: Task
-    engine: Engine
-    world: World
-    config: JobConfig
-    run: Path
-    metrics: Metrics
-    steps: int
-    accumulation: int
-    attempt: int
-    first_step: int
-    tokens: int
-    """Targets trained on before first_step."""
-    flops_per_token: float = 0.0
-    peak_flops: float = 0.0
-    """Measured FLOP/s of all ranks together; 0 leaves MFU out."""
-    stop_at: int | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
-    resumed_from: int | None = None
-    quarantined: int | None = None
-    """Samples before first_step that touched damage and trained nothing; None: nobody counted."""
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    """What every checkpoint of the run carries, such as the hashes of data and tokenizer."""
-    owner: Ownership | None = None
-    """Rank 0's claim to the run; without it nothing is committed."""
 
 
 def train(job: Job) -> tuple[Outcome, int]:
@@ -113,47 +39,67 @@ def train(job: Job) -> tuple[Outcome, int]:
     batches = job.task.micro_batches(
         job.first_step, job.steps, rank=job.world.rank, num_ranks=job.world.size
     )
-    if job.first_step == 1:
-        validate(job, step=0)
+    if _lacks_validation(job) and not validate(job, step=job.first_step - 1):
+        return "stopped", job.first_step - 1
     for step in range(job.first_step, job.steps + 1):
         started = time.perf_counter()
         _seed(job.config.seed, step, job.world.rank)
-        found: Iterator[Batch] = itertools.islice(batches, job.accumulation)
+        found = _watched(step, itertools.islice(batches, job.accumulation))
         num_valid = job.task.num_valid(step)
         if num_valid is None:
             found, num_valid = _counted(job, step, found)
-        done = [_micro_step(job, batch, num_valid) for batch in found]
+        done = [_micro_step(job, step, batch, num_valid) for batch in found]
         lr = learning_rate(
             step,
             steps=job.steps,
             warmup_steps=job.config.schedule.warmup_steps,
             optim=job.config.optim,
         )
-        stats = job.engine.step(lr)
-        stop = _record(
+        stats = _update(job, step, lr)
+        agreed = _record(
             job, step, lr=lr, stats=stats, done=done, num_valid=num_valid, started=started
         )
-        if _due(job.config.eval.every, step) or step == job.steps:
-            validate(job, step=step)
-        if _due(job.config.checkpoint.every, step) or step == job.steps or stop:
+        if agreed.is_written:
+            job.saver.commit()
+        if job.pace.is_due(step) or step == job.steps or agreed.stop or agreed.save:
             save(job, step)
+        stop = agreed.stop
+        if step == job.steps or (_due(job.config.eval.every, step) and not stop):
+            stop = not validate(job, step=step)
         if stop and step < job.steps:
+            if job.pace.last_step < step:
+                save(job, step)
+            job.saver.finish()
             return "stopped", step
+    job.saver.finish()
     return "complete", job.steps
 
 
-def validate(job: Job, *, step: int) -> None:
-    """Collective. Write a validation row."""
+def validate(job: Job, *, step: int) -> bool:
+    """Collective. Write a validation row; False when it gave way to a stop, without one: whoever
+    resumes validates again.
+    """
+    gave_way = False
+
+    def is_over() -> bool:
+        nonlocal gave_way
+        at("evaluate", step)
+        # Nobody would come back for the last one.
+        asked = job.stop.reason is not None and step < job.steps
+        gave_way = bool(job.world.sum(torch.tensor(int(asked))) > 0)
+        return gave_way
+
     job.engine.module.eval()
     with torch.no_grad():
-        found = job.task.validate(job.engine.module, job.world)
+        found = job.task.validate(job.engine.module, job.world, is_over=is_over)
     job.engine.module.train()
     if found:
         job.metrics.write({"step": step, "attempt": job.attempt, "tokens": job.tokens, **found})
+    return not gave_way
 
 
 def save(job: Job, step: int) -> None:
-    """Collective. Commit a checkpoint of this step."""
+    """Collective. Begin a checkpoint of this step."""
     state = {
         "step": step,
         "tokens": job.tokens,
@@ -165,15 +111,17 @@ def save(job: Job, step: int) -> None:
     with job.world.together("writing metrics.jsonl"):
         # No checkpoint is ahead of the rows that lead to it.
         job.metrics.sync()
-    save_checkpoint(
-        job.engine,
-        job.world,
-        job.run,
-        step=step,
-        state=state,
-        keep=job.config.checkpoint.keep,
-        owner=job.owner,
-    )
+    job.saver.save(step, state)
+    job.pace.begun(step)
+    job.stop.saved()
+
+
+def _lacks_validation(job: Job) -> bool:
+    """Collective. Whether an earlier attempt was to validate before the first step, and did not."""
+    step = job.first_step - 1
+    if step and not _due(job.config.eval.every, step):
+        return False
+    return bool(job.world.broadcast(job.world.is_main and not job.metrics.has_validation(step)))
 
 
 def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Batch], int]:
@@ -194,13 +142,36 @@ def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Ba
     return iter(found), num_valid
 
 
-def _micro_step(job: Job, batch: Batch, num_valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _watched(step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    at("data", step)
+    for batch in batches:
+        yield batch
+        at("data", step)
+
+
+def _micro_step(
+    job: Job, step: int, batch: Batch, num_valid: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a micro-batch, and its hash with its count of quarantined samples."""
     if "quarantined" in batch:
         job.quarantined = job.quarantined or 0
     counts = [batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))]
-    loss = job.engine.forward_backward(batch, num_valid=num_valid, loss_sum=job.task.loss_sum)
+
+    def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        at("forward", step)
+        loss = job.task.loss_sum(module, batch)
+        at("backward", step)
+        return loss * math.nan if faults.hits("forward", step, "nan") else loss
+
+    loss = job.engine.forward_backward(batch, num_valid=num_valid, loss_sum=loss_sum)
     return loss, torch.stack(counts)
+
+
+def _update(job: Job, step: int, lr: float) -> StepStats:
+    at("optimizer", step)
+    if faults.hits("optimizer", step, "bitflip"):
+        flip_bit(job.engine.flats()[0].master.detach())
+    return job.engine.step(lr)
 
 
 def _quarantine(job: Job) -> dict[str, int]:
@@ -217,16 +188,20 @@ def _record(
     done: list[tuple[torch.Tensor, torch.Tensor]],
     num_valid: int,
     started: float,
-) -> bool:
-    """Write the row of a step; returns whether the ranks agreed to stop after it."""
+) -> Agreed:
+    """Write the row of a step; returns what the ranks agreed on after it."""
+    at("reduce", step)
+    job.stop.look(job.pace.lead_seconds)
     asked = job.stop.reason is not None or (job.stop_at is not None and step >= job.stop_at)
     # All ranks stop to save, and there learn why rank 0 could not write the row before.
     asked = asked or job.metrics.failure is not None
     loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
     own = torch.stack([counts for _, counts in done]).sum(dim=0)
-    counts = job.world.sum(torch.cat([own, torch.tensor([int(asked)])]))
+    flags = torch.tensor([asked, job.stop.save, job.saver.is_written], dtype=own.dtype)
+    counts = job.world.sum(torch.cat([own, flags]))
     loss = float(loss_sum) / num_valid
     if not (math.isfinite(loss) and math.isfinite(stats.grad_norm)):
+        job.saver.finish()
         raise NonFiniteLoss(
             f"step {step}: loss {loss}, gradient norm {stats.grad_norm}; nothing of this step is "
             "saved, and the same command goes on from the last checkpoint. If it fails here again, "
@@ -256,12 +231,34 @@ def _record(
         row["mfu"] = rate * job.flops_per_token / job.peak_flops
     if job.resumed_from is not None and step == job.first_step:
         row["resumed_from"] = job.resumed_from
+    job.pace.measured(seconds, job.saver.committed)
+    row |= _saved(job)
     job.metrics.write(row)
-    return bool(counts[2] > 0)
+    return Agreed(
+        stop=bool(counts[2] > 0),
+        save=bool(counts[3] > 0),
+        is_written=int(counts[4]) == job.world.size,
+    )
+
+
+def _saved(job: Job) -> Row:
+    """What the last save has cost, once."""
+    timing = job.saver.committed
+    if timing is None or timing.step == job.told_save:
+        return {}
+    job.told_save = timing.step
+    return {
+        "checkpoint_step": timing.step,
+        "checkpoint_stall_seconds": timing.stall_seconds,
+        "checkpoint_write_seconds": timing.write_seconds,
+        "checkpoint_lag_seconds": timing.lag_seconds,
+    }
 
 
 def _say_when_nothing_is_saved(job: Job) -> None:
     every = job.config.checkpoint.every
+    if every == "auto":
+        return
     first_save = job.steps if every == 0 else -(-job.first_step // every) * every
     if min(first_save, job.stop_at or job.steps) >= job.steps:
         log.info("no checkpoint before the last step: checkpoint.every=%d", every)

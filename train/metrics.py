@@ -46,6 +46,7 @@ class Metrics:
     """Appends rows to RUN/metrics.jsonl and passes them on; on ranks but 0 it does nothing."""
 
     def __init__(self, run: Path, *, enabled: bool, views: list[View]) -> None:
+        self._run = run
         self._rows = RowFile(run / "metrics.jsonl") if enabled else None
         self._views = views if enabled else []
         self.failure: StorageError | None = None
@@ -64,6 +65,10 @@ class Metrics:
         for view in list(self._views):
             if not _survives(view, lambda view=view: view.show(row)):  # type: ignore[misc]
                 self._views.remove(view)
+
+    def has_validation(self, step: int) -> bool:
+        """Whether a validation row of this step was written, by whatever attempt."""
+        return any(row["step"] == step and "val_loss" in row for row in read_metrics(self._run))
 
     def sync(self) -> None:
         """Push all rows to the disk; StorageError when it has refused one."""

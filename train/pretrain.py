@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.config import Boundaries, DataUsageError
@@ -38,7 +39,7 @@ def pretrain(
     ConfigError when the run directory belongs to another config, DataError when the data cannot be
     read.
     """
-    with join_world() as world:
+    with join_world(stall_seconds=config.stall_seconds) as world:
         return pretrain_on(world, config, run, stop_at=stop_at, allow_change=allow_change)
 
 
@@ -211,12 +212,26 @@ class PretrainTask:
             f"{options}`, and change it again then"
         )
 
+    def reading(self, step: int) -> str:
+        """The samples of the step, and their shards by the manifest: files may not answer."""
+        first, last = self.samples(step)
+        told = f"reading samples {first} to {last - 1}"
+        if self._config.data.packing != "concat":
+            return told
+        stream = self._stream.at(self._phases.at(step).seq_len)
+        sources, _, offsets = stream.locate(np.arange(first, last))
+        places = zip(sources.tolist(), offsets.tolist(), strict=True)
+        shards = {stream.source(k).tokens.shard_of(offset) for k, offset in places}
+        return f"{told} from {', '.join(sorted(shards)[:8])}"
+
     def loss_sum(self, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Summed cross entropy of the micro-batch, in nats."""
         logits = module(batch["input_ids"], batch["position_ids"], batch.get("doc_ids"))
         return token_loss_sum(logits, batch["labels"])
 
-    def validate(self, module: torch.nn.Module, world: World) -> dict[str, float]:
+    def validate(
+        self, module: torch.nn.Module, world: World, *, is_over: Callable[[], bool]
+    ) -> dict[str, float]:
         """Collective. Mean loss per target of the first eval.samples validation samples."""
         stream = self._val_stream
         if stream is None:
@@ -235,6 +250,8 @@ class PretrainTask:
         )
         total = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
+            if is_over():
+                return {}
             del batch["data_hash"]
             batch.pop("quarantined", None)
             placed = {key: value.to(world.device) for key, value in batch.items()}

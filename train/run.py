@@ -32,6 +32,7 @@ FREE = (
     "zero.",
     "checkpoint.",
     "log.",
+    "stall_seconds",
     "micro_batch",
     "data.num_workers",
     "data.path",

@@ -1,15 +1,14 @@
-"""Between a live engine and a checkpoint: slices out, slices in, at any ZeRO stage and world size.
+"""From a checkpoint into a live engine, at any ZeRO stage and world size; train/saver.py is the way
+back.
 
-Every rank writes only what it owns and reads only what it holds; nothing is gathered. A load first
-reads and verifies everything into host memory, then all ranks agree, and only then is the engine
-touched.
+Every rank reads only what it holds; nothing is gathered. A load first reads and verifies everything
+into host memory, then all ranks agree, and only then is the engine touched.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,72 +16,11 @@ import torch
 from train import checkpoint
 from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from train.engine import Engine
-from train.ownership import Ownership
-from train.slices import Range, SliceReader, write_slices
+from train.slices import SliceReader
 from train.world import RankError, World
 from train.zero_state import Flat
 
 log = logging.getLogger(__name__)
-
-
-def save_checkpoint(
-    engine: Engine,
-    world: World,
-    run: Path,
-    *,
-    step: int,
-    state: dict[str, Any],
-    keep: int,
-    owner: Ownership | None = None,
-) -> None:
-    """Collective. Commit a checkpoint of this step, then remove all but the newest `keep`.
-
-    RankError on every rank when one of them cannot write, what it wrote is removed again; and when
-    `owner` (rank 0's) has lost the run to a later attempt, whose files are left alone.
-    """
-    try:
-        _save(engine, world, run, step=step, state=state, keep=keep, owner=owner)
-    except RankError:
-        # Whoever has taken the run over may be writing the same step.
-        if world.is_main and not (owner is not None and owner.is_lost):
-            checkpoint.discard(run, step)
-        raise
-
-
-def _save(
-    engine: Engine,
-    world: World,
-    run: Path,
-    *,
-    step: int,
-    state: dict[str, Any],
-    keep: int,
-    owner: Ownership | None,
-) -> None:
-    check = owner.check if owner is not None else lambda: None
-    with world.together(f"making room for the checkpoint of step {step}"):
-        if world.is_main:
-            check()
-            checkpoint.begin(run, step)
-    flats = engine.flats()
-    entry: dict[str, Any] = {}
-    with world.together(f"writing the checkpoint of step {step}"):
-        entry = write_slices(checkpoint.step_folder(run, step), world.rank, *_owned(flats))
-    rows = world.gather((entry, _shapes(flats), _scalars(flats)))
-    with world.together(f"committing the checkpoint of step {step}"):
-        if world.is_main:
-            checkpoint.commit(
-                checkpoint.step_folder(run, step),
-                step=step,
-                parameters={name: shape for _, shapes, _ in rows for name, shape in shapes.items()},
-                scalars=_one_value([scalars for _, _, scalars in rows]),
-                state=state,
-                files=[entry for entry, _, _ in rows],
-                check=check,
-            )
-            # A later owner's checkpoints are none of a history that was left.
-            check()
-            checkpoint.prune(run, keep, newest=step)
 
 
 def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
@@ -141,18 +79,6 @@ def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
     return None
 
 
-def _owned(flats: list[Flat]) -> tuple[dict[str, np.ndarray], dict[str, list[Range]]]:
-    pieces: dict[str, list[torch.Tensor]] = {}
-    ranges: dict[str, list[Range]] = {}
-    for flat in flats:
-        for key, tensor in flat.tensors().items():
-            for part in flat.owned:
-                pieces.setdefault(key, []).append(tensor.narrow(0, part.offset, part.length))
-                ranges.setdefault(key, []).append((part.name, part.start, part.length))
-    arrays = {key: torch.cat(parts).float().cpu().numpy() for key, parts in pieces.items()}
-    return arrays, ranges
-
-
 def _read(flat: Flat, reader: SliceReader, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     arrays = {}
     for key in keys:
@@ -166,22 +92,6 @@ def _read(flat: Flat, reader: SliceReader, keys: tuple[str, ...]) -> dict[str, n
 
 def _shapes(flats: list[Flat]) -> dict[str, tuple[int, ...]]:
     return {part.name: part.shape for flat in flats for part in flat.fragments}
-
-
-def _scalars(flats: list[Flat]) -> list[dict[str, float]]:
-    # A partition that is all padding has no parameter and may lag behind.
-    return [flat.scalars() for flat in flats if flat.fragments]
-
-
-def _one_value(rows: list[list[dict[str, float]]]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for scalars in (item for row in rows for item in row):
-        for key, value in scalars.items():
-            if found.setdefault(key, value) != value:
-                raise CheckpointError(
-                    f"optimizer state {key!r} differs between partitions: {found[key]} and {value}"
-                )
-    return found
 
 
 def _check_parameters(saved: Checkpoint, names: dict[str, tuple[int, ...]]) -> None:

@@ -11,6 +11,7 @@ import datetime
 import functools
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train import faults
+from train.deadline import Deadline
 from train.device import keep_freed_memory
+from train.progress import at
 
 log = logging.getLogger(__name__)
 
-TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a collective may take; applies to every group, DeepSpeed's own included."""
+STALL_SECONDS = 600.0
+REPORT_SECONDS = 60.0
+"""A collective fails so long after the watch has noticed (train/watch.py): it knows who is behind.
+Applies to every group, DeepSpeed's own included.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,13 @@ def exit_code_of(error: BaseException) -> int | None:
 
 
 @contextmanager
-def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
+def join_world(*, stall_seconds: float = STALL_SECONDS) -> Iterator[World]:
     """Collective. Enter the process group that the environment describes (torchrun or srun), or be
     a world of one.
     """
+    timeout = datetime.timedelta(seconds=stall_seconds + REPORT_SECONDS)
     rank, size, local_rank = _place()
+    faults.arm(os.environ.get(faults.VARIABLE), rank)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -119,6 +128,7 @@ def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
     _quiet()
     _give_every_group_a_timeout(timeout)
     store = torch._C._distributed_c10d.HashStore() if size == 1 else None
+    at("rendezvous")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
@@ -137,6 +147,15 @@ def join_world(*, timeout: datetime.timedelta = TIMEOUT) -> Iterator[World]:
 def slurm_job() -> str | None:
     """The id of the Slurm job that this process belongs to."""
     return os.environ.get("SLURM_JOB_ID")
+
+
+def slurm_deadline() -> Deadline | None:
+    """The end of the Slurm job that this process belongs to."""
+    job, end = slurm_job(), os.environ.get("SLURM_JOB_END_TIME", "")
+    if job is None:
+        return None
+    left = int(end) - time.time() if end.isdecimal() else None
+    return Deadline(job, seconds_left=left)
 
 
 def _place() -> tuple[int, int, int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import math
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
+import torch
 
 from train import faults
+from train.device import flip_bit
 from train.faults import KINDS, ONLY_AT, PHASES, Fault, FaultError, parse
 
 
@@ -54,13 +54,18 @@ def test_a_fault_happens_once_at_its_step_and_rank() -> None:
     faults.point("data", 2)
 
 
-def test_numbers_are_changed_where_they_pass_by() -> None:
-    weights = np.ones(5, np.float32)
+def test_a_number_is_changed_once_where_it_passes_by() -> None:
     faults.arm("forward:1:0:nan", 0)
     faults.point("forward", 1)
-    assert faults.number("forward", 0, 3.0) == 3.0
-    assert math.isnan(faults.number("forward", 1, 3.0))
-    assert faults.number("forward", 1, 3.0) == 3.0
-    faults.arm("optimizer:1:0:bitflip", 0)
-    faults.memory("optimizer", 1, weights)
+    assert not faults.hits("forward", 0, "nan")
+    assert not faults.hits("forward", 1, "bitflip")
+    assert faults.hits("forward", 1, "nan")
+    assert not faults.hits("forward", 1, "nan")
+
+
+def test_one_bit_is_flipped_wherever_the_tensor_lies() -> None:
+    weights = torch.ones(5)
+    flip_bit(weights)
     assert weights.tolist() == [1, 1, 1.5, 1, 1]
+    flip_bit(weights[2:3])
+    assert weights.tolist() == [1, 1, 1, 1, 1]

@@ -23,7 +23,7 @@ from train.evaluate import evaluate
 from train.examples import read_files, tokenize
 from train.finetune import finetune_on, finetuning, learning_rate_for, prepare_examples
 from train.generate import generate
-from train.loop import Task
+from train.job import Task
 from train.metrics import read_metrics
 from train.world import World
 

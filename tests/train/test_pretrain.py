@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import train.state
+import train.saver
 from data.config import PrepareConfig
 from data.prepare import prepare
 from tests.ranks import RankFailure, run_ranks
@@ -173,7 +173,7 @@ def test_a_shift_by_one_sample_is_noticed(reference: Path, dataset: Path, tmp_pa
 
 def die_while_saving(world: World, config: RunConfig, run: Path, step: int) -> None:
     """SIGKILL this rank with half of its file written, at the checkpoint of `step`."""
-    original = train.state.write_slices
+    original = train.saver.write_slices
 
     def half(folder: Path, rank: int, *rest: Any) -> Any:
         entry = original(folder, rank, *rest)
@@ -182,7 +182,7 @@ def die_while_saving(world: World, config: RunConfig, run: Path, step: int) -> N
             os.kill(os.getpid(), signal.SIGKILL)
         return entry
 
-    train.state.write_slices = half
+    train.saver.write_slices = half
     train_run(world, config, run)
 
 

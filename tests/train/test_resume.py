@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.train.toy import make_engine, run_steps
+from tests.train.toy import make_engine, run_steps, save
 from train.checkpoint import open_checkpoint
 from train.config import JobConfig
 from train.engine import Engine
-from train.state import load_checkpoint, load_newest, save_checkpoint
+from train.state import load_checkpoint, load_newest
 from train.world import World
 
 SIZE = 8
@@ -71,7 +71,7 @@ def write_all(world: World, folder: Path) -> dict[str, tuple[Rows, dict[str, Any
         run = folder / f"w{world.size}-{layout}"
         engine, shape = build(world, layout)
         run_steps(engine, world, range(1, SPLIT + 1), **shape)
-        save_checkpoint(engine, world, run, step=SPLIT, state={}, keep=1)
+        save(engine, world, run, SPLIT)
         rows = run_steps(engine, world, range(SPLIT + 1, END + 1), **shape)
         found[str(layout)] = (rows, parameters(engine))
     return found

@@ -26,6 +26,7 @@ from train.config import FinetuneConfig, RunConfig
 from train.decode import load_config
 from train.export import _remove_leftovers, export
 from train.finetune import finetune_on
+from train.job import Job
 from train.world import RankError, World
 
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
@@ -80,7 +81,7 @@ def refused_rows(world: World, made: RunConfig, run: Path) -> str:
 
     original = train.loop._record
 
-    def record(job: train.loop.Job, step: int, **rest: object) -> bool:
+    def record(job: Job, step: int, **rest: object) -> bool:
         if step == 4 and world.is_main:
             path = run / "metrics.jsonl"
             path.write_bytes(path.read_bytes() + b"\n" * (-path.stat().st_size % 4096))
@@ -95,7 +96,9 @@ def test_a_row_that_cannot_be_written_stops_all_ranks_and_no_checkpoint_is_ahead
     dataset: Path, whole: Path, disk: Path
 ) -> None:
     run = disk / "run"
-    messages = run_ranks(2, refused_rows, config(dataset), run)
+    # Else the disk would be full before step 3 is committed.
+    made = config(dataset, "checkpoint.background=false")
+    messages = run_ranks(2, refused_rows, made, run)
     assert messages[0] == messages[1]
     assert f"{run}/metrics.jsonl cannot be written: No space left on device" in messages[0]
     assert [row[0] for row in losses(run)] == [1, 2, 3]

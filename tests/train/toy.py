@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from train.config import JobConfig
+from train.config import CheckpointConfig, JobConfig
 from train.engine import Batch, DeepSpeedEngine, Engine, PlainEngine
+from train.saver import Saver
 from train.world import World
 
 VOCAB, WIDTH, LENGTH = 31, 12, 6
@@ -102,3 +104,9 @@ def run_steps(
         stats = engine.step(lr=0.01)
         rows.append((float(world.sum(total)) / num_valid, stats.grad_norm))
     return rows
+
+
+def save(engine: Engine, world: World, run: Path, step: int) -> None:
+    """Commit a checkpoint."""
+    saver = Saver(engine, world, run, config=CheckpointConfig(background=False))
+    saver.save(step, {})

@@ -1,0 +1,221 @@
+"""Checkpoints beside the training: state is copied to host memory, and a thread writes the copy.
+
+The step waits for the copy alone. Whether every rank has written is agreed in the sum that ends
+each step anyway; rank 0 then commits. At most one save is in flight: the next one, and the end of
+the run, wait for it. What a writer meets is raised on every rank, no later than that.
+Memory: one more copy of what this rank writes, 12 bytes per parameter it owns with AdamW.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from train import checkpoint, faults
+from train.checkpoint import CheckpointError
+from train.config import CheckpointConfig
+from train.device import flip_bit
+from train.engine import Engine
+from train.ownership import Ownership
+from train.progress import at
+from train.slices import Range, write_slices
+from train.world import RankError, World
+from train.zero_state import Flat
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a save has cost."""
+
+    step: int
+    stall_seconds: float
+    """That training stood still, waiting for a save before it included."""
+    write_seconds: float
+    """Until this rank's file was on disk."""
+    lag_seconds: float
+    """From the step to the commit."""
+
+
+@dataclass
+class _Pending:
+    step: int
+    state: dict[str, Any]
+    parameters: Shapes
+    scalars: list[dict[str, float]]
+    written: Future[tuple[dict[str, Any], float]]
+    begun: float
+    stall: float
+
+
+class Saver:
+    """Saves a run's checkpoints, one after the other."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        world: World,
+        run: Path,
+        *,
+        config: CheckpointConfig,
+        owner: Ownership | None = None,
+    ) -> None:
+        self._engine = engine
+        self._world = world
+        self._run = run
+        self._config = config
+        self._owner = owner
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._pending: _Pending | None = None
+        self.committed: Timing | None = None
+        """The last save that was committed."""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write of the save in flight."""
+        return self._pending is not None and self._pending.written.done()
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Collective. Begin the checkpoint of this step, and wait for it where the config says so.
+
+        RankError on every rank when one of them cannot write, what was written is removed again;
+        and when `owner` (rank 0's) has lost the run to a later attempt, whose files are left alone.
+        """
+        begun = time.monotonic()
+        self.finish()
+        with self._discarding(step):
+            with self._world.together(f"making room for the checkpoint of step {step}"):
+                if self._world.is_main:
+                    self._check_owner()
+                    checkpoint.begin(self._run, step)
+            flats = self._engine.flats()
+            with self._world.together(f"copying the state of step {step}"):
+                at("snapshot", step)
+                arrays, ranges = self._snapshot(flats)
+                if faults.hits("snapshot", step, "bitflip"):
+                    flip_bit(next(iter(self._buffers.values())))
+        self._pending = _Pending(
+            step,
+            state,
+            parameters={part.name: part.shape for flat in flats for part in flat.fragments},
+            # A partition that is all padding has no parameter and may lag behind.
+            scalars=[flat.scalars() for flat in flats if flat.fragments],
+            written=self._writer.submit(self._write, step, arrays, ranges),
+            begun=begun,
+            stall=time.monotonic() - begun,
+        )
+        if not self._config.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Collective. Wait for the save in flight, if there is one, and commit it."""
+        if self._pending is not None:
+            begun = time.monotonic()
+            self._pending.written.exception()
+            self._pending.stall += time.monotonic() - begun
+            self.commit()
+
+    def commit(self) -> None:
+        """Collective. Commit the save in flight, which every rank has written, and remove what the
+        config does not keep.
+        """
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        step, begun = pending.step, time.monotonic()
+        entry: dict[str, Any] = {}
+        seconds = 0.0
+        with self._discarding(step):
+            with self._world.together(f"writing the checkpoint of step {step}"):
+                entry, seconds = pending.written.result()
+            rows = self._world.gather((entry, pending.parameters, pending.scalars))
+            with self._world.together(f"committing the checkpoint of step {step}"):
+                at("commit", step)
+                if self._world.is_main:
+                    checkpoint.commit(
+                        checkpoint.step_folder(self._run, step),
+                        step=step,
+                        parameters={
+                            n: shape for _, shapes, _ in rows for n, shape in shapes.items()
+                        },
+                        scalars=_one_value([scalars for _, _, scalars in rows]),
+                        state=pending.state,
+                        files=[entry for entry, _, _ in rows],
+                        check=self._check_owner,
+                    )
+                    # A later owner's checkpoints are none of a history that was left.
+                    self._check_owner()
+                at("prune", step)
+                if self._world.is_main:
+                    checkpoint.prune(self._run, self._config.keep, newest=step)
+        now = time.monotonic()
+        stall = pending.stall + now - begun
+        self.committed = Timing(step, stall, seconds, now - pending.begun)
+
+    @contextmanager
+    def _discarding(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except RankError:
+            # Whoever has taken the run over may be writing the same step.
+            is_lost = self._owner is not None and self._owner.is_lost
+            if self._world.is_main and not is_lost:
+                checkpoint.discard(self._run, step)
+            raise
+
+    def _check_owner(self) -> None:
+        if self._owner is not None:
+            self._owner.check()
+
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], ranges: dict[str, list[Range]]
+    ) -> tuple[dict[str, Any], float]:
+        begun = time.monotonic()
+        faults.point("write", step)
+        folder = checkpoint.step_folder(self._run, step)
+        entry = write_slices(folder, self._world.rank, arrays, ranges)
+        return entry, time.monotonic() - begun
+
+    def _snapshot(self, flats: list[Flat]) -> tuple[dict[str, np.ndarray], dict[str, list[Range]]]:
+        """What this rank owns, by kind, in buffers that every save fills again."""
+        pieces: dict[str, list[torch.Tensor]] = {}
+        ranges: dict[str, list[Range]] = {}
+        for flat in flats:
+            for key, tensor in flat.tensors().items():
+                for part in flat.owned:
+                    pieces.setdefault(key, []).append(tensor.narrow(0, part.offset, part.length))
+                    ranges.setdefault(key, []).append((part.name, part.start, part.length))
+        return {key: self._copied(key, parts) for key, parts in pieces.items()}, ranges
+
+    def _copied(self, key: str, parts: list[torch.Tensor]) -> np.ndarray:
+        size = sum(map(len, parts))
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer) != size:
+            # Pinned memory takes a copy from a GPU several times as fast.
+            pinned = parts[0].is_cuda
+            buffer = self._buffers[key] = torch.empty(size, dtype=torch.float32, pin_memory=pinned)
+        end = 0
+        for part in parts:
+            begin, end = end, end + len(part)
+            buffer[begin:end].copy_(part)
+        return buffer.numpy()
+
+
+def _one_value(rows: list[list[dict[str, float]]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for scalars in (item for row in rows for item in row):
+        for key, value in scalars.items():
+            if found.setdefault(key, value) != value:
+                raise CheckpointError(
+                    f"optimizer state {key!r} differs between partitions: {found[key]} and {value}"
+                )
+    return found

@@ -1,0 +1,178 @@
+"""A rank that stands still ends the run, with the stacks of all ranks in one report.
+
+    RUN/attempts/000003.stall-00001.json   what a rank tells: where it is, since when, its threads
+    RUN/attempts/000003.stall.json         the report of all of them, with the verdict
+
+A thread of every rank looks at its own progress (train/progress.py). When that stops for
+`stall_seconds`, it writes its file; so does every rank that sees another's. Ranks that wait for a
+collective stand still, too: the one that keeps them waiting is the one that tells nothing at all,
+else one that is in no collective, else the one that is behind. The lowest rank that tells writes
+the report. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from faulthandler import dump_traceback
+from pathlib import Path
+from typing import Any
+
+from data.durable import StorageError, write_durably
+from train.attempts import end_attempt
+from train.faults import PHASES
+from train.ownership import FOLDER
+from train.progress import Place, here
+
+EXIT_STALLED = 4
+GATHER_SECONDS = 2.0
+"""How long the report waits for ranks that have not told."""
+END_SECONDS = 10.0
+"""How long ranks that have told wait to be ended by the launcher."""
+
+log = logging.getLogger(__name__)
+
+tell: Callable[[str], None] | None = None
+"""How the launcher hears why the run ends; set where there is one."""
+
+
+class Watch:
+    """Watches this rank from a thread, until `close`."""
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        attempt: int,
+        rank: int,
+        num_ranks: int,
+        stall_seconds: float,
+        reading: Callable[[int], str],
+    ) -> None:
+        self._prefix = run / FOLDER / f"{attempt:06d}.stall"
+        self._run = run
+        self._attempt = attempt
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._stall_seconds = stall_seconds
+        self._reading = reading
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """No longer watch."""
+        self._closed.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        period = min(1.0, self._stall_seconds / 10)
+        while not self._closed.wait(period):
+            place = here()
+            if place.seconds > self._stall_seconds or any(self._told()):
+                self._end()
+
+    def _told(self) -> list[Path]:
+        return sorted(self._prefix.parent.glob(f"{self._prefix.name}-*.json"))
+
+    def _end(self) -> None:
+        """Tell, have one rank report, and leave. Does not return."""
+        with suppress(OSError, StorageError):
+            write_durably(
+                self._prefix.with_name(f"{self._prefix.name}-{self._rank:05d}.json"),
+                json.dumps(self._own()).encode(),
+            )
+        deadline = time.monotonic() + GATHER_SECONDS
+        while len(self._told()) < self._num_ranks and time.monotonic() < deadline:
+            time.sleep(0.1)
+        found = [json.loads(path.read_bytes()) for path in self._told()]
+        if found and found[0]["rank"] == self._rank:
+            report = self._prefix.with_name(f"{self._prefix.name}.json")
+            verdict = verdict_of(found, self._num_ranks)
+            message = f"{verdict}; stacks of all ranks: {report}"
+            with suppress(OSError, StorageError):
+                content = {"verdict": verdict, "ranks": found}
+                write_durably(report, (json.dumps(content, indent=1) + "\n").encode())
+            log.error("%s", message)
+            if tell is not None:
+                tell(message)
+            else:
+                with suppress(OSError, StorageError):
+                    end_attempt(
+                        self._run, self._attempt, outcome="failed", step=None, reason=message
+                    )
+                os._exit(EXIT_STALLED)
+        time.sleep(END_SECONDS)
+        os._exit(EXIT_STALLED)
+
+    def _own(self) -> dict[str, Any]:
+        place = here()
+        return {
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": place.phase,
+            "step": place.step,
+            "seconds": round(place.seconds, 1),
+            "reading": self._reads(place),
+            "waits": _waits(),
+            "stacks": stacks(),
+        }
+
+    def _reads(self, place: Place) -> str:
+        if place.phase != "data":
+            return ""
+        try:
+            return self._reading(place.step)
+        except Exception as error:
+            # A report without it is better than none.
+            return f"unknown ({type(error).__name__}: {error})"
+
+
+def verdict_of(found: Sequence[dict[str, Any]], num_ranks: int) -> str:
+    """Who keeps the others waiting, from what the ranks have told."""
+    silent = sorted(set(range(num_ranks)) - {told["rank"] for told in found})
+    if silent:
+        last = max(found, key=_order)
+        return (
+            f"rank {', '.join(map(str, silent))} no longer answers: its process is stopped, its "
+            f"machine is gone, or a call holds the interpreter; rank {last['rank']} waits at "
+            f"{last['phase']} of step {last['step']} for {last['seconds']} s; look at that "
+            "machine, and the same command goes on from the last checkpoint"
+        )
+    behind = min(found, key=_order)
+    where = f", {behind['reading']}" if behind["reading"] else ""
+    return (
+        f"rank {behind['rank']} on {behind['host']} (process {behind['pid']}) stands still at "
+        f"{behind['phase']} of step {behind['step']} for {behind['seconds']} s{where}; the same "
+        "command goes on from the last checkpoint"
+    )
+
+
+def stacks() -> str:
+    """The Python stacks of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
+
+
+def _waits() -> bool:
+    """Whether the main thread is in a collective."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    innermost = traceback.extract_stack(frame)[-8:]
+    return any("torch/distributed/" in called.filename for called in innermost)
+
+
+def _order(told: dict[str, Any]) -> tuple[bool, int, int, float]:
+    """Those who wait come last; of two at the same place, the one that came later is behind."""
+    return told["waits"], told["step"], PHASES.index(told["phase"]), told["seconds"]
