@@ -63,14 +63,12 @@ def rank_of(environ: Mapping[str, str]) -> int:
 def run_rank(train: Callable[[], str]) -> int:
     """Train as the rank that this process is; returns its exit code."""
     role, rank = recognise(os.environ), rank_of(os.environ)
-    faults.arm(os.environ.get(faults.VARIABLE), rank)
-    at("import")
     if role is Role.SRUN_RANK:
         os.environ.update(slurm.rendezvous(os.environ))
     folder = mailbox.folder_of(os.environ)
     if folder is None:
         _greet(role, rank)
-        return 1 if train() == "failed" else 0
+        return _trained(train, rank)
     if not folder.is_dir():
         # The launcher ended while this rank was still being started.
         return 1
@@ -78,7 +76,7 @@ def run_rank(train: Callable[[], str]) -> int:
     watch.tell = partial(_tell_stall, folder, rank)
     _greet(role, rank)
     try:
-        code = 1 if train() == "failed" else 0
+        code = _trained(train, rank)
     except Exception as error:
         mailbox.tell_failure(folder, _failure(rank, error))
         time.sleep(WAIT_SECONDS)
@@ -91,6 +89,12 @@ def follow_parent(number: signal.Signals) -> None:
     """Have the kernel send us `number` when our parent ends, however it ends; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def _trained(train: Callable[[], str], rank: int) -> int:
+    faults.arm(os.environ.get(faults.VARIABLE), rank)
+    at("import")
+    return 1 if train() == "failed" else 0
 
 
 def _tell_stall(folder: Path, rank: int, message: str) -> None:

@@ -1,0 +1,84 @@
+"""What the launcher makes of ranks that die before they can tell, stand still, or are stopped: an
+exit code, one line that names the rank, and a run that goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.test_pretrain import RECIPE
+from train.attempts import attempts
+
+STALL_SECONDS = 6
+
+
+def pretrain(dataset: Path, folder: Path, fault: str = "") -> subprocess.CompletedProcess[str]:
+    """`headrace pretrain` on two ranks."""
+    recipe = folder / "small.toml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    command = [sys.executable, "-m", "launcher", "pretrain", str(recipe), f"data={dataset}"]
+    command += ["steps=5", "eval.samples=2", "checkpoint.every=2", f"stall_seconds={STALL_SECONDS}"]
+    return subprocess.run(
+        [*command, "--nproc", "2", "--run", str(folder / "run")],
+        env=os.environ | {"HEADRACE_FAULT": fault, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("import:0:1:kill", "training failed: rank 1 ended with SIGKILL"),
+        ("rendezvous:0:0:raise", "training failed: RuntimeError: HEADRACE_FAULT rendezvous"),
+    ],
+)
+def test_a_rank_that_dies_before_it_has_met_the_others_ends_all(
+    dataset: Path, tmp_path: Path, fault: str, message: str
+) -> None:
+    done = pretrain(dataset, tmp_path, fault)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert message in last and last.endswith("goes on from the beginning"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict"),
+    [
+        ("data:4:1:hang", "stands still at data of step 4 for "),
+        ("backward:4:1:stop", "rank 1 no longer answers: its process is stopped"),
+    ],
+)
+def test_a_rank_that_stands_still_is_named_with_the_stacks_of_all(
+    dataset: Path, tmp_path: Path, fault: str, verdict: str
+) -> None:
+    done = pretrain(dataset, tmp_path, fault)
+    assert done.returncode == 4, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert verdict in last and last.startswith("error: rank 1 "), done.stderr
+    report = json.loads((tmp_path / "run/attempts/000001.stall.json").read_bytes())
+    assert report["verdict"] in last
+    told = {row["rank"]: row for row in report["ranks"]}
+    assert set(told) == ({0, 1} if "hang" in fault else {0})
+    assert told[0]["waits"] and "Thread" in told[0]["stacks"]
+    if "hang" in fault:
+        assert told[1]["reading"].startswith("reading samples 36 to 47 from train/main/shard-")
+        assert "faults.py" in told[1]["stacks"]
+    assert attempts(tmp_path / "run")[-1]["outcome"] == "failed"
+    # Whatever comes before the fault is not the watch's; what follows it takes 5 s at most.
+    assert STALL_SECONDS <= told[0]["seconds"] <= STALL_SECONDS + 5
+    again = pretrain(dataset, tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_fault_that_there_is_not_is_refused(dataset: Path, tmp_path: Path) -> None:
+    done = pretrain(dataset, tmp_path, "forward:3:0:faint")
+    assert done.returncode == 2
+    assert "HEADRACE_FAULT='forward:3:0:faint': no kind 'faint'; there are" in done.stderr
