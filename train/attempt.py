@@ -29,6 +29,7 @@ from train.run import Outcome
 from train.saver import Saver
 from train.state import load_newest
 from train.stop import STOP_FILE, StopRequest
+from train.timing import Timing
 from train.watch import Watch
 from train.world import RankError, World, slurm_deadline, slurm_job
 
@@ -169,6 +170,7 @@ def _train(
         run=run,
         metrics=metrics,
         saver=Saver(engine, world, run, config=work.config.checkpoint, owner=owner),
+        timing=Timing(world.device),
         pace=Pace(work.config.checkpoint.every, world, run, first_step=first_step),
         steps=work.steps,
         accumulation=work.accumulation,

@@ -15,6 +15,7 @@ from train.metrics import Metrics
 from train.pace import Pace
 from train.saver import Saver
 from train.stop import StopRequest
+from train.timing import Timing
 from train.world import World
 
 
@@ -77,6 +78,7 @@ class Job:
     metrics: Metrics
     saver: Saver
     pace: Pace
+    timing: Timing
     steps: int
     accumulation: int
     attempt: int

@@ -8,7 +8,6 @@ not trained on.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import math
 import time
@@ -26,6 +25,7 @@ from train.metrics import Row
 from train.progress import at
 from train.run import Outcome
 from train.schedule import learning_rate
+from train.timing import TIMED_STEPS, compared
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def train(job: Job) -> tuple[Outcome, int]:
     for step in range(job.first_step, job.steps + 1):
         started = time.perf_counter()
         _seed(job.config.seed, step, job.world.rank)
-        found = _watched(step, itertools.islice(batches, job.accumulation))
+        found = _read(job, step, batches)
         num_valid = job.task.num_valid(step)
         if num_valid is None:
             found, num_valid = _counted(job, step, found)
@@ -142,11 +142,12 @@ def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Ba
     return iter(found), num_valid
 
 
-def _watched(step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-    at("data", step)
-    for batch in batches:
+def _read(job: Job, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    for _ in range(job.accumulation):
+        with job.timing.measuring("data"):
+            at("data", step)
+            batch = next(batches)
         yield batch
-        at("data", step)
 
 
 def _micro_step(
@@ -158,8 +159,9 @@ def _micro_step(
     counts = [batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))]
 
     def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        at("forward", step)
-        loss = job.task.loss_sum(module, batch)
+        with job.timing.measuring("compute"):
+            at("forward", step)
+            loss = job.task.loss_sum(module, batch)
         at("backward", step)
         return loss * math.nan if faults.hits("forward", step, "nan") else loss
 
@@ -231,6 +233,9 @@ def _record(
         row["mfu"] = rate * job.flops_per_token / job.peak_flops
     if job.resumed_from is not None and step == job.first_step:
         row["resumed_from"] = job.resumed_from
+    own_seconds = job.timing.take()
+    if step % TIMED_STEPS == 0:
+        row |= compared(own_seconds, job.world, step_seconds=seconds)
     job.pace.measured(seconds, job.saver.committed)
     row |= _saved(job)
     job.metrics.write(row)
