@@ -205,7 +205,7 @@ def _begin(world: World, run: Path, work: Work, done: int) -> Ownership:
     run was found to stand at step `done`.
     """
     owner = own(run, slurm_job=slurm_job())
-    run_directory.begin_attempt(
+    changed = run_directory.begin_attempt(
         run,
         owner.number,
         world_size=world.size,
@@ -213,6 +213,8 @@ def _begin(world: World, run: Path, work: Work, done: int) -> Ownership:
         config=work.config,
         slurm_job=slurm_job(),
     )
+    if changed:
+        log.info("changed since the attempt before: %s", "; ".join(changed))
     try:
         _check_still_at(run, done)
     except RunInUse as error:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import socket
 import time
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from data.durable import RowFile
 from train.config import JobConfig
+from train.decode import flat_keys
 
 Outcome = Literal["complete", "stopped", "failed"]
 FILE = "attempts.jsonl"
+PACKAGES = ("headrace", "torch", "deepspeed", "numpy")
 
 
 def attempts(run: Path) -> list[dict[str, Any]]:
@@ -40,12 +45,20 @@ def begin_attempt(
     resumed_from: int | None,
     config: JobConfig,
     slurm_job: str | None = None,
-) -> None:
+) -> list[str]:
     """Record that an attempt (train/ownership.py gives its number) starts. One rank only.
 
     `resumed_from` is the newest step whose files are there; should those turn out damaged, the
-    first row of metrics.jsonl says from where the run went on.
+    first row of metrics.jsonl says from where the run went on. Returns what differs from the
+    attempt before, key by key, which is recorded, too.
     """
+    made = {
+        "world_size": world_size,
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    before = next((row for row in reversed(attempts(run)) if row["event"] == "start"), None)
+    changed = [] if before is None else changes(before, made)
     _append(
         run,
         {
@@ -55,11 +68,31 @@ def begin_attempt(
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "slurm_job": slurm_job,
-            "world_size": world_size,
             "resumed_from": resumed_from,
-            "config": config.model_dump(mode="json"),
+            "changed": changed,
+            **made,
         },
     )
+    return changed
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`KEY: OLD -> NEW` for what differs between two attempts: world size, config, versions."""
+    then, now = (
+        {
+            "world_size": row["world_size"],
+            **dict(flat_keys(row["config"])),
+            **row.get("versions", {}),
+        }
+        for row in (before, after)
+    )
+    # What the earlier attempt did not know of has not changed since.
+    return [f"{k}: {then[k]!r} -> {now.get(k)!r}" for k in then if then[k] != now.get(k)]
 
 
 def end_attempt(

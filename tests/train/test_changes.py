@@ -1,0 +1,91 @@
+"""Every key of a config is classed: free to change at a resume, changed by a phase, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from train.attempts import attempts, begin_attempt, changes, end_attempt
+from train.config import ConfigError, RunConfig
+from train.decode import flat_keys, load_config
+from train.run import open_run
+
+FREE = {
+    "zero", "checkpoint", "log", "guard", "micro_batch", "stall_seconds", "data.num_workers",
+    "data.path", "data.max_epochs", "data.cache_dir", "data.cache_bytes", "data.stage",
+    "data.on_damage",
+}  # fmt: skip
+FIXED = {
+    "seed", "precision", "optim", "schedule", "eval", "deepspeed", "steps", "seq_len",
+    "batch_tokens", "model", "data.sources", "data.boundaries", "data.packing",
+}  # fmt: skip
+"""Refused, though a phase may bring some (tests/train/test_phases.py)."""
+OTHER = {"precision": "fp32", "zero.stage": 2, "data.boundaries": "labels", "log.wandb": "offline"}
+OTHER |= {"data.on_damage": "quarantine", "data.packing": "best_fit", "model.dialect": None}
+
+
+def classed(key: str) -> str:
+    for known, name in ((FREE, "free"), (FIXED, "fixed")):
+        if known & {key, key.split(".")[0]}:
+            return name
+    raise AssertionError(f"{key} has no class; say here whether a resume may change it, and why")
+
+
+def keys() -> list[str]:
+    return [key for key, _ in flat_keys(RunConfig().model_dump(mode="json"))]
+
+
+@pytest.mark.parametrize("key", keys())
+def test_every_key_may_change_or_may_not(tmp_path: Path, key: str) -> None:
+    kind = classed(key)
+    base = RunConfig(steps=100)
+    table = base.model_dump(mode="json")
+    *path, last = key.split(".")
+    inner = table
+    for name in path:
+        inner = inner[name]
+    old = inner[last]
+    if key in OTHER:
+        new = OTHER[key]
+    elif isinstance(old, bool):
+        new = not old
+    elif isinstance(old, (int, float)):
+        new = old * 2 + 1
+    elif isinstance(old, str):
+        new = old + "x"
+    else:
+        return
+    if new is None:
+        return
+    inner[last] = new
+    try:
+        changed = RunConfig.model_validate(table)
+    except ValueError:
+        # Not a value that this key can take beside the others; it is classed all the same.
+        return
+    open_run(tmp_path / "run", base, {})
+    if kind == "free":
+        open_run(tmp_path / "run", changed, {})
+        return
+    with pytest.raises(ConfigError, match=f"{key}: .* in the run, .* now"):
+        open_run(tmp_path / "run", changed, {})
+
+
+def test_what_changed_between_attempts_is_recorded(tmp_path: Path) -> None:
+    first = load_config(RunConfig, "steps = 9", [])
+    second = load_config(RunConfig, "steps = 9", ["zero.stage=3", "checkpoint.every=5"])
+
+    def begin(number: int, made: RunConfig, size: int) -> list[str]:
+        found = begin_attempt(tmp_path, number, world_size=size, resumed_from=None, config=made)
+        end_attempt(tmp_path, number, outcome="failed", step=None)
+        return found
+
+    assert begin(1, first, 2) == []
+    assert begin(2, first, 2) == []
+    expected = ["world_size: 2 -> 4", "zero.stage: 1 -> 3", "checkpoint.every: 0 -> 5"]
+    assert sorted(begin(3, second, 4)) == sorted(expected)
+    rows = [row for row in attempts(tmp_path) if row["event"] == "start"]
+    assert sorted(rows[-1]["changed"]) == sorted(expected)
+    newer = {**rows[-1], "versions": rows[-1]["versions"] | {"torch": "9.9"}}
+    assert changes(rows[-1], newer) == [f"torch: {rows[-1]['versions']['torch']!r} -> '9.9'"]
