@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -213,6 +215,7 @@ def _from_workers(plan: Plan, num_workers: int) -> Iterator[Loaded]:
         prefetch_factor=PREFETCHED,
         collate_fn=_same,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent,
     )
     batches = iter(loader)
     # To take a batch over costs milliseconds of messages; a thread does it during the step before.
@@ -224,6 +227,21 @@ def _from_workers(plan: Plan, num_workers: int) -> Iterator[Loaded]:
             yield found
     finally:
         ahead.shutdown(cancel_futures=True)
+
+
+def _end_with_parent(_number: int) -> None:
+    """In a loader process: end when the trainer does, however it ends.
+
+    torch only sees that the fork server ends, and that waits for the loader processes.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a loader process"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _taken(coming: Future[Loaded | DataError | None]) -> Loaded | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from data.manifest import read_manifest
 from data.order import accumulation
 from data.shard_index import index_path, read_index
 from tests.data.tiny import documents, flip_bit, write_dataset
+from tests.ranks import _context as processes
 
 SEQ_LEN = 16
 BATCH = 11
@@ -132,6 +136,37 @@ def test_a_run_that_stops_early_leaves_its_loader_processes_behind_cleanly(
     batches = _rank(stream, num_steps=100, num_workers=2)
     next(batches)
     del batches
+
+
+def _read_and_stay(pipe: Connection, stream: SampleStream) -> None:
+    batches = _rank(stream, num_steps=100, num_workers=2)
+    next(batches)
+    pipe.send([process.pid for process in multiprocessing.active_children()])
+    pipe.recv()
+
+
+def test_the_loader_processes_of_a_killed_trainer_end(stream: SampleStream) -> None:
+    """Nobody else ends them, and they hold memory that the next attempt needs."""
+    here, there = processes.Pipe()
+    trainer = processes.Process(target=_read_and_stay, args=(there, stream))
+    trainer.start()
+    assert here.poll(60), "the trainer hangs"
+    workers = here.recv()
+    assert len(workers) == 2 and all(_lives(pid) for pid in workers)
+    trainer.kill()
+    trainer.join()
+    deadline = time.monotonic() + 30
+    while any(_lives(pid) for pid in workers):
+        assert time.monotonic() < deadline, "loader processes outlive their trainer"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class _DeadlyStream(SampleStream):
