@@ -23,29 +23,13 @@ from launcher.inspect import inspect_step
 from tests.data.servers import serving
 from tests.data.tiny import flip_bit
 from tests.ranks import RankFailure, run_ranks
+from tests.train.test_pretrain import config
 from train.attempt import run_attempt
 from train.checkpoint import open_checkpoint
 from train.config import RunConfig
-from train.decode import load_config
 from train.metrics import read_metrics
 from train.pretrain import pretraining
 from train.world import RankError, World
-
-RECIPE = """
-steps = 8
-seed = 3
-seq_len = 32
-batch_tokens = 384
-precision = "fp32"
-optim.lr = 1e-2
-checkpoint.every = 4
-eval.samples = 8
-model = { num_layers = 1, hidden_size = 16, num_heads = 2, num_kv_heads = 1, ffn_size = 32 }
-"""
-
-
-def config(location: object, *overrides: str) -> RunConfig:
-    return load_config(RunConfig, RECIPE, [f"data={location}", *overrides])
 
 
 def train_many(world: World, jobs: list[tuple[RunConfig, Path, int | None]]) -> list[str]:
