@@ -1,4 +1,6 @@
-"""Random damage to every file of a dataset: found, named, and never read as tokens."""
+"""Random damage to every file of a dataset and of its packing plan: found, named, and never read as
+tokens, as ids of documents or as samples.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,29 @@ from numpy.typing import NDArray
 from data import shards
 from data.config import DataError
 from data.manifest import read_manifest
+from data.pack import pack_dataset
+from data.places import Place, place_of
+from data.plans import plan_name
+from data.samples import BestFit
 from data.tokens import TokenSource
 from data.verify import verify
-from tests.data.tiny import documents, write_dataset
+from tests.data.tiny import cut, documents, write_dataset
 
-NUM_DAMAGES = 2_000
-NUM_SOAK_DAMAGES = 10_000
+NUM_DAMAGES = 1_500
+NUM_SOAK_DAMAGES = 12_000
+SHARD_BYTES, SEQ_LEN = 1600, 24
 TEXTS = documents(40, seed=5)
 STREAM: NDArray[Any] = np.concatenate(TEXTS)
+NAMES = [
+    f"train/text-{number}-{i}"
+    for number, part in enumerate(cut(TEXTS, SHARD_BYTES))
+    for i in range(len(part))
+]
+"""The ids of the documents."""
 NUM_SHARDS = 4
 """Of the training split, at least; both datasets have these."""
 SHARD = "train/text/shard-00000"
+PLAN = plan_name(SEQ_LEN)
 
 Files = dict[str, bytes]
 Damaging = Callable[[np.random.Generator, Files, Files], Files]
@@ -42,6 +56,8 @@ class Bench:
     clean: Files
     foreign: Files
     """The files of a dataset with other texts and the same names."""
+    truths: list[list[Any]]
+    """What READS gives of the clean dataset."""
 
     def write(self, damage: Files) -> None:
         for name, content in damage.items():
@@ -65,8 +81,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         patch.setattr(shards, "CHUNK_TOKENS", 300)
         for name, texts in (("own", TEXTS), ("foreign", documents(40, seed=6))):
             sources = {"train/text": texts, "val/text": documents(3, seed=7)}
-            write_dataset(folder / name, sources, shard_bytes=1600, named=True)
-    yield Bench(folder / "own", _files(folder / "own"), _files(folder / "foreign"))
+            write_dataset(folder / name, sources, shard_bytes=SHARD_BYTES, named=True)
+            pack_dataset(folder / name, seq_len=SEQ_LEN)
+    own = folder / "own"
+    truths = [read(place_of(own)) for read in READS.values()]
+    yield Bench(own, files_of(own), files_of(folder / "foreign"), truths)
     shutil.rmtree(folder)
 
 
@@ -87,13 +106,13 @@ def test_no_damage_passes(bench: Bench, count: int) -> None:
         try:
             what = f"damage {sum(made.values())}, {kind} of {sorted(damage)}"
             assert _named(bench.folder, damage), f"{what} was not found or called by another name"
-            assert _is_safe(bench.folder), f"{what} was read as tokens"
+            assert _misread(bench) == [], f"{what} was believed"
         finally:
             bench.restore(damage)
         made[kind] += 1
         if sum(made.values()) % 500 == 0:
             assert verify(bench.folder, full=True).ok, "a false alarm on clean data"
-    assert _files(bench.folder) == bench.clean
+    assert files_of(bench.folder) == bench.clean
     assert min(made.values()) >= count // len(kinds)
 
 
@@ -101,7 +120,8 @@ def test_clean_data_gives_no_alarm(bench: Bench) -> None:
     found = verify(bench.folder, full=True)
     assert found.ok
     assert found.num_chunks > found.num_shards > 4
-    assert _is_safe(bench.folder)
+    assert _misread(bench) == []
+    assert bench.truths[:2] == [STREAM.tolist(), NAMES] and len(bench.truths[2]) > 100
 
 
 def test_a_manifest_that_was_edited_and_sealed_again_is_refused(bench: Bench) -> None:
@@ -124,6 +144,10 @@ def _named(folder: Path, damage: Files) -> bool:
     named = {_stem(problem.file) for problem in problems}
     if "manifest.json" in damage:
         return bool(named)
+    if PLAN in damage:
+        # Nothing else of a plan can be checked without it.
+        beside = {name for name in stems if name.startswith(f"{Path(PLAN).parent}/")}
+        stems = stems - beside | {PLAN}
     return named == stems and all(problem.file in problem.message for problem in problems)
 
 
@@ -131,41 +155,73 @@ def _stem(name: str) -> str:
     return name.removesuffix(".tar").removesuffix(".idx.json")
 
 
-def _is_safe(folder: Path) -> bool:
-    """Whether all tokens are read as they were, or refused."""
-    try:
-        source = TokenSource(folder, read_manifest(folder), "train", "text")
-        found = source.read(0, source.num_tokens)
-    except DataError:
-        return True
-    return bool(np.array_equal(found, STREAM))
+def _misread(bench: Bench) -> list[str]:
+    """What was read otherwise than it was, and not refused."""
+    wrong = []
+    for (what, read), truth in zip(READS.items(), bench.truths, strict=True):
+        try:
+            found = read(place_of(bench.folder))
+        except DataError:
+            continue
+        if found != truth:
+            wrong.append(what)
+    return wrong
 
 
-def _files(folder: Path) -> Files:
+def _tokens(place: Place) -> list[int]:
+    source = TokenSource(place, read_manifest(place), "train", "text")
+    return source.read(0, source.num_tokens).tolist()
+
+
+def _names(place: Place) -> list[str | None]:
+    source = TokenSource(place, read_manifest(place), "train", "text")
+    return [document.id for document in source.documents(0, source.num_tokens)]
+
+
+def _samples(place: Place) -> list[list[int]]:
+    manifest = read_manifest(place)
+    tokens = TokenSource(place, manifest, "train", "text")
+    samples = BestFit(tokens, place, manifest, "train", SEQ_LEN)
+    count = samples.geometry.num_samples
+    rows = np.zeros((count, SEQ_LEN + 1), dtype=np.uint32)
+    samples.read_rows([sample * SEQ_LEN for sample in range(count)], rows, range(count))
+    return rows.tolist()
+
+
+READS: dict[str, Callable[[Place], list[Any]]] = {
+    "tokens": _tokens,
+    "ids": _names,
+    "samples": _samples,
+}
+
+
+def files_of(folder: Path) -> Files:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def _choose(random: np.random.Generator, files: Files) -> tuple[str, bytearray]:
-    """Any file; shards most often."""
+    """Any file; shards most often, then plans."""
     shards = [name for name in files if name.endswith(".tar")]
-    name = str(random.choice(shards if random.random() < 0.6 else sorted(files)))
+    plans = [name for name in files if name.startswith("packing/")]
+    among = [shards, plans, sorted(files)][random.choice(3, p=[0.5, 0.2, 0.3])]
+    name = str(random.choice(among or sorted(files)))
     return name, bytearray(files[name])
 
 
-def _flip(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
+def flip(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
     name, raw = _choose(random, clean)
     for _ in range(random.integers(1, 9)):
         raw[random.integers(len(raw))] ^= 1 << int(random.integers(8))
     return {name: bytes(raw)}
 
 
-def _truncate(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
+def truncate(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
     name, raw = _choose(random, clean)
     return {name: bytes(raw[: random.integers(1, len(raw))])}
 
 
-def _punch(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
+def punch(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
     """Zeros over 1 byte to 64 KiB, as a lost page or stripe leaves them."""
     name, raw = _choose(random, clean)
     start = int(random.integers(len(raw)))
@@ -174,12 +230,12 @@ def _punch(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
     return {name: bytes(raw)}
 
 
-def _append(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
+def append(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
     name, raw = _choose(random, clean)
     return {name: bytes(raw) + random.bytes(int(random.integers(1, 1025)))}
 
 
-def _move_block(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
+def move_block(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
     """A block that was written to another place of the same file."""
     name, raw = _choose(random, clean)
     size = min(int(random.integers(1, 4097)), len(raw) // 2)
@@ -205,6 +261,17 @@ def _replace(random: np.random.Generator, clean: Files, foreign: Files) -> Files
     ends = [[".tar"], [".idx.json"], [".tar", ".idx.json"]][random.integers(3)]
     shard = f"{SHARD}{random.integers(NUM_SHARDS)}"
     return {shard + end: foreign[shard + end] for end in ends}
+
+
+def _replace_plan(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
+    """Files of a plan, intact in themselves, of another shard or of another dataset."""
+    plans = [plan_name(SEQ_LEN, f"{SHARD}{i}.tar") for i in range(NUM_SHARDS)]
+    a, b = (str(name) for name in random.choice(plans, size=2, replace=False))
+    stale = {name: raw for name, raw in foreign.items() if name.startswith("packing/")}
+    ways = [
+        {a: clean[b], b: clean[a]}, {a: foreign[a]}, {PLAN: foreign[PLAN]}, stale,
+    ]  # fmt: skip
+    return ways[random.integers(len(ways))]
 
 
 def _add(random: np.random.Generator, clean: Files, foreign: Files) -> Files:
@@ -246,14 +313,15 @@ def _sealed(content: dict[str, Any]) -> bytes:
 
 
 DAMAGES: dict[str, Damaging] = {
-    "bit flips": _flip,
-    "truncation": _truncate,
-    "hole": _punch,
-    "appended bytes": _append,
-    "misplaced block": _move_block,
+    "bit flips": flip,
+    "truncation": truncate,
+    "hole": punch,
+    "appended bytes": append,
+    "misplaced block": move_block,
     "missing file": _remove,
     "swapped shards": _swap,
     "foreign shard": _replace,
+    "replaced plan": _replace_plan,
     "extra shard": _add,
     "edited table": _edit_table,
     "edited manifest": _edit_manifest,
