@@ -5,7 +5,7 @@ larger than our cache; a round is one whole epoch from a fresh start, so the has
 chunk has its true share. Ours also hashes each sample (`data_hash`). Beside it a loader as Megatron
 has it: flat memory-mapped tokens, document, sample and shuffle index; and mosaicml-streaming where
 it is installed. Preparing: text to shards with a given tokenizer, beside sentencepiece's own
-`encode` of the same texts.
+`encode` of the same texts. Exit code 1 when a bar is missed, which is named.
 
     .venv/bin/python -m tests.benchmarks.data_speed                   the standard library's sources
     .venv/bin/python -m tests.benchmarks.data_speed --text BOOKS.jsonl --json FIGURES.json
@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -38,6 +39,7 @@ from data.shards import dtype_for, write_manifest, write_shard
 from data.tokens import TokenSource
 from launcher.corpus import choose, read_sources
 from tests.benchmarks import mosaic
+from tests.benchmarks.bars import Bar, judge
 
 SEQ_LEN, BATCH, VOCAB = 2048, 8, 4096
 SHARD_TOKENS = 2**25
@@ -271,8 +273,28 @@ def measure(cases: dict[str, Case], rounds: int, base: str) -> dict[str, Figures
     }
 
 
-def main() -> None:
-    """Print and perhaps write the figures."""
+def bars(figures: dict[str, Any]) -> list[Bar]:
+    """What the data pipeline promises."""
+    ours, theirs = (figures["loading"].get(name) for name in ("ours", "mosaicml-streaming"))
+    found = [
+        Bar("loading over memmap", ours["ratio"], at_least=1.0),
+        Bar(
+            "preparing over sentencepiece encode",
+            figures["preparing"]["prepare"]["ratio"],
+            at_least=0.9,
+        ),
+        Bar(
+            "mean waiting share of a 50 ms step", figures["waiting"]["mean_wait_share"], below=0.01
+        ),
+    ]
+    if theirs is not None:
+        ratio = ours["ratio"] / theirs["ratio"]
+        found.append(Bar("loading over mosaicml-streaming", ratio, at_least=6.0))
+    return found
+
+
+def main() -> int:
+    """Print and perhaps write the figures; the exit code says whether every bar is kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--text", type=Path, help="JSON lines with a text each")
     parser.add_argument("--text-bytes", type=int, default=2**22, help="of it, at most")
@@ -311,7 +333,8 @@ def main() -> None:
         print("mosaicml-streaming is not measured: it is not installed (it is no dependency)")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+    return judge(bars(figures))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,8 @@
 The manifest, its table and the indexes that are read are real; shards are sparse files, and only
 those that hold the sample are there with tokens in them (zeros, hashed as zeros). Measured in fresh
 processes as a rank sees it: CPU and wall seconds from start of opening to the last sample, peak
-memory of the rank and its 2 loader processes beyond what imports take, and most files open at once.
+memory of the rank and of each of its 2 loader processes beyond what imports take, and most files
+open at once. Exit code 1 when a bar is missed, which is named.
 
     .venv/bin/python -m tests.benchmarks.scale [--json FIGURES.json]
 """
@@ -29,6 +30,7 @@ from data.durable import write_sealed
 from data.loader import SampleStream, micro_batches
 from data.manifest import ShardEntry, write_manifest
 from data.shard_index import INDEX_FORMAT, INDEX_VERSION, index_path
+from tests.benchmarks.bars import Bar, judge
 
 NUM_SHARDS = 100_000
 CHUNK_TOKENS, CHUNKS = 10**6, 100
@@ -183,7 +185,25 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def main() -> None:
+def bars(figures: dict[str, dict[str, float]]) -> list[Bar]:
+    """What is promised of a rank process; its loader processes have their own memory."""
+    # With workers the wall time is that of a new fork server, whatever the data.
+    seconds = {"0 workers": ("wall_seconds", "cpu_seconds"), "2 workers": ("cpu_seconds",)}
+    return [
+        *(
+            Bar(f"{case}: {key}", figures[case][key], below=2)
+            for case, keys in seconds.items()
+            for key in keys
+        ),
+        *(Bar(f"{case}: rank_mb", row["rank_mb"], below=200) for case, row in figures.items()),
+        *(
+            Bar(f"{case}: open_files", row["open_files"], below=257)
+            for case, row in figures.items()
+        ),
+    ]
+
+
+def main() -> int:
     """Write the dataset into a temporary folder and measure 0 and 2 workers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shards", type=int, default=NUM_SHARDS)
@@ -192,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         print("RESULT " + json.dumps(seek(Path(options.one[0]), int(options.one[1]))))
-        return
+        return 0
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="headrace-scale-") as name:
         write_dataset(Path(name), options.shards)
@@ -208,7 +228,8 @@ def main() -> None:
         print(case + ": " + ", ".join(f"{key} {value:,.2f}" for key, value in row.items()))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+    return judge(bars(figures))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

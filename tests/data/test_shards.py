@@ -22,7 +22,7 @@ from data.config import DataError
 from data.durable import write_sealed
 from data.shard_index import index_path, read_index
 from data.shards import file_sha256, finished_shard, write_shard
-from tests.data.tiny import documents, flip_bit
+from tests.data.tiny import documents, flip_bit, write_dataset
 
 
 @pytest.fixture
@@ -35,6 +35,24 @@ def shard(tmp_path: Path, small_chunks: None) -> Path:
     path = tmp_path / "train" / "text" / "shard-000000.tar"
     write_shard(path, documents(30), "<u2")
     return path
+
+
+@pytest.mark.parametrize(
+    ("length", "count"), [(1000, 6000), (10**6, 6), (20, 20_000), (3, 100_000)]
+)
+def test_a_dataset_takes_hardly_more_than_its_tokens(
+    tmp_path: Path, length: int, count: int
+) -> None:
+    """Of long documents 0.5 %; of short ones also 4 bytes each, and 10 KiB for each shard."""
+    texts = [np.full(length, 7)] * count
+    write_dataset(tmp_path, {"train/text": texts}, shard_bytes=2**22)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files if path.name != "tokenizer.model")
+    num_shards = sum(path.suffix == ".tar" for path in files)
+    allowed = 1.005 * 2 * length * count
+    if length < 1000:
+        allowed += 4 * count + 10_240 * num_shards
+    assert 2 * length * count < size <= allowed
 
 
 def test_tarfile_reads_every_document(shard: Path) -> None:

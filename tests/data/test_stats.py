@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from data import arrays, repeats, shards, tokens
+from data import arrays, order, repeats, shards, stats, tokens
 from data.config import DataError
 from data.manifest import read_manifest
 from data.repeats import RepeatCounter
@@ -69,6 +70,20 @@ def test_a_reader_that_keeps_all_chunks_reads_each_byte_once(
     assert 1 <= kept < 1.25
     monkeypatch.setattr(tokens, "CACHE_BYTES", 0)
     assert dataset_stats(dataset, seq_len=20).sources[0].read_amplification > 1.8
+
+
+def test_a_window_of_the_default_order_is_read_less_than_twice() -> None:
+    """Once for the check of every chunk; and of its 256 MiB 64 are kept, so three samples in four
+    are read once more.
+    """
+    random = np.random.default_rng(0)
+    texts = [np.append(random.integers(4, 300, size=2**13 - 1), 2) for _ in range(2**9)]
+    with tempfile.TemporaryDirectory(prefix="headrace-window-") as name:
+        sources = {"train/main": texts * 2**5}
+        write_dataset(Path(name), sources, shard_bytes=2**25, block_tokens=2**19)
+        (source,) = dataset_stats(name, seq_len=2048).sources
+    assert source.tokens == stats.MEASURED_TOKENS == order.WINDOW_TOKENS
+    assert 1.7 < source.read_amplification < 1.8
 
 
 def test_a_sequence_longer_than_a_block_gives_no_sample(dataset: Path) -> None:
