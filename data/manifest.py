@@ -71,7 +71,7 @@ class Manifest(BaseModel):
 
     format: str
     version: int
-    tokenizer_file: str
+    tokenizer_file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
     tokenizer_sha256: Sha256
     vocab_size: int
     special_ids: dict[str, int]

@@ -8,6 +8,7 @@ it is used.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from train.folder_tokenizer import FolderTokenizer as FolderTokenizer
@@ -45,8 +47,20 @@ TOKENIZER_FILES = (
 )
 """Files of a folder that together are its tokenizer; fine-tuning hands them on unchanged."""
 
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-_SAFE = {"local_files_only": True, "trust_remote_code": False}
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+_NO_CODE = {"trust_remote_code": False}
+_SAFE = {"local_files_only": True, **_NO_CODE}
+SPARE_VALUES = 2**24
+"""Values that a model may have beside those of its files: a head, tables of positions, masks."""
 
 
 def load_tokenizer(folder: str | Path) -> FolderTokenizer:
@@ -168,6 +182,7 @@ def save_folder(
 
 def _load(auto: Any, folder: Path, *, dtype: torch.dtype | None, **options: Any) -> tuple[Any, Any]:
     _refuse_pickles(_existing(folder))
+    _refuse_larger(auto, folder)
     try:
         return auto.from_pretrained(  # type: ignore[no-any-return]
             folder,
@@ -218,6 +233,26 @@ def _refuse_pickles(folder: Path) -> None:
         + (f", only {', '.join(others)}, which can run code when loaded" if others else "")
         + "; load it where you trust it and write it again with save_pretrained"
     )
+
+
+def _refuse_larger(auto: Any, folder: Path) -> None:
+    """Before memory is asked for: what config.json describes must be about what the files hold."""
+    config, stored = _config(folder), num_parameters(folder)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > stored:
+        built = layers
+    else:
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(config, **_NO_CODE)
+        except _LOAD_ERRORS as error:
+            raise ModelFolderError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+        built = sum(t.numel() for t in itertools.chain(model.parameters(), model.buffers()))
+    if built > 2 * stored + SPARE_VALUES:
+        raise ModelFolderError(
+            f"{folder / 'config.json'} describes a model of at least {built:,} values, its "
+            f"safetensors files hold {stored:,}: one of them is of another model"
+        )
 
 
 def _refuse_missing(folder: Path, missing: set[str]) -> None:
