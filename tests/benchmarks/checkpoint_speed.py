@@ -1,0 +1,129 @@
+"""What a checkpoint costs, beside a plain write and fsync of the same bytes, interleaved.
+
+One rank with ZeRO-1 and AdamW in fp32, a third of a gigabyte of state. `save` waits for the disk;
+`stall` is what a step waits for when the save runs beside the training; `hash` is xxh3 over the
+same bytes. Wall time, because a disk is waited for; medians.
+
+    .venv/bin/python -m tests.benchmarks.checkpoint_speed
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import xxhash
+
+from tests.benchmarks.bars import Bar, judge
+from train.config import CheckpointConfig, JobConfig
+from train.engine import DeepSpeedEngine
+from train.saver import Saver
+from train.slices import CHUNK_BYTES
+from train.world import World, join_world
+
+WIDTH, LAYERS, ROUNDS = 2048, 7, 5
+"""29.4 million parameters: 352 MB of weights and moments."""
+
+
+def plain_write(folder: Path, content: memoryview) -> float:
+    """Seconds to write and sync the bytes as one file."""
+    begun = time.perf_counter()
+    descriptor = os.open(folder / "plain", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    rest = content
+    while rest:
+        rest = rest[os.write(descriptor, rest[:CHUNK_BYTES]) :]
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return time.perf_counter() - begun
+
+
+def hashing(content: memoryview) -> float:
+    """Seconds to hash the bytes in chunks."""
+    begun = time.perf_counter()
+    for first in range(0, len(content), CHUNK_BYTES):
+        xxhash.xxh3_64_hexdigest(content[first : first + CHUNK_BYTES])
+    return time.perf_counter() - begun
+
+
+def made(world: World) -> DeepSpeedEngine:
+    """An engine that has stepped once, so that it has moments."""
+    module = torch.nn.Sequential(
+        *(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+    )
+    config = JobConfig.model_validate({"precision": "fp32"})
+    engine = DeepSpeedEngine(module, config, world, micro_batch=1, accumulation=1)
+    engine.forward_backward(
+        {"x": torch.ones(1, WIDTH)}, num_valid=1, loss_sum=lambda m, b: m(b["x"]).square().sum()
+    )
+    engine.step(1e-4)
+    return engine
+
+
+def measure(world: World, folder: Path) -> dict[str, float]:
+    """Median seconds of each, and the bytes of a checkpoint."""
+    engine = made(world)
+    size = 3 * 4 * sum(p.numel() for p in engine.engine.module.parameters())
+    content = memoryview(os.urandom(2**20) * (size >> 20))
+    savers = {
+        kind: Saver(
+            engine, world, folder / kind, config=CheckpointConfig(background=kind == "stall")
+        )
+        for kind in ("save", "stall")
+    }
+    steps = iter(range(1, 1000))
+
+    def save() -> float:
+        begun = time.perf_counter()
+        savers["save"].save(next(steps), {})
+        return time.perf_counter() - begun
+
+    def stall() -> float:
+        begun = time.perf_counter()
+        savers["stall"].save(next(steps), {})
+        waited = time.perf_counter() - begun
+        savers["stall"].finish()
+        return waited
+
+    cases: dict[str, Callable[[], float]] = {
+        "plain": lambda: plain_write(folder, content),
+        "save": save,
+        "stall": stall,
+        "hash": lambda: hashing(content),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(ROUNDS + 1):
+        for name, case in cases.items():
+            found = case()
+            # The first round makes the buffers.
+            if number:
+                seconds[name].append(found)
+    return {"bytes": float(size), **{n: statistics.median(found) for n, found in seconds.items()}}
+
+
+def main() -> None:
+    """Print the figures; exit code 1 names a bar that is missed."""
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name, join_world() as world:
+        found = measure(world, Path(name))
+    megabytes = found["bytes"] / 1e6
+    for case in ("plain", "save", "stall", "hash"):
+        print(f"{case:6} {found[case]:.3f} s  {megabytes / found[case]:8.0f} MB/s")
+    bars = [
+        Bar(
+            "save bandwidth over plain write + fsync", found["plain"] / found["save"], at_least=0.8
+        ),
+        Bar("hashing, share of a save", found["hash"] / found["save"], below=0.05),
+        Bar("stall over a save that waits", found["stall"] / found["save"], below=0.1),
+    ]
+    for bar in bars:
+        print(f"{bar.name}: {bar.value:.3f}")
+    sys.exit(judge(bars))
+
+
+if __name__ == "__main__":
+    main()
