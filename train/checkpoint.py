@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from data.durable import read_sealed, sync, write_sealed, writing
+from data.durable import sync, write_sealed, writing
+from train.manifest import FORMAT, VERSION, read_manifest
 from train.slices import CheckpointError as CheckpointError
 from train.slices import FileReader, SliceReader, check_tiling
 
 MANIFEST = "manifest.json"
-FORMAT = "headrace-checkpoint"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def open_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
             f"{run} holds no committed checkpoint of step {step}; committed steps: {have}"
         )
     folder = step_folder(run, step)
-    return Checkpoint(folder, _read_manifest(folder / MANIFEST))
+    return Checkpoint(folder, read_manifest(folder / MANIFEST))
 
 
 def newest_intact(run: Path, *, but: int) -> int | None:
@@ -211,19 +210,6 @@ def prune(run: Path, keep: int, *, newest: int) -> None:
         for folder in (run / "checkpoints").glob("step-*"):
             if folder not in kept:
                 _remove(folder)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_sealed(path, error=CheckpointError, remedy="")
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has format {manifest.get('format')!r} version {manifest.get('version')!r}, "
-            f"this headrace reads {FORMAT!r} version {VERSION}"
-        )
-    for entry in manifest["files"]:
-        if Path(entry["name"]).name != entry["name"]:
-            raise CheckpointError(f"{path} names a file outside its folder: {entry['name']!r}")
-    return manifest
 
 
 def _remove(folder: Path) -> None:
