@@ -43,7 +43,8 @@ def deepspeed_json(config: JobConfig, *, micro_batch: int, accumulation: int) ->
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # A skipped step relies on the check.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {

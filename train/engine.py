@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +29,15 @@ from train.config import ConfigError, JobConfig, OptimConfig, Precision
 from train.deepspeed_json import deepspeed_json
 from train.optim import adamw
 from train.world import World
-from train.zero_state import Flat, deepspeed_flats, plain_flats, refresh_deepspeed
+from train.zero_state import (
+    Flat,
+    deepspeed_flats,
+    deepspeed_norm,
+    plain_flats,
+    refresh_deepspeed,
+    replicated,
+    spoiled_gradients,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +68,21 @@ class Engine(Protocol):
         scalar.
         """
 
+    def grad_norm(self) -> float:
+        """Collective. The gradient norm that `step` will report, before anything is touched; inf
+        when a gradient is NaN or infinite. After the last micro-batch of a step only.
+        """
+
     def step(self, lr: float) -> StepStats:
         """Collective. Clip, update, clear the gradients."""
+
+    def skip(self) -> None:
+        """Collective. Drop the gradients in place of `step`: weights, optimizer state and every
+        copy of them stay, and the next step is as if this one had not been.
+        """
+
+    def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Named tensors that must be equal, bit for bit, on every rank between steps."""
 
     def flats(self) -> list[Flat]:
         """This rank's fp32 master partitions and their optimizer state; views, not copies."""
@@ -93,6 +115,7 @@ class PlainEngine:
         self._device = world.device
         self._masters = _MasterCopy(self.module) if low else None
         self.optimizer = make_optimizer(self._masters or self.module, config.optim)
+        self._norm: torch.Tensor | None = None
 
     def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
         loss = loss_sum(self.module, _to_device(batch, self._device))
@@ -101,14 +124,28 @@ class PlainEngine:
             self._masters.take_gradients()
         return loss.detach()
 
+    def grad_norm(self) -> float:
+        self._norm = _norm(self._parameters())
+        return _finite_or_inf(self._norm)
+
     def step(self, lr: float) -> StepStats:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = _clip(parameters, self._clip_norm)
+        norm = _clip(self._parameters(), self._clip_norm, self._norm)
+        self._norm = None
         _set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.refresh()
         return StepStats(grad_norm=norm)
+
+    def skip(self) -> None:
+        self._norm = None
+        self.optimizer.zero_grad()
+
+    def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ()
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def flats(self) -> list[Flat]:
         return plain_flats(
@@ -168,6 +205,7 @@ class DeepSpeedEngine:
         self._scale = world.size * accumulation
         self._rank = world.rank
         self._world_size = world.size
+        self._norm: torch.Tensor | None = None
 
     def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
         loss = loss_sum(self.engine, _to_device(batch, self.engine.device))
@@ -177,17 +215,48 @@ class DeepSpeedEngine:
             self.engine.step()
         return loss.detach()
 
+    def grad_norm(self) -> float:
+        if self._stage == 0:
+            self._norm = _norm(self._with_gradient())
+            return _finite_or_inf(self._norm)
+        return _finite_or_inf(deepspeed_norm(self.engine.optimizer))
+
     def step(self, lr: float) -> StepStats:
         _set_lr(self.optimizer, lr)
         norm = None
         if self._stage == 0:
-            norm = _clip(
-                [p for p in self.engine.module.parameters() if p.grad is not None], self._clip_norm
-            )
+            norm = _clip(self._with_gradient(), self._clip_norm, self._norm)
+            self._norm = None
         self.engine.step()
         return StepStats(
             grad_norm=float(self.engine.get_global_grad_norm()) if norm is None else norm
         )
+
+    def skip(self) -> None:
+        if self._stage == 0:
+            self._norm = None
+            self.engine.zero_grad()
+            # The micro-batch was computed: else every later step would end one too early.
+            self.engine.micro_steps += 1
+            return
+        # DeepSpeed itself drops a step with a gradient that is no number, and counts it.
+        with spoiled_gradients(self.engine.optimizer):
+            self.engine.step()
+        assert not self.engine.was_step_applied()
+
+    def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._stage == 3:
+            yield from replicated(self.engine.optimizer, _names(self.engine.module))
+            return
+        yield from _named(self.engine.module).items()
+        if self._stage == 0:
+            for flat in self.flats():
+                for key, tensor in flat.tensors().items():
+                    if key != "param":
+                        yield f"{flat.fragments[0].name} ({key})", tensor
+
+    def _with_gradient(self) -> list[torch.Tensor]:
+        return [p for p in self.engine.module.parameters() if p.grad is not None]
 
     def flats(self) -> list[Flat]:
         if self._stage == 0:
@@ -243,8 +312,21 @@ class _MasterCopy(torch.nn.Module):
         torch._foreach_copy_(list(self._low.values()), list(self.twins))
 
 
-def _clip(parameters: list[torch.Tensor], clip_norm: float) -> float:
-    return float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf")))
+def _norm(parameters: list[torch.Tensor]) -> torch.Tensor:
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def _clip(parameters: list[torch.Tensor], clip_norm: float, norm: torch.Tensor | None) -> float:
+    norm = _norm(parameters) if norm is None else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm or float("inf"), norm)
+    return float(norm)
+
+
+def _finite_or_inf(norm: torch.Tensor) -> float:
+    # DeepSpeed marks a norm that is no number as -1 and reports it as infinite.
+    found = float(norm)
+    return found if math.isfinite(found) and found >= 0 else math.inf
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

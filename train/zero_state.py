@@ -8,7 +8,8 @@ nothing: tensors are views of the live state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ PRIVATE = {
     "BF16_Optimizer": (
         "bf16_groups",
         "fp32_groups_flat_partition",
+        "fp32_groups_gradients_flat",
+        "get_grads_for_norm",
         "update_lp_params",
         "optimizer",
     ),
@@ -25,6 +28,9 @@ PRIVATE = {
         "round_robin_bit16_groups",
         "round_robin_bit16_offsets",
         "single_partition_of_fp32_groups",
+        "averaged_gradients",
+        "scaled_global_norm",
+        "loss_scale",
         "update_lp_params",
         "optimizer",
     ),
@@ -32,6 +38,9 @@ PRIVATE = {
         "fp16_groups",
         "fp32_partitioned_groups_flat",
         "persistent_parameters",
+        "averaged_gradients",
+        "_get_norm_groups",
+        "loss_scale",
         "checkpoint_event_prologue",
         "checkpoint_event_epilogue",
         "_reassign_or_swap_out_partitioned_parameters",
@@ -146,6 +155,56 @@ def deepspeed_flats(optimizer: Any, names: Mapping[int, str], *, rank: int) -> l
         Flat(master, state[master], fragments, fragments)
         for master, fragments in zip(masters, places, strict=True)
     ]
+
+
+@torch.no_grad()
+def deepspeed_norm(optimizer: Any) -> torch.Tensor:
+    """Collective. The gradient norm that the optimizer's step is going to find; below zero or not
+    finite when a gradient is no number.
+
+    The step computes it once more: one more pass over this rank's gradients, and one more reduction
+    of a number per parameter group. The functions are the step's own, so the bits are the same.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+
+    kind = type(optimizer).__name__
+    if kind == "BF16_Optimizer":
+        grads, _ = optimizer.get_grads_for_norm()
+        norm: torch.Tensor = get_global_norm_of_tensors(input_tensors=grads)
+    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+        norm = combine_grad_norm_groups(optimizer._get_norm_groups()) / optimizer.loss_scale
+    else:
+        norm = optimizer.scaled_global_norm() / optimizer.loss_scale
+    return norm
+
+
+@contextmanager
+def spoiled_gradients(optimizer: Any) -> Iterator[None]:
+    """Collective. Inside, every reduced gradient of this rank is NaN, so that the optimizer drops
+    its step.
+
+    The buffers are left at zero: stage 3 keeps them, and never writes to their padding again.
+    """
+    if type(optimizer).__name__ == "BF16_Optimizer":
+        found = list(optimizer.fp32_groups_gradients_flat)
+    else:
+        groups = optimizer.averaged_gradients.values()
+        found = [grad for group in groups for grad in group or () if grad is not None]
+    with torch.no_grad():
+        for grad in found:
+            grad.fill_(torch.nan)
+        yield
+        for grad in found:
+            grad.zero_()
+        if type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3":
+            # The step has dropped the whole small parameters and gathers them only when it updates.
+            optimizer.checkpoint_event_epilogue()
+
+
+def replicated(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What stage 3 keeps whole on every rank: its small parameters."""
+    for parameter in optimizer.persistent_parameters:
+        yield names[id(parameter)], parameter.data
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def test_the_json_is_what_it_was() -> None:
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3,
         "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": 2, "stage3_param_persistence_threshold": 100_000},
