@@ -249,7 +249,9 @@ def config_of(run: Path) -> RunConfig:
 
 def recorded_hash(run: Path, step: int) -> str | None:
     """What the run's metrics say of a step; None when they do not say anything yet."""
-    from train.metrics import read_metrics
+    from train.rows import read_metrics
 
     rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
-    return next((row["data_hash"] for row in rows if row["step"] == step and "loss" in row), None)
+    return next(
+        (row["data_hash"] for row in rows if row["step"] == step and "data_hash" in row), None
+    )

@@ -19,12 +19,14 @@ from train import run as run_directory
 from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
 from train.config import JobConfig
 from train.engine import DTYPES, DeepSpeedEngine
+from train.guard import Guard
 from train.job import Job, Task
 from train.loop import train
 from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
 from train.ownership import Ownership, RunInUse, own
 from train.pace import Pace
 from train.progress import at
+from train.rollback import leave_spikes, rollbacks_of
 from train.run import Outcome
 from train.saver import Saver
 from train.state import load_newest
@@ -74,6 +76,7 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             )
             if work.tokenizer is not None:
                 run_directory.copy_tokenizer(work.tokenizer, run)
+            leave_spikes(run)
             done = completed_steps(run)
             _check_history(run)
     done = world.broadcast(done)
@@ -184,6 +187,11 @@ def _train(
         resumed_from=None if saved is None else saved.step,
         quarantined=None if saved is None else saved.state.get("quarantined"),
         identity=work.identity,
+        guard=Guard(
+            work.config.guard,
+            None if saved is None else saved.state.get("guard"),
+            rollbacks=world.broadcast(rollbacks_of(run) if world.is_main else None),
+        ),
     )
     watch = Watch(
         run,

@@ -143,6 +143,12 @@ def discard(run: Path, step: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def discard_step(run: Path, step: int) -> None:
+    """Remove a checkpoint that the run is not to go on from. One rank only."""
+    with writing(run / "checkpoints"):
+        _remove(step_folder(run, step))
+
+
 def committed(run: Path) -> list[int]:
     """Steps with a manifest, newest first; nothing is verified yet."""
     steps = []

@@ -8,7 +8,7 @@ commands on a login node answer at once.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -96,6 +96,36 @@ class CheckpointConfig(Table):
     """
 
 
+class GuardConfig(Table):
+    """What is done about steps whose numbers are bad (train/guard.py), and how often the ranks'
+    copies are compared (train/replicas.py).
+    """
+
+    max_skips: NonNegativeInt = 3
+    """Bad steps that are skipped in a row; one more ends the run. 0 ends it at the first one."""
+    outlier: Literal["off", "skip"] = "off"
+    """Steps whose loss or gradient norm is out of the ordinary: skip leaves them out; those that
+    are NaN or infinite are skipped in any case.
+    """
+    sigmas: PositiveFloat = 6.0
+    """What is ordinary: robust standard deviations above the median."""
+    window: Annotated[int, Field(ge=4)] = 128
+    """Good steps that median and deviation are taken over; until so many are known, nothing is out
+    of the ordinary.
+    """
+    rollback: NonNegativeInt = 0
+    """Times that a run may go back to the checkpoint before a spike of the loss, and skip the
+    spike's steps; 0 switches it off.
+    """
+    patience: PositiveInt = 4
+    """Steps in a row with a loss that is out of the ordinary: that is a spike."""
+    skip_steps: tuple[PositiveInt, ...] = ()
+    """Steps that are not taken: no forward pass, no update; their samples count as consumed."""
+    check_every: NonNegativeInt = 100
+    """Optimizer steps between comparisons of what every rank should hold alike; 0 never compares.
+    """
+
+
 class EvalConfig(Table):
     """Validation loss during training."""
 
@@ -129,6 +159,7 @@ class JobConfig(Table):
     schedule: ScheduleConfig = ScheduleConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     stall_seconds: PositiveFloat = 600
@@ -158,6 +189,15 @@ class JobConfig(Table):
                 "precision='bf16' with zero.stage=0 is refused: DeepSpeed's bf16 stage 0 takes "
                 "one optimizer step "
                 "too many; write zero.stage=1 (same memory per rank or less) or precision=fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollback_has_checkpoints(self) -> Self:
+        if self.guard.rollback and not self.checkpoint.every:
+            raise ValueError(
+                f"guard.rollback={self.guard.rollback} has nothing to go back to with "
+                "checkpoint.every=0; write checkpoint.every=N, in steps"
             )
         return self
 

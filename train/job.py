@@ -11,6 +11,7 @@ import torch
 
 from train.config import JobConfig
 from train.engine import Batch, Engine
+from train.guard import Guard
 from train.metrics import Metrics
 from train.pace import Pace
 from train.saver import Saver
@@ -60,12 +61,6 @@ class Task(Protocol):
         """DataError when a checkpoint's data is not this data."""
 
 
-class NonFiniteLoss(ValueError):
-    """The loss or the gradient is NaN or infinite; nothing of the step is saved."""
-
-    exit_code = 1
-
-
 @dataclass
 class Job:
     """Everything that the loop works with, on one rank."""
@@ -79,6 +74,8 @@ class Job:
     saver: Saver
     pace: Pace
     timing: Timing
+    guard: Guard
+    """Decides which steps are taken."""
     steps: int
     accumulation: int
     attempt: int
@@ -101,9 +98,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know together after a step."""
+    """What all ranks know together of a step, before it is taken."""
 
+    data_hash: str
+    quarantined: int
     stop: bool
     save: bool
     is_written: bool
     """Whether the checkpoint in flight is on disk everywhere."""
+    is_bad: bool
+    """Whether a rank finds that the step must not be taken."""
+    is_high: bool
+    """Whether a rank finds its loss out of bounds."""

@@ -7,7 +7,6 @@ resumed run repeats steps, the last row of a step wins. The only module that imp
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import threading
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from rich.console import Console
@@ -23,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.durable import RowFile, StorageError
 from train.config import LogConfig
+from train.rows import Row as Row
+from train.rows import read_metrics as read_metrics
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
 
 FINISH_SECONDS = 60
 """How long the end of a run waits for wandb."""
@@ -217,17 +216,3 @@ def _synchronized(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.mm(a, b)
     if a.device.type == "cuda":
         torch.cuda.synchronize(a.device)
-
-
-def read_metrics(run: Path) -> list[Row]:
-    """Rows of RUN/metrics.jsonl that count: of several rows of one step and kind the last; a torn
-    last line is ignored.
-    """
-    rows: dict[tuple[int, bool], Row] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[(row["step"], "val_loss" in row)] = row
-    return [rows[key] for key in sorted(rows)]

@@ -71,6 +71,10 @@ class Pace:
             self._choose(step)
         self.last_step, self._last_time = step, time.monotonic()
 
+    def went_back(self, step: int) -> None:
+        """The run goes on from the checkpoint of an earlier step."""
+        self.last_step, self._last_time = step, time.monotonic()
+
     def _choose(self, step: int) -> None:
         steps, seconds = step - self.last_step, time.monotonic() - self._last_time
         if not steps:

@@ -31,6 +31,7 @@ from train.phases import allowing, append_phase, check_asked, now, read_phases
 FREE = (
     "zero.",
     "checkpoint.",
+    "guard.",
     "log.",
     "stall_seconds",
     "micro_batch",
@@ -45,7 +46,9 @@ FREE = (
 """Keys (or prefixes) that a resumed run may change: none of them changes which samples are seen or
 what a step means.
 The dataset may move: its content is compared by fingerprint instead. data.on_damage decides only
-what becomes of a sample that would have stopped the run."""
+what becomes of a sample that would have stopped the run. guard.* does change which steps are taken:
+it is what somebody changes after trouble, and every step that was not taken says so in
+metrics.jsonl, so that the run remains explained."""
 
 MAY_BE_FIRST = {"logs", "config.json.tmp"}
 """What a run directory may hold before its config: a batch job's logs, a start that was killed."""

@@ -96,7 +96,7 @@ class Saver:
         with self._discarding(step):
             with self._world.together(f"making room for the checkpoint of step {step}"):
                 if self._world.is_main:
-                    self._check_owner()
+                    self.check_owner()
                     checkpoint.begin(self._run, step)
             flats = self._engine.flats()
             with self._world.together(f"copying the state of step {step}"):
@@ -150,10 +150,10 @@ class Saver:
                         scalars=_one_value([scalars for _, _, scalars in rows]),
                         state=pending.state,
                         files=[entry for entry, _, _ in rows],
-                        check=self._check_owner,
+                        check=self.check_owner,
                     )
                     # A later owner's checkpoints are none of a history that was left.
-                    self._check_owner()
+                    self.check_owner()
                 at("prune", step)
                 if self._world.is_main:
                     checkpoint.prune(self._run, self._config.keep, newest=step)
@@ -172,7 +172,8 @@ class Saver:
                 checkpoint.discard(self._run, step)
             raise
 
-    def _check_owner(self) -> None:
+    def check_owner(self) -> None:
+        """RunInUse when this attempt, by its rank 0, has lost the run to a later one."""
         if self._owner is not None:
             self._owner.check()
 

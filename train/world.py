@@ -11,6 +11,7 @@ import datetime
 import functools
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -50,6 +51,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this rank writes what only one may write."""
         return self.rank == 0
+
+    @property
+    def host(self) -> str:
+        """Name of the machine that this rank is on."""
+        return socket.gethostname()
 
     def barrier(self) -> None:
         """Collective. Return when every rank has arrived."""

@@ -26,7 +26,7 @@ from train.world import World
 
 STEP, RANKS = 6, 2
 """A step with a checkpoint and a validation; the one before is 3."""
-SETTINGS = ("eval.every=3", "eval.samples=4")
+SETTINGS = ("eval.every=3", "eval.samples=4", "guard.max_skips=0")
 PHASES = ("build", "load", *IN_A_STEP, *IN_A_SAVE, "evaluate")
 ON_PURPOSE = ("term", "usr1")
 NEEDS_LAUNCHER = ("stop", "hang")

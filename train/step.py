@@ -1,0 +1,240 @@
+"""One optimizer step, or a skipped one: judged before anything is touched, and its row.
+
+What the ranks must agree on travels in the two small sums that they make anyway, the loss and the
+hash of the samples; the gradient norm is global by itself. A step that only one rank finds bad is
+bad on all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from data.config import DataError
+from model.loss import IGNORED
+from train import faults
+from train.device import flip_bit
+from train.engine import Batch
+from train.events import record
+from train.guard import Decision, NonFiniteLoss, Verdict
+from train.job import Agreed, Job
+from train.metrics import Row
+from train.progress import at
+from train.schedule import learning_rate
+from train.timing import TIMED_STEPS, compared
+
+log = logging.getLogger(__name__)
+
+
+def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, Agreed]:
+    """Collective. One optimizer step, or a skipped one, and its row; returns what became of it, and
+    what the ranks agreed on.
+    """
+    started = time.perf_counter()
+    _seed(job.config.seed, step, job.world.rank)
+    found = _read(job, step, batches)
+    lr = learning_rate(
+        step,
+        steps=job.steps,
+        warmup_steps=job.config.schedule.warmup_steps,
+        optim=job.config.optim,
+    )
+    if listed := job.guard.lists(step):
+        agreed = _agreed(job, step, [_take_counts(job, batch) for batch in found])
+        _record(job, step, lr=lr, agreed=agreed, started=started, skipped=listed)
+        return "skip", agreed
+    num_valid = job.task.num_valid(step)
+    if num_valid is None:
+        found, num_valid = _counted(job, step, found)
+    done = [_micro_step(job, step, batch, num_valid) for batch in found]
+    at("reduce", step)
+    loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
+    loss, norm = float(loss_sum) / num_valid, job.engine.grad_norm()
+    verdict = job.guard.judge(loss, norm)
+    agreed = _agreed(job, step, [counts for _, counts in done], verdict)
+    decision = job.guard.settle(
+        step, loss=loss, grad_norm=norm, is_bad=agreed.is_bad, is_high=agreed.is_high
+    )
+    reason = verdict.reason or "another rank found it bad"
+    if decision == "give up":
+        job.saver.finish()
+        raise NonFiniteLoss(_giving_up(job, step, reason))
+    at("optimizer", step)
+    if faults.hits("optimizer", step, "bitflip"):
+        flip_bit(job.engine.flats()[0].master.detach())
+    if decision == "step":
+        job.engine.step(lr)
+        job.tokens += num_valid
+    else:
+        job.engine.skip()
+        _tell_skip(job, step, loss=loss, norm=norm, reason=reason)
+    numbers = {"loss": loss, "grad_norm": norm, "num_valid": num_valid}
+    skipped = "" if decision == "step" else reason
+    _record(job, step, lr=lr, agreed=agreed, started=started, skipped=skipped, numbers=numbers)
+    return decision, agreed
+
+
+def quarantine(job: Job) -> dict[str, int]:
+    """The cumulative count, for a row or a checkpoint; nothing where nobody counts."""
+    return {} if job.quarantined is None else {"quarantined": job.quarantined}
+
+
+def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Batch], int]:
+    """Collective. The step's micro-batches, all of them read, and their targets over all ranks.
+
+    Costs one reduction of 8 bytes between the hosts, and memory for the step's token ids.
+    """
+    found = list(batches)
+    own = sum(int((batch["labels"] != IGNORED).sum()) for batch in found)
+    num_valid = int(job.world.sum(torch.tensor(own)))
+    if num_valid == 0:
+        raise DataError(
+            f"step {step}: samples {list(job.task.samples(step))} hold no target; every document "
+            "in them is empty, or every one touches damage. Look at them: headrace data inspect "
+            "DATASET "
+            f"--step {step} --run {job.run}"
+        )
+    return iter(found), num_valid
+
+
+def _read(job: Job, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    for _ in range(job.accumulation):
+        with job.timing.measuring("data"):
+            at("data", step)
+            batch = next(batches)
+        yield batch
+
+
+def _micro_step(
+    job: Job, step: int, batch: Batch, num_valid: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a micro-batch, and its hash with its count of quarantined samples."""
+    counts = _take_counts(job, batch)
+
+    def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        with job.timing.measuring("compute"):
+            at("forward", step)
+            loss = job.task.loss_sum(module, batch)
+        at("backward", step)
+        return loss * math.nan if faults.hits("forward", step, "nan") else loss
+
+    return job.engine.forward_backward(batch, num_valid=num_valid, loss_sum=loss_sum), counts
+
+
+def _take_counts(job: Job, batch: Batch) -> torch.Tensor:
+    """Remove what a micro-batch carries besides its samples: its hash, its quarantined samples."""
+    if "quarantined" in batch:
+        job.quarantined = job.quarantined or 0
+    return torch.stack([batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))])
+
+
+def _agreed(
+    job: Job, step: int, counts: list[torch.Tensor], verdict: Verdict | None = None
+) -> Agreed:
+    """Collective. Whoever finds a step bad, or wants to stop, speaks for all."""
+    job.stop.look(job.pace.lead_seconds)
+    asked = job.stop.reason is not None or (job.stop_at is not None and step >= job.stop_at)
+    # All ranks stop to save, and there learn why rank 0 could not write the row before.
+    asked = asked or job.metrics.failure is not None
+    flags = [asked, job.stop.save, job.saver.is_written]
+    flags += [verdict.is_bad, verdict.is_high] if verdict else [False, False]
+    own = torch.stack(counts).sum(dim=0)
+    found = job.world.sum(torch.cat([own, torch.tensor(flags, dtype=own.dtype)])).tolist()
+    return Agreed(
+        data_hash=f"{found[0] % 2**64:016x}",
+        quarantined=found[1],
+        stop=found[2] > 0,
+        save=found[3] > 0,
+        is_written=found[4] == job.world.size,
+        is_bad=found[5] > 0,
+        is_high=found[6] > 0,
+    )
+
+
+def _record(
+    job: Job,
+    step: int,
+    *,
+    lr: float,
+    agreed: Agreed,
+    started: float,
+    skipped: str,
+    numbers: Mapping[str, float] | None = None,
+) -> None:
+    """Write the row of a step. That of a skipped one says why and has no loss, which would be none
+    of the run's.
+    """
+    if job.quarantined is not None:
+        job.quarantined += agreed.quarantined
+    seconds = time.perf_counter() - started
+    row: Row = {"step": step}
+    if skipped or numbers is None:
+        row |= {"skipped": True, "reason": skipped, "lr": lr}
+    else:
+        row |= {"loss": numbers["loss"], "lr": lr, "grad_norm": numbers["grad_norm"]}
+    row |= {
+        "tokens": job.tokens,
+        "samples": list(job.task.samples(step)),
+        "data_hash": agreed.data_hash,
+        **quarantine(job),
+        "attempt": job.attempt,
+    }
+    if not skipped and numbers is not None:
+        rate = numbers["num_valid"] / seconds
+        row |= {"tokens_per_second": rate, "step_seconds": seconds}
+        row["eta_seconds"] = (job.steps - step) * seconds
+        if job.peak_flops:
+            row["mfu"] = rate * job.flops_per_token / job.peak_flops
+    if job.resumed_from is not None and step == job.first_step:
+        row["resumed_from"] = job.resumed_from
+    own_seconds = job.timing.take()
+    if step % TIMED_STEPS == 0:
+        row |= compared(own_seconds, job.world, step_seconds=seconds)
+    job.pace.measured(seconds, job.saver.committed)
+    row |= _saved(job)
+    job.metrics.write(row)
+
+
+def _saved(job: Job) -> Row:
+    """What the last save has cost, once."""
+    timing = job.saver.committed
+    if timing is None or timing.step == job.told_save:
+        return {}
+    job.told_save = timing.step
+    return {
+        "checkpoint_step": timing.step,
+        "checkpoint_stall_seconds": timing.stall_seconds,
+        "checkpoint_write_seconds": timing.write_seconds,
+        "checkpoint_lag_seconds": timing.lag_seconds,
+    }
+
+
+def _tell_skip(job: Job, step: int, *, loss: float, norm: float, reason: str) -> None:
+    """Collective. Record that the guard left a step out."""
+    log.warning("step %d is skipped: %s", step, reason)
+    samples = list(job.task.samples(step))
+    numbers = {"loss": loss, "grad_norm": norm, "reason": reason}
+    with job.world.together("recording a skipped step"):
+        if job.world.is_main:
+            record(job.run, "skip", attempt=job.attempt, step=step, samples=samples, **numbers)
+
+
+def _giving_up(job: Job, step: int, reason: str) -> str:
+    before = job.guard.skipped[:-1]
+    skipped = f" after steps {before} were skipped" if before else ""
+    return (
+        f"step {step}: {reason}{skipped}; nothing of this step is saved, and the same command goes "
+        "on from the last checkpoint. If it fails here again, lower optim.lr in a new --run, or "
+        f"look at the samples: headrace data inspect DATASET --step {step} --run {job.run}"
+    )
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    # Dropout draws from (seed, step, rank): a resumed step needs no saved generator.
+    key = hashlib.blake2b(f"dropout/{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(key, "little") >> 1)
