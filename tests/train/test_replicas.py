@@ -1,0 +1,105 @@
+"""A flipped bit in what every rank holds alike is found, and the rank and the tensor are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import RankFailure, run_ranks
+from tests.train.test_pretrain import config, train_run
+from tests.train.toy import make_engine, run_steps
+from train import faults
+from train.config import JobConfig, RunConfig
+from train.events import read_events
+from train.replicas import ReplicasDiffer, check_replicas
+from train.world import World
+
+SIZE = 6
+CASES = [
+    ("fp32", 0, "embedding.weight"),
+    ("fp32", 0, "wide.weight (exp_avg_sq)"),
+    ("fp32", 1, "narrow.weight"),
+    ("bf16", 1, "wide.bias"),
+    ("bf16", 2, "embedding.weight"),
+    ("fp32", 3, "norm.weight"),
+    ("bf16", 3, "narrow.bias"),
+]
+
+
+def alarms(world: World, run: Path, culprit: int) -> list[tuple[str, str]]:
+    """What is said of each case before a bit of `culprit` flips, and after."""
+    found = []
+    for precision, stage, name in CASES:
+        settings = {"precision": precision, "zero": {"stage": stage}}
+        engine, accumulation = make_engine(
+            JobConfig.model_validate(settings), world, size=SIZE, micro_batch=2
+        )
+        layout: dict[str, Any] = {"size": SIZE, "micro_batch": 2, "accumulation": accumulation}
+        told = []
+        for step in (1, 2):
+            run_steps(engine, world, range(step, step + 1), **layout)
+            if step == 2 and world.rank == culprit:
+                flip_one_bit(dict(engine.replicas())[name])
+            told.append(alarm(engine, world, run))
+        found.append((told[0], told[1]))
+    return found
+
+
+def flip_one_bit(tensor: torch.Tensor) -> None:
+    """The lowest bit of one byte, in place."""
+    tensor.detach().view(-1).view(torch.uint8)[5] ^= 1
+
+
+def alarm(engine: Any, world: World, run: Path) -> str:
+    try:
+        check_replicas(engine, world, run, step=7, attempt=2)
+    except ReplicasDiffer as error:
+        return str(error)
+    return ""
+
+
+def test_the_odd_rank_and_its_tensor_are_named(tmp_path: Path) -> None:
+    for rank, found in enumerate(run_ranks(3, alarms, tmp_path, 1)):
+        for (before, after), (precision, stage, name) in zip(found, CASES, strict=True):
+            where = f"{precision} z{stage} {name}, rank {rank}"
+            assert before == "", where
+            start = f"step 7: rank 1 differs from the other 2 in {name} (rank 1 on "
+            assert after.startswith(start), where
+            assert "take that node out (with Slurm, --exclude=NODE)" in after
+    events = read_events(tmp_path, "replicas differ")
+    assert [(event["ranks"], event["names"]) for event in events] == [
+        ([1], [name]) for _, _, name in CASES
+    ]
+
+
+def test_of_two_ranks_nobody_is_right(tmp_path: Path) -> None:
+    ((before, after), *_) = run_ranks(2, alarms, tmp_path, 0)[0]
+    assert before == ""
+    assert "the ranks [0, 1] differ in embedding.weight, and no majority tells" in after
+
+
+def flipping(world: World, made: RunConfig, run: Path, text: str) -> str:
+    if text:
+        faults.arm(text, world.rank)
+    return train_run(world, made, run)
+
+
+def test_a_run_ends_at_the_next_check_and_a_clean_one_does_not(
+    dataset: Path, tmp_path: Path
+) -> None:
+    made = config(dataset, "zero.stage=0", "guard.check_every=2", "eval.samples=1")
+    assert run_ranks(2, flipping, made, tmp_path / "clean", "") == ["complete"] * 2
+    assert not (tmp_path / "clean" / "events.jsonl").exists()
+    with pytest.raises(RankFailure, match=r"ReplicasDiffer: step 6: the ranks \[0, 1\] differ in"):
+        run_ranks(2, flipping, made, tmp_path / "flipped", "optimizer:5:1:bitflip")
+    (event,) = read_events(tmp_path / "flipped", "replicas differ")
+    assert event["step"] == 6
+
+
+def test_one_rank_has_nothing_to_compare_with(world_of_one: World, tmp_path: Path) -> None:
+    engine, _ = make_engine(JobConfig(precision="fp32"), world_of_one, size=2, micro_batch=2)
+    flip_one_bit(next(iter(engine.module.parameters())))
+    assert alarm(engine, world_of_one, tmp_path) == ""
