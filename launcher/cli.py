@@ -141,6 +141,43 @@ def pretrain(
 
 
 @app.command()
+def replay(
+    run: options.RunArgument, step: options.ReplayStep, as_json: options.AsJson = False
+) -> None:
+    """Compute a recorded step again, and say whether every bit is the same."""
+    from launcher.look_back import difference_of, show_replay
+    from train.rows import ranks_of
+
+    def again() -> str:
+        from train.replay import ReplayDiffers, replay
+
+        found = replay(run, step)
+        if spawn.rank_of(os.environ) == 0:
+            show_replay(found, run, as_json=as_json)
+        if difference := difference_of(found, run):
+            raise ReplayDiffers(difference)
+        return "complete"
+
+    _leave(spawn.run_job(again, run=run, num_processes=ranks_of(run, step)))
+
+
+@app.command()
+def guard(
+    run: options.RunArgument,
+    overrides: options.Overrides = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Say what the guard would have done in a run, such as with guard.outlier=skip."""
+    from launcher.look_back import show_hindsight
+    from train.decode import overridden
+    from train.hindsight import hindsight
+    from train.run import read_config
+
+    config = overridden(read_config(run), overrides or ())
+    show_hindsight(hindsight(run, config.guard), as_json=as_json)
+
+
+@app.command()
 def submit(
     recipe: options.RecipeName,
     overrides: options.Overrides = None,

@@ -289,6 +289,7 @@ RunArgument = Annotated[
 OutArgument = Annotated[
     Path, typer.Argument(metavar="OUT", help="Folder to write.", parser=_folder)
 ]
+ReplayStep = Annotated[int, typer.Option("--step", min=1, help="Optimizer step, from 1.")]
 CheckpointStep = Annotated[
     int | None, typer.Option("--step", min=1, help="Checkpoint; the newest by default.")
 ]

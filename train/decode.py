@@ -69,6 +69,18 @@ def load_config(
     return decode(kind, table, name=name)
 
 
+def overridden(
+    config: RunConfig | FinetuneConfig, overrides: Sequence[str]
+) -> RunConfig | FinetuneConfig:
+    """A config with `key=value` overrides; ConfigError as for `load_config`."""
+    table = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(table, override, type(config))
+    if isinstance(config, RunConfig):
+        return decode(RunConfig, table)
+    return decode(FinetuneConfig, table)
+
+
 def decode(kind: type[Config], table: Mapping[str, Any], *, name: str = "config") -> Config:
     """`table` as a `kind`; ConfigError lists every key that is unknown or has a bad value."""
     try:

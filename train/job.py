@@ -92,6 +92,8 @@ class Job:
     """Samples before first_step that touched damage and trained nothing; None: nobody counted."""
     told_save: int | None = None
     """The step whose save stands in the metrics."""
+    is_replay: bool = False
+    """Steps that were taken before are computed again: no event is recorded."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What every checkpoint of the run carries, such as the hashes of data and tokenizer."""
 

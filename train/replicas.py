@@ -34,8 +34,8 @@ class ReplicasDiffer(ValueError):
 def check_replicas(engine: Engine, world: World, run: Path, *, step: int, attempt: int) -> None:
     """Collective. ReplicasDiffer on every rank, with the event recorded, when ranks differ.
 
-    Costs a read of what is compared: 0.1 s per GB in host memory, and on a GPU its copy to the
-    host.
+    Costs a read of what is compared, and on a GPU its copy to the host: 6 to 24 ms, 0.6 to 1.5 % of
+    one step, for 5 M parameters on two ranks of a CPU.
     """
     if world.size == 1:
         return

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from train.attempts import attempts
 
 Row = dict[str, Any]
+
+
+class ReplayUsageError(ValueError):
+    """A step that cannot be replayed."""
+
+    exit_code: ClassVar[int] = 2
 
 
 def read_metrics(run: Path) -> list[Row]:
@@ -21,3 +29,33 @@ def read_metrics(run: Path) -> list[Row]:
             continue
         rows[(row["step"], "val_loss" in row)] = row
     return [rows[key] for key in sorted(rows)]
+
+
+def row_of(run: Path, step: int) -> Row:
+    """The row of a step that was trained or skipped."""
+    path = run / "metrics.jsonl"
+    rows = read_metrics(run) if path.is_file() else []
+    found = next((r for r in rows if r["step"] == step and "data_hash" in r), None)
+    if found is None:
+        last = max((r["step"] for r in rows), default=0)
+        raise ReplayUsageError(
+            f"{path} has no row of step {step}, so there is nothing to compare with; its last step "
+            f"is {last}"
+        )
+    return found
+
+
+def start_of(run: Path, row: Row) -> dict[str, Any]:
+    """How the attempt was started that has computed a row: its config, its world_size."""
+    for start in attempts(run):
+        if start["event"] == "start" and start["attempt"] == row["attempt"]:
+            return start
+    raise ReplayUsageError(
+        f"{run / 'attempts.jsonl'} does not tell how attempt {row['attempt']} was started; restore "
+        "that file from a copy"
+    )
+
+
+def ranks_of(run: Path, step: int) -> int:
+    """On how many ranks a step was computed."""
+    return int(start_of(run, row_of(run, step))["world_size"])

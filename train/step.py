@@ -216,6 +216,8 @@ def _saved(job: Job) -> Row:
 
 def _tell_skip(job: Job, step: int, *, loss: float, norm: float, reason: str) -> None:
     """Collective. Record that the guard left a step out."""
+    if job.is_replay:
+        return
     log.warning("step %d is skipped: %s", step, reason)
     samples = list(job.task.samples(step))
     numbers = {"loss": loss, "grad_norm": norm, "reason": reason}

@@ -163,7 +163,8 @@ def deepspeed_norm(optimizer: Any) -> torch.Tensor:
     finite when a gradient is no number.
 
     The step computes it once more: one more pass over this rank's gradients, and one more reduction
-    of a number per parameter group. The functions are the step's own, so the bits are the same.
+    of a number per parameter group; 0.4 to 1.6 % of a step of 5 M parameters on two ranks of a CPU.
+    The functions are the step's own, so the bits are the same.
     """
     from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 

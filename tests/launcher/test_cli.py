@@ -16,7 +16,8 @@ from data.config import PrepareConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 COMMANDS = (
-    "quickstart", "prepare", "data", "recipes", "plan", "pretrain", "submit", "export", "finetune",
+    "quickstart", "prepare", "data", "recipes", "plan", "pretrain", "replay", "guard", "submit",
+    "export", "finetune",
     "evaluate", "generate",
 )  # fmt: skip
 

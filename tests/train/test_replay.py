@@ -1,0 +1,128 @@
+"""A recorded step computed again: equal to the last bit, or what differs first is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launcher.look_back import difference_of
+from tests.ranks import run_ranks
+from tests.train.test_guard import train_poisoned
+from tests.train.test_pretrain import config, train_run
+from train import faults
+from train.config import ConfigError, GuardConfig, RunConfig
+from train.hindsight import hindsight
+from train.replay import Replay, differing, replay_on
+from train.rows import ReplayUsageError, ranks_of
+from train.world import World
+
+SMALL = ("eval.samples=1", "steps=7")
+
+
+def train_all(world: World, made: RunConfig, folder: Path) -> None:
+    """A clean run, and one in which a bit of the weights of rank 1 flips in step 5."""
+    train_run(world, made, folder / "clean")
+    faults.arm("optimizer:5:1:bitflip", world.rank)
+    train_run(world, made, folder / "flipped")
+
+
+def replays(world: World, asked: list[tuple[Path, int]]) -> list[Replay]:
+    return [replay_on(world, run, step) for run, step in asked]
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(2, train_all, config(dataset, *SMALL), folder)
+    return folder
+
+
+def files(run: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_clean_run_is_equal_and_stays_as_it_is(runs: Path) -> None:
+    run = runs / "clean"
+    before = files(run)
+    assert ranks_of(run, 5) == 2
+    for found in run_ranks(2, replays, [(run, 2), (run, 5), (run, 6), (run, 7)]):
+        assert [(r.step, r.start, r.checkpoint_compared) for r in found] == [
+            (2, 0, False),
+            (5, 3, False),
+            (6, 3, True),
+            (7, 6, True),
+        ]
+        assert all(r.differences == () and r.layout_differs == "" for r in found)
+    assert files(run) == before
+
+
+def test_a_flipped_bit_is_found_with_its_step_and_where_it_is(runs: Path) -> None:
+    run = runs / "flipped"
+    found = run_ranks(2, replays, [(run, 4), (run, 5), (run, 6), (run, 7)])[0]
+    # The flip of step 5 is first seen in the loss of step 6, and stands in its checkpoint.
+    assert [bool(r.differences) for r in found] == [False, False, True, False]
+    assert found[2].differences[0].startswith("step 6: loss ")
+    wrong = "\n".join(found[2].differences[1:])
+    assert "checkpoint of step 6: " in wrong
+    assert "on rank 1" in wrong
+    told = difference_of(found[2], run)
+    assert "the replay is not what was recorded\n  step 6: loss " in told
+    assert "silent corruption, then or now" in told
+
+
+def test_another_layout_is_named_before_bits_are_blamed(runs: Path) -> None:
+    run = runs / "clean"
+    ((found,),) = run_ranks(1, replays, [(run, 5)])
+    assert found.layout_differs == "ranks was 2, is 1 now"
+    assert not any("data_hash" in difference for difference in found.differences)
+
+
+def test_other_data_is_seen_at_any_layout() -> None:
+    row = {"step": 1, "loss": 2.0, "grad_norm": 1.0, "data_hash": "00ab"}
+    assert differing(row, dict(row)) == []
+    assert differing(row, row | {"data_hash": "00ac"}) == ["data_hash '00ab' recorded, '00ac' now"]
+
+
+def test_a_step_without_a_row_is_refused(runs: Path) -> None:
+    with pytest.raises(ReplayUsageError, match=r"has no row of step 8, .* its last step is 7"):
+        ranks_of(runs / "clean", 8)
+
+
+def test_skipped_and_rolled_back_steps_are_replayed_as_they_were(
+    dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = ("guard.skip_steps=[5]", "guard.outlier=skip", "guard.window=4")
+    run_ranks(2, train_poisoned, [(config(dataset, *SMALL, *settings), run, None)], {6: 1.0})
+    (found,) = run_ranks(2, replays, [(run, 7)])[0]
+    assert found.differences == ()
+
+
+def write_rows(run: Path, losses: list[float]) -> None:
+    run.mkdir()
+    rows = [
+        {"step": n, "loss": loss, "grad_norm": 1.0, "samples": [8 * n, 8 * n + 8], "data_hash": ""}
+        for n, loss in enumerate(losses, start=1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_hindsight_tells_what_the_guard_would_have_done(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_rows(run, [2 + math.sin(n) / 9 for n in range(8)] + [9.0, 9.0, 2.0, 9.0])
+    skipping = hindsight(run, GuardConfig(window=8, outlier="skip"))
+    assert [(f.step, f.decision, f.samples) for f in skipping.findings] == [
+        (9, "skip", (72, 80)),
+        (10, "skip", (80, 88)),
+        (12, "skip", (96, 104)),
+    ]
+    back = hindsight(run, GuardConfig(window=8, rollback=1, patience=2))
+    (finding,) = back.findings
+    assert (finding.step, finding.decision) == (10, "roll back")
+    assert finding.reason.startswith("steps 9 to 10: loss 9 is above 2.")
+    assert hindsight(run, GuardConfig(window=8)).findings == ()
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl; train it with"):
+        hindsight(tmp_path, GuardConfig())
