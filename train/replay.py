@@ -28,7 +28,7 @@ from train.pace import Pace
 from train.phases import History, read_phases
 from train.pretrain import pretraining
 from train.rollback import rollbacks_of
-from train.rows import Row, read_metrics, row_of, start_of
+from train.rows import ReplayUsageError, Row, read_metrics, row_of, start_of
 from train.saver import Saver
 from train.slices import SliceReader
 from train.state import load_checkpoint
@@ -137,13 +137,18 @@ class _Rows(Metrics):
 
 def _plan(run: Path, step: int) -> _Plan:
     row = row_of(run, step)
+    config = start_of(run, row)["config"]
+    if "task" in config:
+        raise ReplayUsageError(
+            f"{run} is a fine-tuning run; only steps of `headrace pretrain` can be replayed"
+        )
     start = max((saved for saved in committed(run) if saved < step), default=0)
     rows = {r["step"]: r for r in read_metrics(run) if "data_hash" in r and start < r["step"]}
     on_the_way = [rows[number] for number in range(start + 1, step + 1) if number in rows]
     starts = {r["attempt"]: start_of(run, r) for r in on_the_way}
     return _Plan(
         start=start,
-        config=start_of(run, row)["config"],
+        config=config,
         layouts=[_layout(s["world_size"], s["config"]) for s in starts.values()],
         rows=rows,
         rollbacks=rollbacks_of(run),

@@ -87,13 +87,14 @@ def roll_back(
     saved = load_newest(engine, world, run)
     assert saved is not None
     guard.go_back(saved.state.get("guard", {}))
-    log.warning(
-        "the loss spiked at steps %d to %d: back to step %d, and those steps will be skipped "
-        "(rollback %d); see %s",
-        steps[0],
-        steps[-1],
-        saved.step,
-        guard.rollbacks,
-        run / "events.jsonl",
-    )
+    if world.is_main:
+        log.warning(
+            "the loss spiked at steps %d to %d: back to step %d, and those steps will be skipped "
+            "(rollback %d); see %s",
+            steps[0],
+            steps[-1],
+            saved.step,
+            guard.rollbacks,
+            run / "events.jsonl",
+        )
     return saved

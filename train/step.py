@@ -218,7 +218,8 @@ def _tell_skip(job: Job, step: int, *, loss: float, norm: float, reason: str) ->
     """Collective. Record that the guard left a step out."""
     if job.is_replay:
         return
-    log.warning("step %d is skipped: %s", step, reason)
+    if job.world.is_main:
+        log.warning("step %d is skipped: %s", step, reason)
     samples = list(job.task.samples(step))
     numbers = {"loss": loss, "grad_norm": norm, "reason": reason}
     with job.world.together("recording a skipped step"):

@@ -17,7 +17,7 @@ from train.config import ConfigError, GuardConfig, RunConfig
 from train.hindsight import hindsight
 from train.replay import Replay, differing, replay_on
 from train.rows import ReplayUsageError, ranks_of
-from train.world import World
+from train.world import RankError, World
 
 SMALL = ("eval.samples=1", "steps=7")
 
@@ -91,6 +91,15 @@ def test_a_step_without_a_row_is_refused(runs: Path) -> None:
         ranks_of(runs / "clean", 8)
 
 
+def test_a_fine_tuning_run_is_refused(tmp_path: Path, world_of_one: World) -> None:
+    run = tmp_path / "run"
+    write_rows(run, [2.0])
+    row = {"event": "start", "attempt": 1, "world_size": 1, "config": {"task": "classify"}}
+    (run / "attempts.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(RankError, match="is a fine-tuning run; only steps of `headrace pretrain`"):
+        replay_on(world_of_one, run, 1)
+
+
 def test_skipped_and_rolled_back_steps_are_replayed_as_they_were(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -104,7 +113,14 @@ def test_skipped_and_rolled_back_steps_are_replayed_as_they_were(
 def write_rows(run: Path, losses: list[float]) -> None:
     run.mkdir()
     rows = [
-        {"step": n, "loss": loss, "grad_norm": 1.0, "samples": [8 * n, 8 * n + 8], "data_hash": ""}
+        {
+            "step": n,
+            "loss": loss,
+            "grad_norm": 1.0,
+            "samples": [8 * n, 8 * n + 8],
+            "data_hash": "",
+            "attempt": 1,
+        }
         for n, loss in enumerate(losses, start=1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
