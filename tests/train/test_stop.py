@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import train.loop
+import train.step
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from train.attempts import attempts
@@ -51,18 +51,18 @@ def test_files_and_the_end_of_the_job_ask_once_a_second(
 
 def at_step(world: World, made: RunConfig, run: Path, acts: dict[int, str]) -> str:
     """Train; after a step rank 0 makes a file, or the last rank gets a signal."""
-    original = train.loop._record
+    original = train.step._agreed
 
-    def record(job: Any, step: int, **rest: Any) -> Any:
+    def agreed(job: Any, step: int, *rest: Any) -> Any:
         act = acts.get(step, "")
         job.stop._looked = -1e9
         if act in ("STOP", "SAVE") and world.is_main:
             (run / act).touch()
         if act == "TERM" and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(job, step, **rest)
+        return original(job, step, *rest)
 
-    train.loop._record = record
+    train.step._agreed = agreed
     return train_run(world, made, run)
 
 
@@ -83,7 +83,7 @@ def test_a_stop_file_ends_the_run_and_keeps_it_ended_until_it_is_gone(
 
 def ask_while_validating(world: World, made: RunConfig, run: Path, step: int) -> str:
     """Train; the last rank gets SIGTERM between two batches of the validation of a step."""
-    original = train.loop.faults.point
+    original = train.step.faults.point
     seen = []
 
     def point(phase: str, at: int = 0) -> None:
@@ -93,7 +93,7 @@ def ask_while_validating(world: World, made: RunConfig, run: Path, step: int) ->
                 os.kill(os.getpid(), signal.SIGTERM)
         original(phase, at)
 
-    train.loop.faults.point = point
+    train.step.faults.point = point
     return train_run(world, made, run)
 
 

@@ -77,18 +77,18 @@ def test_a_checkpoint_on_a_full_disk_costs_the_steps_since_the_last_one(
 
 def refused_rows(world: World, made: RunConfig, run: Path) -> str:
     """`refused`, with the disk filled once the rows of step 4 are being written."""
-    import train.loop
+    import train.step
 
-    original = train.loop._record
+    original = train.step._record
 
-    def record(job: Job, step: int, **rest: object) -> bool:
+    def record(job: Job, step: int, **rest: object) -> None:
         if step == 4 and world.is_main:
             path = run / "metrics.jsonl"
             path.write_bytes(path.read_bytes() + b"\n" * (-path.stat().st_size % 4096))
             fill(run.parent)
-        return original(job, step, **rest)  # type: ignore[arg-type]
+        original(job, step, **rest)  # type: ignore[arg-type]
 
-    train.loop._record = record
+    train.step._record = record
     return refused(world, made, run)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import train.loop
+import train.step
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, train_run
 from train.config import RunConfig
@@ -35,14 +35,14 @@ def test_who_is_later_than_the_median_is_slow_and_why() -> None:
 
 def slowed(world: World, made: RunConfig, run: Path, cause: str) -> str:
     """Train; the last rank takes half a second longer for its data or its forward pass."""
-    original = train.loop.at
+    original = train.step.at
 
     def at(phase: str, step: int = 0) -> None:
         if phase == cause and world.rank == world.size - 1:
             time.sleep(0.5)
         original(phase, step)
 
-    train.loop.at = at
+    train.step.at = at
     return train_run(world, made, run)
 
 
