@@ -195,7 +195,19 @@ class RowFile:
 
 def _storage_error(error: OSError, path: str) -> StorageError:
     where = error.filename if isinstance(error.filename, str) else path
+    reason, advice = os.strerror(error.errno or 0), _ADVICE[error.errno or 0]
+    if error.errno == errno.ENOSPC and _has_no_inode(Path(where)):
+        reason = "No inode is left there, so no further file can be made, although bytes are free"
+        advice = "remove files from that disk"
     return StorageError(
-        f"{where} cannot be written: {os.strerror(error.errno or 0)}; {_ADVICE[error.errno or 0]}, "
-        "then run the same command again: what was finished is kept"
+        f"{where} cannot be written: {reason}; {advice}, then run the same command again: what was "
+        "finished is kept"
     )
+
+
+def _has_no_inode(path: Path) -> bool:
+    """Whether it is for want of inodes, and not of bytes, that a disk is full."""
+    with suppress(OSError, StopIteration):
+        room = os.statvfs(next(folder for folder in path.absolute().parents if folder.exists()))
+        return room.f_files > 0 and room.f_favail == 0 and room.f_bavail > 0
+    return False

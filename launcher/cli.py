@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from data.durable import told
 from launcher import options, spawn
+from launcher.checkpoint_cli import checkpoint_app
 from launcher.data_cli import data_app
 from launcher.prepare_cli import prepare
 from launcher.recipes import Recipe, find_recipe
@@ -36,7 +37,10 @@ class _Contents(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         first = ["quickstart", "prepare", "data", "tokenizer"]
-        return first + [name for name in super().list_commands(ctx) if name not in first]
+        rest = [name for name in super().list_commands(ctx) if name not in first]
+        rest.remove("checkpoint")
+        rest.insert(rest.index("export"), "checkpoint")
+        return first + rest
 
 
 app = typer.Typer(
@@ -48,6 +52,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @app.callback()

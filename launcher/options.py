@@ -286,6 +286,10 @@ RunArgument = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Run directory of `headrace pretrain`.", parser=_folder),
 ]
+OtherRun = Annotated[
+    Path | None,
+    typer.Argument(metavar="[OTHER]", help="Another run; the same by default.", parser=_folder),
+]
 OutArgument = Annotated[
     Path, typer.Argument(metavar="OUT", help="Folder to write.", parser=_folder)
 ]

@@ -15,12 +15,14 @@ FILLER = ".filler"
 
 
 @contextmanager
-def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """A file system of this size at `folder`; the test is skipped where mounting is not allowed."""
+def small_disk(folder: Path, kilobytes: int, *, inodes: int = 0) -> Iterator[Path]:
+    """A file system of this size at `folder`, with so many inodes (0: plenty); the test is skipped
+    where mounting is not allowed.
+    """
     if os.geteuid() != 0:
         pytest.skip("a small disk is a tmpfs, and only root may mount one")
     folder.mkdir()
-    _mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder))
+    _mount("-t", "tmpfs", "-o", f"size={kilobytes}k,nr_inodes={inodes}", "tmpfs", str(folder))
     try:
         yield folder
     finally:

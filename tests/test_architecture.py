@@ -42,6 +42,7 @@ VENDORS = {
     "transformers": {"train/hf.py"},
     "peft": {"train/hf.py"},
     "typer": {
+        "launcher/checkpoint_cli.py",
         "launcher/cli.py",
         "launcher/data_cli.py",
         "launcher/options.py",
@@ -68,12 +69,23 @@ UNPICKLING = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "
 CODE_FROM_DATA = {"torch.load", "os.system", "os.popen"}
 CODE_FROM_NAMES = {"eval", "exec"}
 
+CHECKPOINT_MODULES = (
+    "checkpoint",
+    "choice",
+    "compare",
+    "listing",
+    "pruning",
+    "retention",
+    "slices",
+)
+"""Modules of train/ that commands and tests use where there is no torch."""
+
 WITHOUT_TORCH = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in MODULES
     if path.name == "config.py"
     or path.parts[-2:] == ("model", "flops.py")
-    or path.parts[-2:] == ("train", "checkpoint.py")
+    or path.parts[-2:] in {("train", f"{name}.py") for name in CHECKPOINT_MODULES}
     or (path.is_relative_to(ROOT / "launcher") and path.name != "__main__.py")
 )
 HEAVY = {"torch", "deepspeed", "transformers"}

@@ -18,17 +18,19 @@ from data.phases import RunPhase
 from train import run as run_directory
 from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
 from train.config import JobConfig
-from train.engine import DTYPES, DeepSpeedEngine
+from train.engine import DTYPES, DeepSpeedEngine, Engine
 from train.guard import Guard
 from train.job import Job, Task
 from train.loop import train
 from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
+from train.optim import STATE_KEYS
 from train.ownership import Ownership, RunInUse, own
 from train.pace import Pace
 from train.progress import at
 from train.rollback import leave_spikes, rollbacks_of
+from train.room import tight
 from train.run import Outcome
-from train.saver import Saver
+from train.saver import Saver, checkpoint_shares
 from train.state import load_newest
 from train.stop import STOP_FILE, StopRequest
 from train.timing import Timing
@@ -160,6 +162,7 @@ def _train(
     if saved is not None:
         _check_data(saved, work)
     first_step = 1 if saved is None else saved.step + 1
+    _warn_of_little_room(engine, world, run, work)
     log.info(
         "attempt %d starts %s", attempt, f"from step {saved.step}" if saved else "from nothing"
     )
@@ -313,6 +316,13 @@ def _check_data(saved: Checkpoint, work: Work) -> None:
             f"{saved.folder} stands at sample {there}, but its step {saved.step} ends at {here}; "
             "going on would repeat or skip samples"
         )
+
+
+def _warn_of_little_room(engine: Engine, world: World, run: Path, work: Work) -> None:
+    shares = checkpoint_shares(engine, world, to_come=STATE_KEYS)
+    warning = tight(run, work.config.checkpoint.keep, shares) if world.is_main else None
+    if warning is not None:
+        log.warning("%s", warning)
 
 
 def _peak_flops(world: World, work: Work) -> float:

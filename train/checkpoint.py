@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ import numpy as np
 
 from data.durable import sync, write_sealed, writing
 from train.manifest import FORMAT, VERSION, read_manifest
+from train.retention import Committed, Retention, retained
 from train.slices import CheckpointError as CheckpointError
-from train.slices import FileReader, SliceReader, check_tiling
+from train.slices import Damage, FileReader, SliceReader, check_tiling
 
 MANIFEST = "manifest.json"
 
@@ -41,6 +44,12 @@ class Checkpoint:
     def step(self) -> int:
         """Completed optimizer steps."""
         return int(self.manifest["step"])
+
+    @property
+    def time(self) -> float:
+        """When it was committed, in seconds since 1970 by the clock of rank 0's machine."""
+        # The first manifests had no time; a copy of such a run tells when it was copied.
+        return float(self.manifest.get("time") or (self.folder / MANIFEST).stat().st_mtime)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -69,9 +78,12 @@ class Checkpoint:
         """A whole parameter (or its optimizer state) as a float32 array of its shape."""
         shape = self.parameters[name]
         size = int(np.prod(shape, dtype=np.int64))
-        return (
-            SliceReader(self.folder, self.manifest["files"]).read(name, key, 0, size).reshape(shape)
-        )
+        return self.reader.read(name, key, 0, size).reshape(shape)
+
+    @cached_property
+    def reader(self) -> SliceReader:
+        """Reads ranges, and holds 128 MiB at most between two reads."""
+        return SliceReader(self.folder, self.manifest["files"], num_held=8)
 
     def check_sizes(self) -> None:
         """CheckpointError when a file is missing or has not the size that was written."""
@@ -82,10 +94,22 @@ class Checkpoint:
         """Read every byte; CheckpointError names the first file and chunk that is not what was
         written.
         """
+        for damage in self.damages():
+            raise damage
+
+    def damages(self) -> Iterator[Damage]:
+        """Read every byte; each file or chunk that is not what was written."""
         for entry in self.manifest["files"]:
-            reader = FileReader(self.folder / entry["name"], entry)
+            try:
+                reader = FileReader(self.folder / entry["name"], entry)
+            except Damage as damage:
+                yield damage
+                continue
             for chunk in range(len(entry["chunks"])):
-                reader.chunk(chunk)
+                try:
+                    reader.chunk(chunk)
+                except Damage as damage:
+                    yield damage
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -123,6 +147,7 @@ def commit(
         "format": FORMAT,
         "version": VERSION,
         "step": step,
+        "time": time.time(),
         "parameters": {name: list(shape) for name, shape in parameters.items()},
         "scalars": dict(scalars),
         "state": dict(state),
@@ -176,46 +201,47 @@ def open_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
             f"{run} holds no committed checkpoint of step {step}; committed steps: {have}"
         )
     folder = step_folder(run, step)
-    return Checkpoint(folder, read_manifest(folder / MANIFEST))
-
-
-def newest_intact(run: Path, *, but: int) -> int | None:
-    """The newest step but this one whose checkpoint verifies; reads all of it."""
-    for step in committed(run):
-        with suppress(CheckpointError, OSError):
-            if step != but:
-                open_checkpoint(run, step).verify()
-                return step
-    return None
-
-
-def retraining(run: Path, damaged: int, *, intact: int | None) -> str:
-    """What to do about a damaged checkpoint, when `newest_intact` has found that or no other."""
-    folder = step_folder(run, damaged)
-    if intact is None:
-        return (
-            f"no other checkpoint of {run} is intact: put back a copy of {folder}, or train again "
-            "with another --run"
+    saved = Checkpoint(folder, read_manifest(folder / MANIFEST))
+    if saved.step != step:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is the manifest of step {saved.step}, not of step {step}: "
+            "another checkpoint was copied over this one"
         )
-    if intact > damaged:
-        return f"the checkpoint of step {intact} is intact"
-    return (
-        f"the checkpoint of step {intact} is intact: remove {folder}, and the same training "
-        f"command goes on from step {intact}"
-    )
+    return saved
 
 
-def prune(run: Path, keep: int, *, newest: int) -> None:
-    """Remove all but `keep` committed checkpoints, the one of step `newest` and those before it.
+def prune(run: Path, rule: Retention, *, newest: int) -> None:
+    """Remove all committed checkpoints but those that stay by the rule, among which the one of step
+    `newest` counts as the last.
 
     Later ones are of a history that was left (they were damaged when the run went on from an
     earlier one) and go too, as do uncommitted leftovers.
     """
-    kept = {step_folder(run, step) for step in [s for s in committed(run) if s <= newest][:keep]}
+    kept = retained(committed_until(run, newest, timed=rule.every_hours > 0), rule)
+    remove_but(run, kept)
+
+
+def remove_but(run: Path, kept: Collection[int]) -> list[Path]:
+    """Remove every folder of a checkpoint, committed or not, but those of these steps; returns
+    them, the oldest first.
+    """
+    folders = {step_folder(run, step) for step in kept}
     with writing(run / "checkpoints"):
-        for folder in (run / "checkpoints").glob("step-*"):
-            if folder not in kept:
-                _remove(folder)
+        found = sorted(set((run / "checkpoints").glob("step-*")) - folders)
+        for folder in found:
+            _remove(folder)
+    return found
+
+
+def committed_until(run: Path, newest: int, *, timed: bool = True) -> Iterator[Committed]:
+    """The checkpoints up to a step, with their times when `timed`; that reads every manifest."""
+    for step in committed(run):
+        time = None
+        if timed:
+            with suppress(CheckpointError, OSError):
+                time = open_checkpoint(run, step).time
+        if step <= newest:
+            yield Committed(step, time)
 
 
 def _remove(folder: Path) -> None:

@@ -24,6 +24,7 @@ from data.config import DataConfig
 from data.order import accumulation
 from model.config import ModelConfig
 from train.deepspeed_json import deepspeed_json
+from train.retention import Retention
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -90,10 +91,18 @@ class CheckpointConfig(Table):
     """
     keep: PositiveInt = 3
     """Newest checkpoints kept; older ones are removed after a newer one is committed."""
+    keep_every_steps: NonNegativeInt = 0
+    """Checkpoints whose step is a multiple stay, too; 0 for none."""
+    keep_every_hours: NonNegativeFloat = 0.0
+    """The first checkpoint of every so many hours stays, too; 0 for none."""
     background: bool = True
     """Training goes on while a checkpoint is written, for one more copy of the state in host
     memory.
     """
+
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        return Retention(self.keep, self.keep_every_steps, self.keep_every_hours)
 
 
 class GuardConfig(Table):

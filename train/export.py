@@ -34,14 +34,8 @@ from model.config import ModelConfig, parameter_shapes
 from model.flops import num_parameters
 from model.hf_names import hf_config
 from train import faults
-from train.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    committed,
-    newest_intact,
-    open_checkpoint,
-    retraining,
-)
+from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
+from train.choice import newest_intact, retraining
 from train.config import RunConfig
 from train.export_weights import DTYPES, Dtype, reference_logits, write_weights
 from train.run import read_config

@@ -22,13 +22,8 @@ import torch
 from data.durable import publish_folder
 from train import hf
 from train.attempt import Work, run_attempt
-from train.checkpoint import (
-    CheckpointError,
-    committed,
-    newest_intact,
-    open_checkpoint,
-    retraining,
-)
+from train.checkpoint import CheckpointError, committed, open_checkpoint
+from train.choice import newest_intact, retraining
 from train.config import ConfigError, FinetuneConfig
 from train.decode import decode
 from train.examples import Examples, read_files, tokenize

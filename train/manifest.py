@@ -68,7 +68,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, file: _File, sizes: dict[str, int]) -> None:
-    if len(file.chunks) != -(-file.bytes // slices.CHUNK_BYTES):
+    if len(file.chunks) != slices.num_chunks(file.bytes):
         raise _not_ours(path, file.name, f"{len(file.chunks)} hashes for {file.bytes} bytes")
     ends = []
     for table in file.tables:

@@ -6,6 +6,10 @@ import torch
 
 from train.config import OptimConfig
 
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+"""State of the size of the parameters that `adamw` has after its first step. Checkpoints discover
+what there is; this only tells how large the first one will be."""
+
 
 def adamw(module: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """A fused AdamW over the module's trainable parameters; the learning rate is set per step by

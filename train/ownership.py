@@ -99,6 +99,13 @@ def own(
             return Ownership(run, number, beat_seconds)
 
 
+def check_idle(run: Path, *, beat_seconds: float = BEAT_SECONDS) -> None:
+    """RunInUse while an attempt lives; claims nothing, so one may begin at any moment after."""
+    newest = max(_numbers(run), default=0)
+    if newest:
+        _check_gone(run, newest, beat_seconds)
+
+
 def _create(run: Path, number: int, slurm_job: str | None) -> bool:
     """Whether the file of an attempt is ours. One that a crash has torn tells nothing of its owner,
     whose beat is watched then.

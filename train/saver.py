@@ -9,7 +9,7 @@ Memory: one more copy of what this rank writes, 12 bytes per parameter it owns w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from train.device import flip_bit
 from train.engine import Engine
 from train.ownership import Ownership
 from train.progress import at
+from train.room import Share, check_room, share
 from train.slices import Range, write_slices
 from train.world import RankError, World
 from train.zero_state import Flat
@@ -93,10 +94,12 @@ class Saver:
         """
         begun = time.monotonic()
         self.finish()
+        shares = checkpoint_shares(self._engine, self._world)
         with self._discarding(step):
             with self._world.together(f"making room for the checkpoint of step {step}"):
                 if self._world.is_main:
                     self.check_owner()
+                    check_room(self._run, step, shares, state)
                     checkpoint.begin(self._run, step)
             flats = self._engine.flats()
             with self._world.together(f"copying the state of step {step}"):
@@ -107,7 +110,7 @@ class Saver:
         self._pending = _Pending(
             step,
             state,
-            parameters={part.name: part.shape for flat in flats for part in flat.fragments},
+            parameters=_shapes(flats),
             # A partition that is all padding has no parameter and may lag behind.
             scalars=[flat.scalars() for flat in flats if flat.fragments],
             written=self._writer.submit(self._write, step, arrays, ranges),
@@ -156,7 +159,7 @@ class Saver:
                     self.check_owner()
                 at("prune", step)
                 if self._world.is_main:
-                    checkpoint.prune(self._run, self._config.keep, newest=step)
+                    checkpoint.prune(self._run, self._config.retention(), newest=step)
         now = time.monotonic()
         stall = pending.stall + now - begun
         self.committed = Timing(step, stall, seconds, now - pending.begun)
@@ -209,6 +212,23 @@ class Saver:
             begin, end = end, end + len(part)
             buffer[begin:end].copy_(part)
         return buffer.numpy()
+
+
+def checkpoint_shares(engine: Engine, world: World, *, to_come: Sequence[str] = ()) -> list[Share]:
+    """Collective. What each rank adds to a checkpoint of this engine as it is now, or will be once
+    it has the optimizer state `to_come`.
+    """
+    flats = engine.flats()
+    ranges: dict[str, list[Range]] = {}
+    for flat in flats:
+        for key in {**flat.tensors(), **dict.fromkeys(to_come)}:
+            for part in flat.owned:
+                ranges.setdefault(key, []).append((part.name, part.start, part.length))
+    return world.gather(share(world.rank, ranges, _shapes(flats)))
+
+
+def _shapes(flats: list[Flat]) -> Shapes:
+    return {part.name: part.shape for flat in flats for part in flat.fragments}
 
 
 def _one_value(rows: list[list[dict[str, float]]]) -> dict[str, float]:

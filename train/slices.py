@@ -2,15 +2,19 @@
 
 A file is safetensors with one contiguous tensor per state kind; which range of which parameter lies
 where is told by a table in the manifest, so that a reader seeks and never scans. Every 16 MiB chunk
-has an xxh3, checked when the chunk is read; hashing costs 0.04 s per GB. No torch here.
+has an xxh3, made while it is written and checked when it is read; hashing costs 0.04 s per GB. The
+file is written here and not by the library, which would hide each write and the errno of a full
+disk; a test compares every byte with the library's. No torch here.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +22,8 @@ from typing import Any, ClassVar
 import numpy as np
 import xxhash
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from data.durable import sync, writing
+from data.durable import writing
 
 CHUNK_BYTES = 16 << 20
 ITEM_BYTES = 4  # fp32
@@ -35,36 +38,62 @@ class CheckpointError(ValueError):
     exit_code: ClassVar[int] = 1
 
 
+class Damage(CheckpointError):
+    """A file, or one chunk of it, that is not what was written."""
+
+    def __init__(self, path: Path, message: str, *, chunk: int | None = None) -> None:
+        super().__init__(f"{path} {message}" if chunk is None else f"{path}: {message}")
+        self.path = path
+        self.chunk = chunk
+
+
 def write_slices(
     folder: Path, rank: int, arrays: Mapping[str, np.ndarray], ranges: Mapping[str, Sequence[Range]]
 ) -> dict[str, Any]:
     """Write one rank's file and return its manifest entry.
 
-    `arrays[key]` is 1-D float32: the concatenation of `ranges[key]` in order.
+    `arrays[key]` is 1-D float32: the concatenation of `ranges[key]` in order. Chunks are hashed on
+    their way out: what was meant is what a reader is told to expect, whatever the disk made of it.
     """
-    path = folder / f"rank-{rank:05d}.safetensors"
-    with writing_tensors(path):
-        save_file(
-            {key: np.ascontiguousarray(array, dtype="<f4") for key, array in arrays.items()}, path
+    path = folder / file_name(rank)
+    header, offsets = _header({key: array.size for key, array in arrays.items()})
+    flat = [np.ascontiguousarray(arrays[key], dtype="<f4") for key in offsets]
+    # Unbuffered: pieces of 16 MiB need no second copy, and what was refused is not tried again.
+    with writing(path), path.open("wb", buffering=0) as file:
+        chunks = list(
+            _written(file, [memoryview(header), *(array.view(np.uint8).data for array in flat)])
         )
-        # safetensors makes files that only their owner may read.
-        path.chmod(0o666 & ~_umask())
-        sync(path)
+        os.fsync(file.fileno())
     tables: list[list[Range]] = []
     tensors = {}
-    for key, offset in _data_offsets(path).items():
+    for key, offset in offsets.items():
         table = list(ranges[key])
         if table not in tables:
             tables.append(table)
         tensors[key] = {"offset": offset, "table": tables.index(table)}
-    chunks = [xxhash.xxh3_64_hexdigest(data) for data in _chunks(path)]
     return {
         "name": path.name,
-        "bytes": path.stat().st_size,
+        "bytes": slices_bytes({key: array.size for key, array in arrays.items()}),
         "chunks": chunks,
         "tensors": tensors,
         "tables": tables,
     }
+
+
+def file_name(rank: int) -> str:
+    """What the file of a rank is called."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def slices_bytes(sizes: Mapping[str, int]) -> int:
+    """Exact size of a rank's file, from the number of elements of each state kind."""
+    header, _ = _header(sizes)
+    return len(header) + ITEM_BYTES * sum(sizes.values())
+
+
+def num_chunks(num_bytes: int) -> int:
+    """Chunks of a file of this size."""
+    return -(-num_bytes // CHUNK_BYTES)
 
 
 @contextmanager
@@ -112,9 +141,16 @@ def check_tiling(
 class SliceReader:
     """Reads any range of any parameter from the files that hold it, touching only the chunks it
     needs.
+
+    The last chunk read of each file is held, because the next range mostly begins in it; of the
+    last `num_held` files only, where many files are gone through.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, files: Sequence[Mapping[str, Any]], *, num_held: int = sys.maxsize
+    ) -> None:
+        self._num_held = num_held
+        self._bytes_let_go = 0
         self._folder = folder
         self._files = files
         self._pieces: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {}
@@ -129,7 +165,7 @@ class SliceReader:
     @property
     def bytes_read(self) -> int:
         """Bytes fetched from disk so far."""
-        return sum(reader.bytes_read for reader in self._readers.values())
+        return self._bytes_let_go + sum(reader.bytes_read for reader in self._readers.values())
 
     def has(self, name: str, key: str) -> bool:
         """Whether this state is stored for this parameter."""
@@ -157,6 +193,9 @@ class SliceReader:
 
     def _reader(self, index: int) -> FileReader:
         if index not in self._readers:
+            while len(self._readers) >= self._num_held:
+                oldest = self._readers.pop(next(iter(self._readers)))
+                self._bytes_let_go += oldest.bytes_read
             entry = self._files[index]
             self._readers[index] = FileReader(self._folder / entry["name"], entry)
         return self._readers[index]
@@ -173,9 +212,11 @@ class FileReader:
         try:
             found = path.stat().st_size
         except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing") from None
+            raise Damage(path, "is missing") from None
+        except OSError as error:
+            raise Damage(path, f"cannot be read: {error.strerror}") from error
         if found != entry["bytes"]:
-            raise CheckpointError(f"{path} has {found} bytes, {entry['bytes']} were written")
+            raise Damage(path, f"has {found} bytes, {entry['bytes']} were written")
 
     def read(self, offset: int, length: int) -> bytes:
         parts = []
@@ -188,37 +229,51 @@ class FileReader:
 
     def chunk(self, index: int) -> bytes:
         if self._held[0] != index:
-            with self._path.open("rb") as file:
-                data = os.pread(file.fileno(), CHUNK_BYTES, index * CHUNK_BYTES)
+            start = index * CHUNK_BYTES
+            try:
+                with self._path.open("rb") as file:
+                    data = os.pread(file.fileno(), CHUNK_BYTES, start)
+            except OSError as error:
+                reason = f"chunk {index} (from byte {start}) cannot be read: {error.strerror}"
+                raise Damage(self._path, reason, chunk=index) from error
             self.bytes_read += len(data)
             if xxhash.xxh3_64_hexdigest(data) != self._entry["chunks"][index]:
-                raise CheckpointError(
-                    f"{self._path}: chunk {index} (bytes {index * CHUNK_BYTES} to "
-                    f"{index * CHUNK_BYTES + len(data)}) is not what was written"
-                )
+                reason = f"chunk {index} (bytes {start} to {start + len(data)}) is not what was "
+                raise Damage(self._path, reason + "written", chunk=index)
             self._held = (index, data)
         return self._held[1]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _header(sizes: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file of 1-D fp32 tensors, and where in the file each begins.
+
+    8 bytes little-endian size, then JSON, filled up with spaces to a multiple of 8; tensors lie in
+    the order of their names, as the library itself would place them.
+    """
+    table, places, end = {}, {}, 0
+    for key in sorted(sizes):
+        places[key] = end
+        span = [end, end + ITEM_BYTES * sizes[key]]
+        table[key] = {"dtype": "F32", "shape": [sizes[key]], "data_offsets": span}
+        end = span[1]
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {key: len(header) + place for key, place in places.items()}
 
 
-def _data_offsets(path: Path) -> dict[str, int]:
-    # safetensors: 8 bytes little-endian header size, the JSON header, then the data.
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    return {
-        key: 8 + size + value["data_offsets"][0]
-        for key, value in header.items()
-        if key != "__metadata__"
-    }
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while data := file.read(CHUNK_BYTES):
-            yield data
+def _written(file: io.RawIOBase, parts: Iterable[memoryview]) -> Iterator[str]:
+    """Write all parts; yields the hash of each chunk of the file."""
+    hasher, room = xxhash.xxh3_64(), CHUNK_BYTES
+    for part in parts:
+        rest = part
+        while rest:
+            # A file system may take less than it is given.
+            done = rest[: file.write(rest[:room])]
+            hasher.update(done)
+            rest, room = rest[len(done) :], room - len(done)
+            if room == 0:
+                yield hasher.hexdigest()
+                hasher, room = xxhash.xxh3_64(), CHUNK_BYTES
+    if room < CHUNK_BYTES:
+        yield hasher.hexdigest()

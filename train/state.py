@@ -15,6 +15,7 @@ import torch
 
 from train import checkpoint
 from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from train.choice import choose
 from train.engine import Engine
 from train.slices import SliceReader
 from train.world import RankError, World
@@ -57,26 +58,20 @@ def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
     none is usable, because starting again from nothing would throw away the run.
     """
     steps = world.broadcast(checkpoint.committed(run) if world.is_main else None)
-    reasons = []
-    for step in steps:
-        try:
-            with world.together(f"opening the checkpoint of step {step}"):
-                saved = open_checkpoint(run, step)
-            load_checkpoint(engine, world, saved)
-        except RankError as failure:
-            reasons.append(f"step {step}: {failure}")
-            continue
-        for reason in reasons if world.is_main else ():
-            log.warning("checkpoint not usable, going on from step %d: %s", saved.step, reason)
+
+    def take(run: Path, step: int) -> Checkpoint:
+        with world.together(f"opening the checkpoint of step {step}"):
+            saved = open_checkpoint(run, step)
+        load_checkpoint(engine, world, saved)
         return saved
-    if reasons:
-        raise CheckpointError(
-            f"no checkpoint of {run} is usable:\n  "
-            + "\n  ".join(reasons)
-            + "\nstart a new run with another --run, "
-            f"or remove {run / 'checkpoints'} to train this one again from step 0"
-        )
-    return None
+
+    choice = choose(run, steps, take=take, failures=RankError)
+    saved = choice.require()
+    for passed in choice.passed_over if world.is_main else ():
+        step = saved and saved.step
+        reason = f"step {passed.step}: {passed.reason}"
+        log.warning("checkpoint not usable, going on from step %s: %s", step, reason)
+    return saved
 
 
 def _read(flat: Flat, reader: SliceReader, keys: tuple[str, ...]) -> dict[str, np.ndarray]:

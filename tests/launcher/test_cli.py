@@ -17,8 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 COMMANDS = (
     "quickstart", "prepare", "data", "recipes", "plan", "pretrain", "replay", "guard", "submit",
-    "export", "finetune",
-    "evaluate", "generate",
+    "checkpoint", "export", "finetune", "evaluate", "generate",
 )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """The commit protocol: a checkpoint is complete or it does not exist, and damage is named."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,57 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.durable import read_sealed, write_sealed
+from tests.train.checkpoints import SHAPES, values, write
 from train import checkpoint, slices
 from train.checkpoint import CheckpointError, committed, open_checkpoint
+from train.retention import Retention
 from train.slices import SliceReader, check_tiling, write_slices
-
-SHAPES = {"a": (6, 5), "b": (7,)}
-
-
-def write(run: Path, step: int, *, num_ranks: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
-    """A checkpoint of two parameters with one moment, cut evenly over the ranks; returns what was
-    stored.
-    """
-    generator = np.random.default_rng([seed, step])
-    values = {
-        f"{key}/{name}": generator.standard_normal(int(np.prod(shape)), dtype=np.float32)
-        for key in ("param", "exp_avg")
-        for name, shape in SHAPES.items()
-    }
-    folder = checkpoint.begin(run, step)
-    files = []
-    for rank in range(num_ranks):
-        ranges = []
-        for name, shape in SHAPES.items():
-            size = int(np.prod(shape))
-            first, last = size * rank // num_ranks, size * (rank + 1) // num_ranks
-            ranges.append((name, first, last - first))
-        arrays = {
-            key: np.concatenate(
-                [values[f"{key}/{n}"][first : first + count] for n, first, count in ranges]
-            )
-            for key in ("param", "exp_avg")
-        }
-        files.append(write_slices(folder, rank, arrays, {key: ranges for key in arrays}))
-    checkpoint.commit(
-        folder,
-        step=step,
-        parameters=SHAPES,
-        scalars={"step": float(step)},
-        state={"step": step},
-        files=files,
-    )
-    return values
 
 
 def test_any_range_reads_back_whatever_the_number_of_writers(tmp_path: Path) -> None:
     for num_ranks in (1, 2, 3, 8):
-        values = write(tmp_path, num_ranks, num_ranks=num_ranks)
+        written = write(tmp_path, num_ranks, num_ranks=num_ranks)
         saved = open_checkpoint(tmp_path, num_ranks)
         reader = SliceReader(saved.folder, saved.manifest["files"])
         for key in ("param", "exp_avg"):
             for name, shape in SHAPES.items():
-                stored = values[f"{key}/{name}"]
+                stored = written[f"{key}/{name}"]
                 assert np.array_equal(saved.read(name, key), stored.reshape(shape))
                 assert np.array_equal(reader.read(name, key, 2, 4), stored[2:6])
         assert (saved.step, saved.scalars, saved.state) == (
@@ -151,11 +118,37 @@ def test_ranges_must_tile(pieces: list[tuple[str, int, int]]) -> None:
         check_tiling({"a": (6, 5)}, files)
 
 
+def test_a_checkpoint_that_was_copied_over_another_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    newer = tmp_path / "checkpoints/step-000000002"
+    shutil.rmtree(newer)
+    shutil.copytree(tmp_path / "checkpoints/step-000000001", newer)
+    with pytest.raises(
+        CheckpointError, match=r"000000002/manifest.json is the manifest of step 1, not of step 2"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_a_manifest_without_time_still_opens(tmp_path: Path) -> None:
+    before = time.time()
+    write(tmp_path, 1)
+    saved = open_checkpoint(tmp_path)
+    assert before <= saved.time <= time.time()
+    path = saved.folder / "manifest.json"
+    content = {k: v for k, v in read_sealed(path).items() if k != "time"}
+    path.unlink()
+    write_sealed(path, content)
+    os.utime(path, (1e9, 1e9))
+    assert open_checkpoint(tmp_path).time == 1e9
+    open_checkpoint(tmp_path).verify()
+
+
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     (tmp_path / "checkpoints/step-000000000").mkdir()
-    checkpoint.prune(tmp_path, 2, newest=4)
+    checkpoint.prune(tmp_path, Retention(2), newest=4)
     assert committed(tmp_path) == [4, 3]
     assert not (tmp_path / "checkpoints/step-000000000").exists()
 
@@ -180,13 +173,15 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from tests.train.test_checkpoint import write
+from data.durable import read_sealed, write_sealed
+from tests.train.checkpoints import write
 from train.checkpoint import prune
+from train.retention import Retention
 step = int(sys.argv[2])
 while True:
     step += 1
     write(Path(sys.argv[1]), step)
-    prune(Path(sys.argv[1]), 2, newest=step)
+    prune(Path(sys.argv[1]), Retention(2), newest=step)
     print(step, flush=True)
 """
 
@@ -212,12 +207,6 @@ def test_sigkill_at_any_moment_leaves_a_usable_checkpoint(tmp_path: Path) -> Non
         assert reached >= announced
         saved = open_checkpoint(tmp_path)
         saved.verify()
-        assert np.array_equal(saved.read("b"), _expected(reached))
+        assert np.array_equal(saved.read("b"), values(reached)["param/b"])
         manifest = json.loads((saved.folder / "manifest.json").read_text())
         assert manifest["state"] == {"step": reached}
-
-
-def _expected(step: int) -> np.ndarray:
-    generator = np.random.default_rng([0, step])
-    generator.standard_normal(30, dtype=np.float32)
-    return generator.standard_normal(7, dtype=np.float32)
