@@ -62,10 +62,12 @@ def prepare(
     text that cannot be read.
     """
     request = Request.of(inputs, output, config, tokenizer, decontaminate)
-    files = _find(request)
     is_begun = read_claim(output, KIND) is not None
     if is_begun and (output / MANIFEST).is_file():
-        return _complete(request, files, workers, progress)
+        return _complete(request, _find(request), workers, progress)
+    # Before anything is fetched or written.
+    request.cleaner.check()
+    files = _find(request)
     is_new = not output.exists()
     with holding(output), _pool(workers, files, config) as pool:
         try:
@@ -106,7 +108,6 @@ def _run(
 
 
 def _prepare(work: Work, pool: Pool, progress: Progress) -> None:
-    work.request.cleaner.check()
     output = work.request.output
     for stage in stages_of(work.request):
         _run(stage, work, pool, progress)
@@ -147,6 +148,8 @@ def prepare_task(
     DataUsageError, with the call that is missing as `command` writes it, when a stage before is not
     complete.
     """
+    if stage not in STAGES:
+        raise DataUsageError(f"--stage {stage}: there is no such stage; one of {', '.join(STAGES)}")
     request = Request.of(inputs, output, config, tokenizer, decontaminate)
     claim = read_claim(output, KIND)
     if claim is not None:
@@ -226,8 +229,6 @@ STAGES = (PLAN, *(stage.name for stage, _ in _STAGES))
 
 def _chosen(request: Request, name: str) -> tuple[list[Stage[Work]], Stage[Work] | None]:
     """The stages before one, and itself; None where it is off."""
-    if name not in STAGES:
-        raise DataUsageError(f"--stage {name}: there is no such stage; one of {', '.join(STAGES)}")
     stages = stages_of(request)
     names = [stage.name for stage in stages]
     if name not in names:

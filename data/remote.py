@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import xxhash
 
-from data.config import DataUsageError, check_public
+from data.config import AccessError, DataUsageError, check_public
 from data.durable import publish, write_durably, writing
 from data.retries import Wish, WrongAnswer, tried, without_secrets
 
@@ -105,8 +105,11 @@ class UrlFiles:
             try:
                 part: bytes = stream.read(stop - start)
             except ValueError:
-                raise WrongAnswer(
-                    f"bytes {start} to {stop - 1} were asked for, the server gave the whole file"
+                # To ask again will not do: it answers 200 where 206 would be the part.
+                raise AccessError(
+                    f"{without_secrets(url)} cannot be read in parts: bytes {start} to {stop - 1} "
+                    "were asked for, the server gave the whole file; copy the dataset to a server "
+                    "that gives ranges, or to a directory"
                 ) from None
         if not part:
             raise ValueError("the file ends before the bytes that were asked for")

@@ -57,8 +57,8 @@ def prepare(
         "clean": {
             "normalize": normalize,
             "filter": filter,
-            "filter_datatrove": usage.names(filter_datatrove),
-            "language": usage.names(language),
+            "filter_datatrove": usage.names("--filter-datatrove", filter_datatrove),
+            "language": usage.names("--language", language),
             **({} if language_min is None else {"language_min": language_min}),
             "mask_pii": mask_pii,
             "dedup": dedup,

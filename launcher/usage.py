@@ -25,6 +25,13 @@ def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
         raise typer.BadParameter(f"{option} {first['input']}: {first['msg']}") from None
 
 
-def names(value: str | None) -> tuple[str, ...]:
-    """The names in a list with commas."""
-    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
+def names(option: str, value: str | None) -> tuple[str, ...]:
+    """The names in a list with commas; an empty one is a usage error."""
+    if value is None:
+        return ()
+    found = tuple(name.strip() for name in value.split(","))
+    if "" in found:
+        raise typer.BadParameter(
+            f"{option} {value!r}: a name is empty; leave out the comma too many, or the option"
+        )
+    return found

@@ -6,7 +6,10 @@ import bz2
 import gzip
 import lzma
 import os
+import re
+import tempfile
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pyarrow
@@ -18,6 +21,7 @@ from data.prepare import prepare
 from data.readers import Document, Dropped, Reading, cut_parts, find_files, read_extent
 from tests.data.test_formats import PACK, tar
 from tests.data.texts import prose
+from tests.ranks import _context as processes
 
 POLICIES: tuple[BadText, ...] = ("strict", "replace", "skip")
 
@@ -161,12 +165,29 @@ def test_a_link_to_a_file_that_is_named_too_is_the_same_file(tmp_path: Path) -> 
         find_files([str(tmp_path)])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "a.txt").chmod(0)
-    with pytest.raises(DataUsageError, match=r"a\.txt cannot be read: permission denied"):
-        find_files([str(tmp_path)])
+def find_as_nobody(pipe: Connection, folder: str) -> None:
+    """What is refused to a user without rights; root would read everything."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        find_files([folder])
+        pipe.send("not refused")
+    except DataUsageError as error:
+        pipe.send(str(error))
+
+
+def test_a_file_that_may_not_be_read_is_refused() -> None:
+    # Not below pytest's own folder, which belongs to its user alone.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "a.txt").write_text("text")
+        Path(folder, "a.txt").chmod(0)
+        here, there = processes.Pipe()
+        reader = processes.Process(target=find_as_nobody, args=(there, folder))
+        reader.start()
+        assert here.poll(60), "no answer"
+        assert re.search(r"a\.txt cannot be read: permission denied", here.recv())
+        reader.join()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,14 @@ def test_a_document_less_sure_than_asked_is_dropped_as_such() -> None:
     assert account["language"].dropped == {"language en, but less sure than 1.0": 1}
 
 
+def test_a_preparation_in_an_unknown_language_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    config = PrepareConfig(clean=CleanConfig(language=("xx",)))
+    with pytest.raises(DataUsageError, match="xx is no language that can be told"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", config, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 @pytest.mark.parametrize(
     ("codes", "message"),
     [

@@ -119,7 +119,7 @@ def test_a_copy_sent_to_another_process_reads_on_its_own(
 @pytest.mark.parametrize(
     ("file", "fault"),
     [
-        *((".tar", fault) for fault in (short_range, whole_file, other_content, stall, redirect)),
+        *((".tar", fault) for fault in (short_range, other_content, stall, redirect)),
         *((".idx.json", fault) for fault in (short_body, other_content, stall, redirect)),
         *((file, status(503)) for file in (".tar", ".idx.json", "shards.npy", "manifest.json")),
         ("shards.npy", other_content),
@@ -139,7 +139,7 @@ def test_a_fault_that_passes_changes_nothing(
     [
         (short_body, AccessError, r"could not be fetched in 8 attempts \(ClientPayloadError"),
         (short_range, AccessError, r"\(bytes \d+ to \d+ were asked for, \d+ bytes came\)"),
-        (whole_file, AccessError, r"were asked for, the server gave the whole file\)"),
+        (whole_file, AccessError, r"cannot be read in parts: .* gave the whole file; copy the"),
         (status(503), AccessError, r"in 8 attempts \(HTTP 503, .*when the server answers"),
         (status(403), AccessError, r"cannot be fetched \(HTTP 403, .*parts of files: copy the"),
         (status(416), AccessError, r"cannot be fetched \(ValueError\); the file there is not the"),
@@ -158,7 +158,7 @@ def test_a_fault_that_stays_is_named_and_nothing_is_kept(
     assert isinstance(raised.value, AccessError) == (error is AccessError)
     assert [path for path in held(config) if path.suffix == ".tokens"] == []
     assert set(before) <= set(held(config))
-    if "cannot be fetched" in message:
+    if "cannot be" in message:
         assert len([path for path, _ in server.asked[asked:] if path.endswith(".tar")]) == 1
 
 

@@ -187,6 +187,8 @@ def test_a_stage_that_is_not_complete_is_refused_with_the_command(
         task(corpus, output, "cleaned", "encode", "3/9")
     with pytest.raises(DataUsageError, match=r"--stage sort: there is no such stage; one of plan,"):
         task(corpus, output, "cleaned", "sort", "0/1")
+    with pytest.raises(DataUsageError, match=r"--stage sort: there is no such stage; one of plan,"):
+        task(corpus, tmp_path / "without-a-plan", "cleaned", "sort", "0/1")
 
 
 @pytest.mark.parametrize("text", ["1", "4/4", "1/0", "-1/3", "1/2/3", "a/b", " 1/2"])

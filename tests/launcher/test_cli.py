@@ -46,6 +46,10 @@ def test_help_reads_like_a_table_of_contents(tmp_path: Path) -> None:
     [
         (["pretrian"], "No such command 'pretrian'"),
         (["pretrain"], "Missing argument 'RECIPE'"),
+        (
+            ["prepare", "--input", "a.txt", "--output", "o", "--language", "en,,zh"],
+            "--language 'en,,zh': a name is empty; leave out the comma too many",
+        ),
         (["pretrain", "tiny-cup"], "error: no recipe named 'tiny-cup'; did you mean 'tiny-cpu'?"),
         (
             ["pretrain", "tiny-cpu", "optim.l_r=1"],
