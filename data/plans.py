@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataError, DataUsageError, MissingError
+from data.config import COMMAND, AccessError, DataError, DataUsageError, MissingError
 from data.durable import unsealed, write_sealed
 from data.folder import Folder, read_at
 from data.manifest import Manifest, read_table
@@ -122,11 +122,18 @@ def read_plan(place: Place, manifest: Manifest, seq_len: int) -> Plan:
     """
     path = place.path(plan_name(seq_len))
     make = f"make it with {command(place, seq_len)}"
-    raw = place.sealed(plan_name(seq_len))
+    raw, reason = None, f"{path} is missing"
+    try:
+        raw = place.sealed(plan_name(seq_len))
+    except AccessError as error:
+        # A command only fails: what it was asked for may be missing.
+        if not str(place).startswith(COMMAND):
+            raise
+        reason = str(error)
     if raw is None:
         raise DataUsageError(
-            f"{place} has no plan for data.packing=best_fit with seq_len={seq_len} ({path} is "
-            f"missing); {make}, or write data.packing=concat"
+            f"{place} has no plan for data.packing=best_fit with seq_len={seq_len} ({reason}); "
+            f"{make}, or write data.packing=concat"
         )
     found = json.loads(unsealed(raw, path, remedy=f"; {make} again"))
     if (found.get("format"), found.get("version")) != (FORMAT, VERSION):

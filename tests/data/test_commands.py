@@ -117,6 +117,13 @@ def test_a_command_that_cannot_start_or_names_no_place_is_refused(config: DataCo
         place_of("pipe:cat '{path}", config, commands=True)
 
 
+def test_a_plan_that_is_missing_is_told_as_one(folder: Path, config: DataConfig) -> None:
+    location = f"pipe:cat {folder}/{{path}}"
+    with pytest.raises(DataUsageError, match=r"has no plan .*status 1.*`headrace data pack .*24`"):
+        settings = config.model_copy(update={"packing": "best_fit"})
+        open_datasets(location, seq_len=24, config=settings, commands=True)
+
+
 def test_only_a_person_names_commands(folder: Path, config: DataConfig, tmp_path: Path) -> None:
     """Not a run directory, not a list, and no name inside a manifest becomes one."""
     location = f"pipe:cat {folder}/{{path}}"
