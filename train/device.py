@@ -38,4 +38,4 @@ def keep_freed_memory() -> bool:
 
 def flip_bit(values: torch.Tensor) -> None:
     """Flip one bit of the fp32 value in the middle, in place, as failing memory does."""
-    values.view(torch.int32)[len(values) // 2] ^= 1 << 22
+    values.view(-1).view(torch.int32)[values.numel() // 2] ^= 1 << 22
