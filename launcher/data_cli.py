@@ -25,6 +25,7 @@ def verify(
 
     result = verify(place_of(dataset, commands=True), full=full)
     show_verification(result, as_json=as_json)
+    _tell_unlisted(dataset)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -71,6 +72,7 @@ def stats(
     from launcher.stats import show_stats, stats
 
     show_stats(stats(dataset, run=run, seq_len=seq_len), as_json=as_json)
+    _tell_unlisted(dataset)
 
 
 @data_app.command()
@@ -116,3 +118,14 @@ def index(
         source=source,
     )
     show_indexed(found, as_json=as_json)
+
+
+def _tell_unlisted(dataset: Any) -> None:
+    """Nobody takes plans for checked that were not looked at."""
+    from data.places import is_url
+
+    if is_url(dataset):
+        typer.echo(
+            f"packing plans of {dataset} were not looked at: elsewhere they cannot be listed",
+            err=True,
+        )

@@ -19,6 +19,7 @@ from data.readers import Document, cut_parts, read_extent
 from data.sources import open_datasets
 from data.tokens import TokenSource
 from data.verify import verify
+from launcher.cli import run_command
 from tests.data.tiny import documents, write_dataset
 
 TEXTS = documents(60)
@@ -122,6 +123,17 @@ def test_a_plan_that_is_missing_is_told_as_one(folder: Path, config: DataConfig)
     with pytest.raises(DataUsageError, match=r"has no plan .*status 1.*`headrace data pack .*24`"):
         settings = config.model_copy(update={"packing": "best_fit"})
         open_datasets(location, seq_len=24, config=settings, commands=True)
+
+
+@pytest.mark.parametrize("verb", ["verify", "stats"])
+def test_plans_that_cannot_be_listed_are_told(
+    folder: Path, verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent))
+    run_command(["data", verb, f"pipe:cat {folder}/{{path}}"], standalone=False)
+    assert "were not looked at: elsewhere they cannot be listed" in capsys.readouterr().err
+    run_command(["data", verb, str(folder)], standalone=False)
+    assert "looked at" not in capsys.readouterr().err
 
 
 def test_only_a_person_names_commands(folder: Path, config: DataConfig, tmp_path: Path) -> None:
