@@ -193,6 +193,17 @@ class RowFile:
             rest = rest[self._file.write(rest) :]
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, none where it is not there; a line that a crash of the
+    machine has torn is left out, and the rows before it still count.
+    """
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def _storage_error(error: OSError, path: str) -> StorageError:
     where = error.filename if isinstance(error.filename, str) else path
     reason, advice = os.strerror(error.errno or 0), _ADVICE[error.errno or 0]

@@ -25,6 +25,7 @@ from launcher.data_cli import data_app
 from launcher.prepare_cli import prepare
 from launcher.recipes import Recipe, find_recipe
 from launcher.tokenizer_cli import tokenizer_app
+from train import faults
 
 if TYPE_CHECKING:
     from train.config import FinetuneConfig, RunConfig
@@ -65,6 +66,7 @@ def main() -> None:
     _configure_logging(spawn.rank_of(os.environ))
     _escape_what_cannot_be_printed()
     try:
+        faults.arm(os.environ.get(faults.VARIABLE), spawn.rank_of(os.environ))
         run_command()
     except (ValueError, OSError) as error:
         # Errors meant for people carry their exit code; anything else keeps its traceback.

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data.durable import told
 from launcher import mailbox, slurm
-from train import faults, watch
+from train import watch
 from train.progress import at
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ def run_rank(train: Callable[[], str]) -> int:
     folder = mailbox.folder_of(os.environ)
     if folder is None:
         _greet(role, rank)
-        return _trained(train, rank)
+        at("import")
+        return 1 if train() == "failed" else 0
     if not folder.is_dir():
         # The launcher ended while this rank was still being started.
         return 1
@@ -76,7 +77,8 @@ def run_rank(train: Callable[[], str]) -> int:
     watch.tell = partial(_tell_stall, folder, rank)
     _greet(role, rank)
     try:
-        code = _trained(train, rank)
+        at("import")
+        code = 1 if train() == "failed" else 0
     except Exception as error:
         mailbox.tell_failure(folder, _failure(rank, error))
         time.sleep(WAIT_SECONDS)
@@ -89,12 +91,6 @@ def follow_parent(number: signal.Signals) -> None:
     """Have the kernel send us `number` when our parent ends, however it ends; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
-
-
-def _trained(train: Callable[[], str], rank: int) -> int:
-    faults.arm(os.environ.get(faults.VARIABLE), rank)
-    at("import")
-    return 1 if train() == "failed" else 0
 
 
 def _tell_stall(folder: Path, rank: int, message: str) -> None:

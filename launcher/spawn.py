@@ -29,6 +29,7 @@ from launcher.mailbox import Failure
 from launcher.rank import STOP_SIGNALS, Role, follow_parent, recognise, run_rank
 from launcher.rank import rank_of as rank_of
 from train.attempts import Outcome, attempts, end_attempt
+from train.progress import at
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def run_job(
     if num_processes > 1:
         return launch(sys.argv[1:], run=run, num_processes=num_processes, program=program)
     log.info("launcher: one process, no torchrun")
+    at("import")
     try:
         return EXIT_CODES[train()]
     except KeyboardInterrupt:

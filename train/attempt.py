@@ -208,6 +208,7 @@ def _train(
         return train(job)
     finally:
         watch.close()
+        job.saver.close()
         metrics.close()
 
 

@@ -7,7 +7,6 @@ launcher reads the outcome, and closes the row of ranks that could not. No torch
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import socket
@@ -17,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from data.durable import RowFile
+from data.durable import RowFile, read_rows
 from train.config import JobConfig
 from train.decode import flat_keys
 
@@ -28,13 +27,7 @@ PACKAGES = ("headrace", "torch", "deepspeed", "numpy")
 
 def attempts(run: Path) -> list[dict[str, Any]]:
     """Rows of attempts.jsonl."""
-    path = run / FILE
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        # A crash of the machine can tear the last line; the rows before it still count.
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    return read_rows(run / FILE)
 
 
 def begin_attempt(

@@ -7,13 +7,12 @@ first event on. One writer (rank 0). No torch here.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-from data.durable import RowFile
+from data.durable import RowFile, read_rows
 
 FILE = "events.jsonl"
 
@@ -28,12 +27,7 @@ def record(run: Path, event: str, **fields: Any) -> None:
 
 def read_events(run: Path, event: str) -> list[dict[str, Any]]:
     """The events of one kind, oldest first; a line that a crash has torn is left out."""
-    path = run / FILE
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if row.get("event") == event]
+    return [row for row in read_rows(run / FILE) if row.get("event") == event]
 
 
 def _is_no_number(value: Any) -> bool:

@@ -71,7 +71,7 @@ def between_failures(rows: Sequence[Mapping[str, Any]], *, num_devices: int, now
 
 
 @dataclass(frozen=True)
-class Choice:
+class Interval:
     """An interval, and what follows from it."""
 
     steps: int
@@ -88,7 +88,7 @@ class Choice:
         )
 
 
-def choose(costs: Costs, step_seconds: float) -> Choice:
+def choose(costs: Costs, step_seconds: float) -> Interval:
     """In whole steps."""
     steps = max(1, round(best_interval(costs) / step_seconds))
-    return Choice(steps, goodput(steps * step_seconds, costs), costs)
+    return Interval(steps, goodput(steps * step_seconds, costs), costs)

@@ -11,12 +11,12 @@ from train.attempts import attempts
 from train.interval import (
     FIRST_SAVE_SECONDS,
     RESTART_SECONDS,
-    Choice,
     Costs,
+    Interval,
     between_failures,
     choose,
 )
-from train.saver import Timing
+from train.saver import SaveCost
 from train.world import World
 
 MEASURED_STEPS = 3
@@ -41,8 +41,8 @@ class Pace:
         """The step of the last checkpoint."""
         self._last_time = time.monotonic()
         self._longest = 0.0
-        self._saved: Timing | None = None
-        self._choice: Choice | None = None
+        self._saved: SaveCost | None = None
+        self._interval: Interval | None = None
 
     @property
     def lead_seconds(self) -> float:
@@ -52,7 +52,7 @@ class Pace:
         lag = self._saved.lag_seconds if self._saved else FIRST_SAVE_SECONDS
         return 2 * (self._longest + lag) + LEAD_SECONDS
 
-    def measured(self, step_seconds: float, saved: Timing | None) -> None:
+    def measured(self, step_seconds: float, saved: SaveCost | None) -> None:
         """What the last step and the last save have cost this rank."""
         self._longest = max(self._longest, step_seconds)
         self._saved = saved
@@ -61,9 +61,9 @@ class Pace:
         """Collective. Whether a checkpoint of this step is."""
         if self._every != "auto":
             return self._every > 0 and step % self._every == 0
-        if self._choice is None and step - self._first_step + 1 >= MEASURED_STEPS:
+        if self._interval is None and step - self._first_step + 1 >= MEASURED_STEPS:
             self._choose(step)
-        return self._choice is not None and step - self.last_step >= self._choice.steps
+        return self._interval is not None and step - self.last_step >= self._interval.steps
 
     def begun(self, step: int) -> None:
         """Collective. A checkpoint of this step is on its way."""
@@ -79,11 +79,11 @@ class Pace:
         steps, seconds = step - self.last_step, time.monotonic() - self._last_time
         if not steps:
             return
-        before, self._choice = self._choice, self._world.broadcast(self._best(seconds / steps))
-        if self._choice is not None and (before is None or before.steps != self._choice.steps):
-            log.info("%s", self._choice)
+        before, self._interval = self._interval, self._world.broadcast(self._best(seconds / steps))
+        if self._interval is not None and (before is None or before.steps != self._interval.steps):
+            log.info("%s", self._interval)
 
-    def _best(self, step_seconds: float) -> Choice | None:
+    def _best(self, step_seconds: float) -> Interval | None:
         if not self._world.is_main:
             return None
         saved = self._saved

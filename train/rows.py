@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+from data.durable import read_rows
 from train.attempts import attempts
 
 Row = dict[str, Any]
@@ -22,11 +22,7 @@ def read_metrics(run: Path) -> list[Row]:
     last line is ignored.
     """
     rows: dict[tuple[int, bool], Row] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in read_rows(run / "metrics.jsonl"):
         rows[(row["step"], "val_loss" in row)] = row
     return [rows[key] for key in sorted(rows)]
 

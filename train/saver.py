@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Timing:
+class SaveCost:
     """What a save has cost."""
 
     step: int
@@ -78,7 +78,7 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._buffers: dict[str, torch.Tensor] = {}
         self._pending: _Pending | None = None
-        self.committed: Timing | None = None
+        self.committed: SaveCost | None = None
         """The last save that was committed."""
 
     @property
@@ -128,6 +128,10 @@ class Saver:
             self._pending.stall += time.monotonic() - begun
             self.commit()
 
+    def close(self) -> None:
+        """Take no more; what is in flight is written to its end and stays uncommitted."""
+        self._writer.shutdown(wait=False)
+
     def commit(self) -> None:
         """Collective. Commit the save in flight, which every rank has written, and remove what the
         config does not keep.
@@ -162,7 +166,7 @@ class Saver:
                     checkpoint.prune(self._run, self._config.retention(), newest=step)
         now = time.monotonic()
         stall = pending.stall + now - begun
-        self.committed = Timing(step, stall, seconds, now - pending.begun)
+        self.committed = SaveCost(step, stall, seconds, now - pending.begun)
 
     @contextmanager
     def _discarding(self, step: int) -> Iterator[None]:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train import faults
 from train.deadline import Deadline
 from train.device import keep_freed_memory
 from train.progress import at
@@ -121,7 +120,6 @@ def join_world(*, stall_seconds: float = STALL_SECONDS) -> Iterator[World]:
     """
     timeout = datetime.timedelta(seconds=stall_seconds + REPORT_SECONDS)
     rank, size, local_rank = _place()
-    faults.arm(os.environ.get(faults.VARIABLE), rank)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -18,19 +18,26 @@ from train.attempts import attempts
 STALL_SECONDS = 6
 
 
-def pretrain(dataset: Path, folder: Path, fault: str = "") -> subprocess.CompletedProcess[str]:
-    """`headrace pretrain` on two ranks."""
-    recipe = folder / "small.toml"
-    recipe.write_text(RECIPE, encoding="utf-8")
-    command = [sys.executable, "-m", "launcher", "pretrain", str(recipe), f"data={dataset}"]
-    command += ["steps=5", "eval.samples=2", "checkpoint.every=2", f"stall_seconds={STALL_SECONDS}"]
+def headrace(argv: list[str], fault: str = "") -> subprocess.CompletedProcess[str]:
+    """One command, with a fault."""
     return subprocess.run(
-        [*command, "--nproc", "2", "--run", str(folder / "run")],
+        [sys.executable, "-m", "launcher", *argv],
         env=os.environ | {"HEADRACE_FAULT": fault, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
     )
+
+
+def pretrain(
+    dataset: Path, folder: Path, fault: str = "", *more: str
+) -> subprocess.CompletedProcess[str]:
+    """`headrace pretrain` on two ranks, unless `more` says otherwise."""
+    recipe = folder / "small.toml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    argv = ["pretrain", str(recipe), f"data={dataset}", "--run", str(folder / "run")]
+    argv += ["steps=5", "eval.samples=2", "checkpoint.every=2", f"stall_seconds={STALL_SECONDS}"]
+    return headrace([*argv, "--nproc", "2", *more], fault)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,20 @@ def test_a_rank_that_stands_still_is_named_with_the_stacks_of_all(
     assert again.returncode == 0, again.stderr
 
 
-def test_a_fault_that_there_is_not_is_refused(dataset: Path, tmp_path: Path) -> None:
-    done = pretrain(dataset, tmp_path, "forward:3:0:faint")
+@pytest.mark.parametrize("argv", [["pretrain", "tiny-cpu"], ["export", "RUN", "OUT"]])
+def test_a_fault_that_there_is_not_is_refused_by_every_command(argv: list[str]) -> None:
+    done = headrace(argv, "forward:3:0:faint")
     assert done.returncode == 2
     assert "HEADRACE_FAULT='forward:3:0:faint': no kind 'faint'; there are" in done.stderr
+
+
+def test_an_export_that_is_killed_before_it_is_published_leaves_nothing_of_that_name(
+    dataset: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    # Two steps are enough of a run.
+    assert pretrain(dataset, tmp_path, "", "steps=2", "--nproc", "1").returncode == 0
+    killed = headrace(["export", str(run), str(out)], "export:0:0:kill")
+    assert killed.returncode == -9 and not out.exists(), killed.stderr
+    done = headrace(["export", str(run), str(out)])
+    assert done.returncode == 0 and (out / "config.json").is_file(), done.stderr
