@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.config import DataConfig, DataError, DataSource, DataUsageError, Packing
+from data.kept import KeptChunks
 from data.manifest import Manifest, read_manifest
 from data.mixture import quotas
 from data.order import Geometry
@@ -101,11 +102,12 @@ def open_datasets(
     places = [place_of(entry.path, config, commands=commands) for entry in listed]
     manifests = [read_manifest(place) for place in places]
     _check_alike(listed, manifests)
+    kept = KeptChunks()
     sources: list[Source] = []
     refused: DataUsageError | None = None
     for entry, place, manifest in zip(listed, places, manifests, strict=True):
         try:
-            sources += _sources(entry, place, manifest, split, seq_len, packing, alone=alone)
+            sources += _sources(entry, place, manifest, split, seq_len, packing, kept, alone=alone)
         except DataUsageError as error:
             if split == "train":
                 raise
@@ -137,6 +139,7 @@ def _sources(
     split: str,
     seq_len: int,
     packing: Packing,
+    kept: KeptChunks,
     *,
     alone: bool,
 ) -> list[Source]:
@@ -154,7 +157,7 @@ def _sources(
         )
     made: list[Samples] = []
     for name in names:
-        tokens = TokenSource(place, manifest, split, name)
+        tokens = TokenSource(place, manifest, split, name, kept=kept)
         if packing == "best_fit":
             made.append(BestFit(tokens, place, manifest, split, seq_len))
         else:

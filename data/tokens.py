@@ -1,11 +1,11 @@
 """One source of a dataset as one long array of tokens, read by `os.pread` in exact ranges.
 
 A chunk is read whole the first time it is touched: its xxh3 and its largest id are checked, and it
-stays in memory for a while. Later reads take their range from there or straight from the file; what
-files there are, here or in the cache of what comes from elsewhere, is its place's business. A
-read may cross chunks and shards. Not for use by several threads at once; a copy sent to another
-process opens its own files.
-Memory: 64 MiB of chunks, 1,024 parsed indexes and 8 bytes per shard; 128 open files.
+stays in memory for a while (data/kept.py). Later reads take their range from there or straight from
+the file; what files there are, here or in the cache of what comes from elsewhere, is its place's
+business. A read may cross chunks and shards. Not for use by several threads at once; a copy sent to
+another process opens its own files.
+Memory: chunks, 1,024 parsed indexes and 8 bytes per shard; 128 open files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +26,12 @@ from numpy.typing import NDArray
 
 from data.arrays import check_lens, check_tokens, read_exactly
 from data.config import AccessError, DataError, DataUsageError
+from data.kept import KeptChunks
 from data.manifest import Manifest, read_table
 from data.places import Kind, Place, place_of
 from data.recent import Recent
 from data.shard_index import ShardIndex, index_of, index_path, read_names
 
-CACHE_BYTES = 2**26
 MAX_INDEXES = 1024
 MAX_FILES = 128
 _WHOLE = -1
@@ -57,8 +56,19 @@ class Document:
 class TokenSource:
     """The tokens of one source of one split, shard after shard in manifest order."""
 
-    def __init__(self, dataset: Path | Place, manifest: Manifest, split: str, source: str) -> None:
+    def __init__(
+        self,
+        dataset: Path | Place,
+        manifest: Manifest,
+        split: str,
+        source: str,
+        *,
+        kept: KeptChunks | None = None,
+    ) -> None:
+        """`kept` is shared by the sources that one process reads."""
         self.name = source
+        self._kept = kept or KeptChunks()
+        self._id = f"{dataset} {split}/{source}"
         self._place = place_of(dataset)
         self._table_sha256 = manifest.table_sha256
         self._vocab_size = manifest.vocab_size
@@ -157,7 +167,7 @@ class TokenSource:
                 begin += length
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_cache", "_files", "_indexes", "_checked", "_bad", "_table")
+        own = ("_files", "_indexes", "_checked", "_bad", "_table")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,8 +176,6 @@ class TokenSource:
 
     def _reset(self) -> None:
         self._table = read_table(self._place, self._table_sha256)
-        self._cache: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
-        self._cached_bytes = 0
         self._files: Recent[tuple[int, int, Kind], int] = Recent(MAX_FILES, drop=os.close)
         self._indexes: Recent[int, _Index] = Recent(MAX_INDEXES)
         self._checked: dict[int, bytearray] = {}
@@ -190,9 +198,9 @@ class TokenSource:
         return shard, number, inside - index.starts[number], index.ends[number] - inside
 
     def _read_chunk(self, shard: int, number: int, first: int, last: int) -> NDArray[Any]:
-        whole = self._cache.get((shard, number))
+        key = (self._id, shard, number)
+        whole = self._kept.get(key)
         if whole is not None:
-            self._cache.move_to_end((shard, number))
             return whole[first:last]
         index = self._index(shard)
         chunk = index.located[number]
@@ -207,7 +215,7 @@ class TokenSource:
                 whole = check_tokens(file, index.shard, chunk, self._dtype, self._vocab_size)
             checked[number] = 1
             if whole is not None:
-                self._remember((shard, number), whole)
+                self._kept.add(key, whole)
                 return whole[first:last]
         width = self._dtype.itemsize
         offset = chunk.tokens_offset + first * width
@@ -231,13 +239,6 @@ class TokenSource:
         except DataError as error:
             self._bad[shard, number] = str(error)
             raise
-
-    def _remember(self, place: tuple[int, int], tokens: NDArray[Any]) -> None:
-        self._cache[place] = tokens
-        self._cached_bytes += tokens.nbytes
-        while self._cached_bytes > CACHE_BYTES:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= dropped.nbytes
 
     def _path(self, shard: int) -> str:
         return bytes(self._table[self._row + shard]["path"]).decode()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data import arrays, shards, tokens
+from data import arrays, kept, shards, tokens
 from data.config import DataError, MissingError
 from data.manifest import read_manifest
 from data.shard_index import index_path, read_index
@@ -78,7 +78,7 @@ def test_documents_of_a_range_are_named(dataset: Path, data: st.DataObject) -> N
 def test_chunks_that_leave_the_cache_are_read_in_ranges(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "CACHE_BYTES", 2500)
+    monkeypatch.setattr(kept, "KEPT_TOKENS", 1250)
     monkeypatch.setattr(tokens, "MAX_FILES", 2)
     monkeypatch.setattr(tokens, "MAX_INDEXES", 2)
     before = len(os.listdir("/proc/self/fd"))
@@ -86,7 +86,7 @@ def test_chunks_that_leave_the_cache_are_read_in_ranges(
     random = np.random.default_rng(0)
     for start in random.integers(0, len(STREAM) - 100, size=300).tolist():
         assert source.read(start, start + 100).tolist() == STREAM[start : start + 100].tolist()
-    assert source._cached_bytes <= 2500
+    assert 500 <= source._kept.tokens <= 1250
     # The mapped table may hold one file more.
     assert len(os.listdir("/proc/self/fd")) <= before + 3
     del source
@@ -100,7 +100,7 @@ def test_chunks_too_large_to_keep_are_checked_piece_by_piece(
     monkeypatch.setattr(arrays, "_PIECE_BYTES", 64)
     source = _source(own_dataset)
     assert source.read(0, len(STREAM)).tolist() == STREAM.tolist()
-    assert source._cached_bytes == 0
+    assert source._kept.tokens == 0
 
     shard, chunk = _damage_chunk(own_dataset, 1, 1)
     with pytest.raises(DataError, match=rf"{shard}, chunk {chunk}: its tokens are damaged"):
@@ -138,7 +138,7 @@ def test_a_cut_shard_is_refused_when_it_is_opened(own_dataset: Path) -> None:
 def test_a_shard_cut_while_it_is_open_is_refused(
     own_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "CACHE_BYTES", 0)
+    monkeypatch.setattr(kept, "KEPT_TOKENS", 0)
     source = _source(own_dataset)
     source.read(0, 100)
     os.truncate(own_dataset / read_manifest(own_dataset).shards[0].path, 700)
