@@ -8,6 +8,7 @@ sample for the tokenizer, twice.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import xxhash
 from data import vocabulary
 from data.claim import read_claim, write_claim
 from data.config import DataUsageError
-from data.durable import write_sealed
+from data.durable import file_sha256, write_sealed
 from data.jobs import Job, Report, alone, do
 from data.manifest import MANIFEST, write_manifest
 from data.pool import Pool
@@ -34,7 +35,7 @@ from data.survey_words import (
 )
 from data.tokenizer import load_tokenizer, tokenizer_file
 from data.tokenizer_json import MODEL_FILE
-from data.work import Work, sha256_of
+from data.work import Work
 
 KIND = "dataset"
 
@@ -84,7 +85,7 @@ def _tokenize(work: Work, job: Job, pool: Pool) -> None:
     found = survey_total(work.text, work.survey_jobs(rule), sample_below=limit)
     output, brought = work.request.output, work.request.tokenizer
     model = brought or _train(work, found)
-    _begin(work, {**work.command, "tokenizer_sha256": sha256_of(model)})
+    _begin(work, {**work.command, "tokenizer_sha256": _sha256(model)})
     file = vocabulary.place(model, output)
     fit = vocabulary.coverage(file, found, is_trained=brought is None)
     total.low = []
@@ -97,10 +98,14 @@ def _tokenize(work: Work, job: Job, pool: Pool) -> None:
     write_sealed(job.result, content)
 
 
+def _sha256(model: bytes | Path) -> str:
+    return file_sha256(model) if isinstance(model, Path) else hashlib.sha256(model).hexdigest()
+
+
 def _train(work: Work, found: Survey) -> bytes:
     """The trained tokenizer; one that an interrupted call has left is taken as it is."""
     claim, left = read_claim(work.request.output, KIND), work.request.output / MODEL_FILE
-    if claim is not None and left.is_file() and sha256_of(left) == claim["tokenizer_sha256"]:
+    if claim is not None and left.is_file() and file_sha256(left) == claim["tokenizer_sha256"]:
         return left.read_bytes()
     return vocabulary.train(found, work.request.config)
 

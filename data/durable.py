@@ -39,6 +39,12 @@ _ADVICE = _FULL | {
 }
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hex, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class StorageError(ValueError):
     """Storage that takes no more: full, read-only, failing or not ours to write."""
 

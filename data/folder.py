@@ -6,7 +6,6 @@ they are first touched, each as a file of its own.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Literal
 
 from data.cache import Cache, Content
 from data.config import AccessError, DataError, DataUsageError, MissingError
+from data.durable import file_sha256
 
 MANIFEST = "manifest.json"
 Kind = Literal["tokens", "lens", "ids"]
@@ -95,8 +95,8 @@ class Folder:
 
     def sha256(self, shard: str, num_bytes: int) -> str:
         path = self.folder / shard
-        with _reading(path), path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with _reading(path):
+            return file_sha256(path)
 
 
 class Staged(Folder):

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from data.claim import differences, holding, read_claim, write_claim
 from data.config import DataError, DataUsageError, PrepareConfig
+from data.durable import file_sha256
 from data.foreign_tar import TYPES, Array, read_arrays
 from data.manifest import MANIFEST, Manifest, ShardEntry, dtype_for, read_manifest, write_manifest
-from data.shards import file_sha256, write_shard
+from data.shards import write_shard
 from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, tokenizer_file
 from data.vocabulary import tokenizer_identity
 

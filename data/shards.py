@@ -26,14 +26,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from data.config import DataError
-from data.durable import publish, write_sealed, writing
-from data.manifest import BLOCK_TOKENS as BLOCK_TOKENS
-from data.manifest import Dtype as Dtype
-from data.manifest import Manifest as Manifest
-from data.manifest import ShardEntry as ShardEntry
-from data.manifest import dtype_for as dtype_for
-from data.manifest import read_manifest as read_manifest
-from data.manifest import write_manifest as write_manifest
+from data.durable import file_sha256, publish, write_sealed, writing
+from data.manifest import Dtype, ShardEntry
 from data.names import lines_of
 from data.shard_index import (
     INDEX_FORMAT,
@@ -87,12 +81,6 @@ def finished_shard(path: Path) -> ShardEntry | None:
     except (DataError, OSError):
         return None
     return _entry(path, index, file_sha256(index_path(path)))
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file in hex, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _OpenShard:

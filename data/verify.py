@@ -20,13 +20,13 @@ import numpy as np
 
 from data.arrays import check_lens, check_tokens
 from data.config import AccessError, DataError, MissingError
+from data.durable import file_sha256
 from data.folder import Folder
 from data.manifest import MANIFEST, TABLE, Manifest, ShardEntry, read_manifest, read_table
 from data.pack import pack_shard
 from data.places import Kind, Place, place_of
 from data.plans import command, open_plan_file, plan_name, planned_lengths, read_plan
 from data.shard_index import ShardIndex, index_of, index_path, read_names
-from data.shards import file_sha256
 from data.tokenizer import tokenizer_file
 
 

@@ -9,7 +9,6 @@ the input.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from data.cleaning import Cleaned, CleanJob, DropJob
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.decontaminate import evaluation_files
 from data.dedup import RangeJob, range_jobs
-from data.durable import read_sealed, write_sealed, writing
+from data.durable import file_sha256, read_sealed, write_sealed, writing
 from data.encode import Encoding, ShardJob, shard_jobs
 from data.intake import (
     Intake,
@@ -208,7 +207,7 @@ class Work:
         """Shards to write."""
         output = self.request.output
         file = tokenizer_file(output)
-        sha256 = sha256_of(file)
+        sha256 = file_sha256(file)
         encoding = Encoding(
             self.text,
             self.survey_jobs(self.rule),
@@ -308,9 +307,3 @@ def load_plan(request: Request, folder: Path, command: str) -> dict[str, Any]:
 def remove_work(output: Path) -> None:
     """Remove the results of all jobs from a dataset that no longer needs them."""
     shutil.rmtree(output / WORK, ignore_errors=True)
-
-
-def sha256_of(content: bytes | Path) -> str:
-    """In hex."""
-    raw = content.read_bytes() if isinstance(content, Path) else content
-    return hashlib.sha256(raw).hexdigest()

@@ -10,7 +10,6 @@ awkward texts. Only then is it renamed to OUT; on any disagreement nothing is pu
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.claim import holding, is_abandoned
-from data.durable import publish_folder, writing
+from data.durable import file_sha256, publish_folder, writing
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file, write_huggingface_tokenizer
 from model.config import ModelConfig, parameter_shapes
 from model.flops import num_parameters
@@ -224,7 +223,7 @@ def _check_model(saved: Checkpoint, config: ModelConfig) -> None:
 
 def _check_tokenizer(saved: Checkpoint, source: Path) -> None:
     trained_with = saved.state.get("tokenizer_sha256")
-    if trained_with is not None and _sha256(source) != trained_with:
+    if trained_with is not None and file_sha256(source) != trained_with:
         raise ExportError(
             f"{source} is not the tokenizer that the run was trained with (sha256 "
             f"{trained_with[:12]}...); copy {source.name} from the dataset to {source}"
@@ -269,11 +268,11 @@ def _write_provenance(
             "step": saved.step,
             "tokens": state.get("tokens"),
             "data": state.get("data"),
-            "config_sha256": _sha256(run / "config.json"),
-            "checkpoint_sha256": _sha256(saved.folder / "manifest.json"),
+            "config_sha256": file_sha256(run / "config.json"),
+            "checkpoint_sha256": file_sha256(saved.folder / "manifest.json"),
             "tokenizer_sha256": state.get("tokenizer_sha256"),
             "dtype": dtype,
-            "files": {path.name: _sha256(path) for path in files},
+            "files": {path.name: file_sha256(path) for path in files},
             "checks": {**asdict(agreement), "probe_ids": probe_ids.tolist()},
         },
     )
@@ -291,11 +290,6 @@ def _publish(unfinished: Path, out: Path) -> None:
         raise ExportError(
             f"{out} cannot be published: {error.strerror}; was it filled meanwhile?"
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 
 from data.config import PrepareConfig
 from data.loader import SampleStream, micro_batches
-from data.manifest import read_manifest
+from data.manifest import dtype_for, read_manifest, write_manifest
 from data.prepare import prepare
-from data.shards import dtype_for, write_manifest, write_shard
+from data.shards import write_shard
 from data.tokens import TokenSource
 from launcher.corpus import choose, read_sources
 from tests.benchmarks import mosaic

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from data import shards
 from data.config import DataError
-from data.durable import write_sealed
+from data.durable import file_sha256, write_sealed
 from data.shard_index import index_path, read_index
-from data.shards import file_sha256, finished_shard, write_shard
+from data.shards import finished_shard, write_shard
 from tests.data.tiny import documents, flip_bit, write_dataset
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards import Manifest, Named, ShardEntry, dtype_for, write_manifest, write_shard
+from data.manifest import Manifest, ShardEntry, dtype_for, write_manifest
+from data.shards import Named, write_shard
 
 VOCAB_SIZE = 300
 EOS = 2
