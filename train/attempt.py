@@ -16,9 +16,11 @@ import torch
 from data.durable import StorageError
 from data.phases import RunPhase
 from train import run as run_directory
+from train.build import build_engine, settle
 from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
 from train.config import JobConfig
-from train.engine import DTYPES, DeepSpeedEngine, Engine
+from train.device import machine
+from train.engine import DTYPES, Engine
 from train.guard import Guard
 from train.job import Job, Task
 from train.loop import train
@@ -27,6 +29,7 @@ from train.optim import STATE_KEYS
 from train.ownership import Ownership, RunInUse, own
 from train.pace import Pace
 from train.progress import at
+from train.promise import promise
 from train.rollback import leave_spikes, rollbacks_of
 from train.room import tight
 from train.run import Outcome
@@ -67,6 +70,7 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
     stop.
     """
     done = 0
+    settle(work.config.train, world.device)
     _check_same_everywhere(world, work)
     with world.together("opening the run"):
         if world.is_main:
@@ -149,7 +153,7 @@ def _train(
 ) -> tuple[Outcome, int]:
     """Collective. From the newest checkpoint to the outcome and the last completed step."""
     at("build")
-    engine = DeepSpeedEngine(
+    engine = build_engine(
         work.module(),
         work.config,
         world,
@@ -223,10 +227,13 @@ def _begin(world: World, run: Path, work: Work, done: int) -> Ownership:
         world_size=world.size,
         resumed_from=done or None,
         config=work.config,
+        machine=machine(world.device),
         slurm_job=slurm_job(),
     )
     if changed:
         log.info("changed since the attempt before: %s", "; ".join(changed))
+    if done:
+        log.info("%s", promise(work.config.train, changed, device=world.device.type))
     try:
         _check_still_at(run, done)
     except RunInUse as error:

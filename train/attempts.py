@@ -37,18 +37,21 @@ def begin_attempt(
     world_size: int,
     resumed_from: int | None,
     config: JobConfig,
+    machine: Mapping[str, str | int],
     slurm_job: str | None = None,
 ) -> list[str]:
     """Record that an attempt (train/ownership.py gives its number) starts. One rank only.
 
     `resumed_from` is the newest step whose files are there; should those turn out damaged, the
     first row of metrics.jsonl says from where the run went on. Returns what differs from the
-    attempt before, key by key, which is recorded, too.
+    attempt before, key by key, which is recorded, too. `machine` is what the bits of the numbers
+    depend on besides: the device, and on a CPU its threads.
     """
     made = {
         "world_size": world_size,
         "config": config.model_dump(mode="json"),
         "versions": versions(),
+        "machine": dict(machine),
     }
     before = next((row for row in reversed(attempts(run)) if row["event"] == "start"), None)
     changed = [] if before is None else changes(before, made)
@@ -75,12 +78,15 @@ def versions() -> dict[str, str]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """`KEY: OLD -> NEW` for what differs between two attempts: world size, config, versions."""
+    """`KEY: OLD -> NEW` for what differs between two attempts: world size, config, versions, and
+    machine.
+    """
     then, now = (
         {
             "world_size": row["world_size"],
             **dict(flat_keys(row["config"])),
             **row.get("versions", {}),
+            **row.get("machine", {}),
         }
         for row in (before, after)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
 
 import torch
@@ -19,6 +20,13 @@ def best_device() -> tuple[torch.device, torch.dtype | None]:
     if torch.cuda.is_available():
         return torch.device("cuda"), None
     return torch.device("cpu"), torch.float32
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the bits of a kernel's result depend on besides its release."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": platform.machine(), "threads": torch.get_num_threads()}
 
 
 def keep_freed_memory() -> bool:

@@ -1,5 +1,4 @@
-"""One optimizer step over a sharded model: DeepSpeed ZeRO 0-3, and the plain torch engine that it
-is tested against.
+"""One optimizer step over a sharded model: DeepSpeed ZeRO 0-3. train/plain.py says what it means.
 
 The gradient of a step is d(sum of token losses)/dw divided by the step's *global* number of valid
 tokens, whatever the world size and accumulation. DeepSpeed divides by ranks and by accumulation
@@ -25,7 +24,7 @@ from typing import Protocol
 import torch
 
 from data.loader import Batch as Batch
-from train.config import ConfigError, JobConfig, OptimConfig, Precision
+from train.config import ConfigError, JobConfig, Precision
 from train.deepspeed_json import deepspeed_json
 from train.optim import adamw
 from train.world import World
@@ -42,8 +41,6 @@ from train.zero_state import (
 log = logging.getLogger(__name__)
 
 LossSum = Callable[[torch.nn.Module, Batch], torch.Tensor]
-MakeOptimizer = Callable[[torch.nn.Module, OptimConfig], torch.optim.Optimizer]
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,70 +88,6 @@ class Engine(Protocol):
         """Collective. Make every other copy of the weights follow the master partitions, after they
         were written.
         """
-
-
-class PlainEngine:
-    """Plain torch on one process: the reference that defines what a step means."""
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        config: JobConfig,
-        world: World,
-        *,
-        make_optimizer: MakeOptimizer = adamw,
-    ) -> None:
-        if world.size != 1:
-            raise ConfigError(
-                f"PlainEngine runs on one rank, this world has {world.size}; use DeepSpeedEngine"
-            )
-        check_precision(config.precision, world.device)
-        low = config.precision != "fp32"
-        self.module = module.to(world.device, DTYPES[config.precision] if low else None)
-        self._clip_norm = config.optim.clip_norm
-        self._device = world.device
-        self._masters = _MasterCopy(self.module) if low else None
-        self.optimizer = make_optimizer(self._masters or self.module, config.optim)
-        self._norm: torch.Tensor | None = None
-
-    def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
-        loss = loss_sum(self.module, _to_device(batch, self._device))
-        torch.autograd.backward(loss / num_valid)
-        if self._masters is not None:
-            self._masters.take_gradients()
-        return loss.detach()
-
-    def grad_norm(self) -> float:
-        self._norm = _norm(self._parameters())
-        return _finite_or_inf(self._norm)
-
-    def step(self, lr: float) -> StepStats:
-        norm = _clip(self._parameters(), self._clip_norm, self._norm)
-        self._norm = None
-        _set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.refresh()
-        return StepStats(grad_norm=norm)
-
-    def skip(self) -> None:
-        self._norm = None
-        self.optimizer.zero_grad()
-
-    def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from ()
-
-    def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def flats(self) -> list[Flat]:
-        return plain_flats(
-            self._masters.masters() if self._masters else _named(self.module), self.optimizer
-        )
-
-    def refresh(self) -> None:
-        if self._masters is not None:
-            self._masters.write_back()
 
 
 class DeepSpeedEngine:
@@ -208,7 +141,7 @@ class DeepSpeedEngine:
         self._norm: torch.Tensor | None = None
 
     def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
-        loss = loss_sum(self.engine, _to_device(batch, self.engine.device))
+        loss = loss_sum(self.engine, to_device(batch, self.engine.device))
         self.engine.backward(loss * (self._scale / num_valid))
         # Counts the micro-batch; updates only after the last one of the step.
         if not self.engine.is_gradient_accumulation_boundary():
@@ -217,15 +150,15 @@ class DeepSpeedEngine:
 
     def grad_norm(self) -> float:
         if self._stage == 0:
-            self._norm = _norm(self._with_gradient())
-            return _finite_or_inf(self._norm)
-        return _finite_or_inf(deepspeed_norm(self.engine.optimizer))
+            self._norm = norm_of(self._with_gradient())
+            return finite_or_inf(self._norm)
+        return finite_or_inf(deepspeed_norm(self.engine.optimizer))
 
     def step(self, lr: float) -> StepStats:
-        _set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr)
         norm = None
         if self._stage == 0:
-            norm = _clip(self._with_gradient(), self._clip_norm, self._norm)
+            norm = clip(self._with_gradient(), self._clip_norm, self._norm)
             self._norm = None
         self.engine.step()
         return StepStats(
@@ -248,12 +181,7 @@ class DeepSpeedEngine:
         if self._stage == 3:
             yield from replicated(self.engine.optimizer, _names(self.engine.module))
             return
-        yield from _named(self.engine.module).items()
-        if self._stage == 0:
-            for flat in self.flats():
-                for key, tensor in flat.tensors().items():
-                    if key != "param":
-                        yield f"{flat.fragments[0].name} ({key})", tensor
+        yield from whole_replicas(self.engine.module, self.flats() if self._stage == 0 else [])
 
     def _with_gradient(self) -> list[torch.Tensor]:
         return [p for p in self.engine.module.parameters() if p.grad is not None]
@@ -261,7 +189,7 @@ class DeepSpeedEngine:
     def flats(self) -> list[Flat]:
         if self._stage == 0:
             return plain_flats(
-                _named(self.engine.module),
+                named(self.engine.module),
                 self.optimizer,
                 rank=self._rank,
                 num_ranks=self._world_size,
@@ -271,6 +199,17 @@ class DeepSpeedEngine:
     def refresh(self) -> None:
         if self._stage > 0:
             refresh_deepspeed(self.engine.optimizer)
+
+
+def whole_replicas(
+    module: torch.nn.Module, flats: list[Flat]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights, and the optimizer state of `flats`, which every rank holds whole."""
+    yield from named(module).items()
+    for flat in flats:
+        for key, tensor in flat.tensors().items():
+            if key != "param":
+                yield f"{flat.fragments[0].name} ({key})", tensor
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
@@ -286,59 +225,39 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
-class _MasterCopy(torch.nn.Module):
-    """fp32 twins of a low-precision module's parameters, with fp32 gradient accumulation."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self._low = dict(module.named_parameters())
-        # ParameterList, because names with dots are not allowed as attributes.
-        self.twins = torch.nn.ParameterList(p.detach().float().clone() for p in self._low.values())
-
-    def masters(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self._low, self.twins, strict=True))
-
-    @torch.no_grad()
-    def take_gradients(self) -> None:
-        for low, master in zip(self._low.values(), self.twins, strict=True):
-            if low.grad is not None:
-                master.grad = (
-                    low.grad.float() if master.grad is None else master.grad.add_(low.grad)
-                )
-                low.grad = None
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        torch._foreach_copy_(list(self._low.values()), list(self.twins))
-
-
-def _norm(parameters: list[torch.Tensor]) -> torch.Tensor:
+def norm_of(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Global L2 norm of the gradients."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(grads)
 
 
-def _clip(parameters: list[torch.Tensor], clip_norm: float, norm: torch.Tensor | None) -> float:
-    norm = _norm(parameters) if norm is None else norm
+def clip(parameters: list[torch.Tensor], clip_norm: float, norm: torch.Tensor | None) -> float:
+    """Scale the gradients down to a norm, 0 being none; returns what it was."""
+    norm = norm_of(parameters) if norm is None else norm
     torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm or float("inf"), norm)
     return float(norm)
 
 
-def _finite_or_inf(norm: torch.Tensor) -> float:
+def finite_or_inf(norm: torch.Tensor) -> float:
+    """A norm, or inf for one that is no number."""
     # DeepSpeed marks a norm that is no number as -1 and reports it as infinite.
     found = float(norm)
     return found if math.isfinite(found) and found >= 0 else math.inf
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where the model is."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def named(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by name."""
     return dict(module.named_parameters())
 
 

@@ -45,7 +45,7 @@ def finetune(config: FinetuneConfig, run: Path, *, stop_at: int | None = None) -
 
     ConfigError, DataError or ModelFolderError when config, examples or model cannot be used.
     """
-    with join_world() as world:
+    with join_world(stall_seconds=config.stall_seconds, repeats=config.train.repeats) as world:
         return finetune_on(world, config, run, stop_at=stop_at)
 
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.config import ConfigError, GuardConfig
+from train.config import ConfigError
 from train.guard import Guard
 from train.rows import read_metrics
+from train.tables import GuardConfig
 
 
 @dataclass(frozen=True)

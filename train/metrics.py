@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.durable import RowFile, StorageError
-from train.config import LogConfig
 from train.rows import Row as Row
 from train.rows import read_metrics as read_metrics
+from train.tables import LogConfig
 
 log = logging.getLogger(__name__)
 

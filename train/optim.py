@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.config import OptimConfig
+from train.tables import OptimConfig
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """State of the size of the parameters that `adamw` has after its first step. Checkpoints discover

@@ -39,7 +39,7 @@ def pretrain(
     ConfigError when the run directory belongs to another config, DataError when the data cannot be
     read.
     """
-    with join_world(stall_seconds=config.stall_seconds) as world:
+    with join_world(stall_seconds=config.stall_seconds, repeats=config.train.repeats) as world:
         return pretrain_on(world, config, run, stop_at=stop_at, allow_change=allow_change)
 
 

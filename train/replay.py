@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from train.attempt import Work, completed_steps
+from train.build import build_engine, settle
 from train.checkpoint import CheckpointError, committed, open_checkpoint
 from train.config import RunConfig
 from train.decode import decode
-from train.engine import DeepSpeedEngine, Engine
+from train.engine import Engine
 from train.guard import Guard
 from train.job import Job
 from train.metrics import Metrics
@@ -29,6 +30,7 @@ from train.phases import History, read_phases
 from train.pretrain import pretraining
 from train.rollback import rollbacks_of
 from train.rows import ReplayUsageError, Row, read_metrics, row_of, start_of
+from train.run import read_config
 from train.saver import Saver
 from train.slices import SliceReader
 from train.state import load_checkpoint
@@ -75,7 +77,7 @@ def replay(run: Path, step: int) -> Replay:
     """Collective. Recompute `step` of a pretraining run in the world that the environment
     describes.
     """
-    with join_world() as world:
+    with join_world(repeats=read_config(run).train.repeats) as world:
         return replay_on(world, run, step)
 
 
@@ -157,7 +159,8 @@ def _plan(run: Path, step: int) -> _Plan:
 
 def _job(world: World, run: Path, work: Work, plan: _Plan) -> Job:
     """Collective. As the attempt was after the step of the checkpoint."""
-    engine = DeepSpeedEngine(
+    settle(work.config.train, world.device)
+    engine = build_engine(
         work.module(),
         work.config,
         world,

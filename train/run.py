@@ -34,6 +34,7 @@ FREE = (
     "guard.",
     "log.",
     "stall_seconds",
+    "train.deterministic",
     "micro_batch",
     "data.num_workers",
     "data.path",
@@ -143,11 +144,13 @@ def _compare(
             f"{run} is a {old['kind']} run, this is {new['kind']}; choose another --run"
         )
     before, after = _comparable(old), _comparable(new)
+    # Other micro-batches are other sums, which this run has promised not to see.
+    held = ("micro_batch",) if after.get("train.reproducible") == "across_world_sizes" else ()
     changed = [
         key
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not key.startswith(FREE)
+        and (key in held or not key.startswith(FREE))
         and allowing(key) not in allow_change
     ]
     if not changed:
@@ -164,7 +167,8 @@ def _compare(
 
 def _comparable(content: dict[str, Any]) -> dict[str, Any]:
     """Every value by its dotted key; sources by name, and without their paths: data may move."""
-    config = dict(content["config"])
+    # Runs from before the key was there.
+    config = {"train": {"reproducible": "same_layout"}, **content["config"]}
     if content["kind"] == "pretrain":
         # Runs from before the keys were there.
         defaults = {"boundaries": "ignore", "packing": "concat"}

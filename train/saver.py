@@ -21,13 +21,13 @@ import torch
 
 from train import checkpoint, faults
 from train.checkpoint import CheckpointError
-from train.config import CheckpointConfig
 from train.device import flip_bit
 from train.engine import Engine
 from train.ownership import Ownership
 from train.progress import at
 from train.room import Share, check_room, share
 from train.slices import Range, write_slices
+from train.tables import CheckpointConfig
 from train.world import RankError, World
 from train.zero_state import Flat
 

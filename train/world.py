@@ -29,6 +29,12 @@ from train.progress import at
 log = logging.getLogger(__name__)
 
 STALL_SECONDS = 600.0
+REPEATING = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NCCL_PROTO": "Simple",
+}
+"""cuBLAS without workspaces that change between calls, NCCL without choosing by size and load."""
 REPORT_SECONDS = 60.0
 """A collective fails so long after the watch has noticed (train/watch.py): it knows who is behind.
 Applies to every group, DeepSpeed's own included.
@@ -65,6 +71,10 @@ class World:
         total = values.detach().to("cpu", copy=True)
         dist.all_reduce(total, group=self.control)
         return total
+
+    def add_up(self, values: torch.Tensor) -> None:
+        """Collective. Sum over all ranks in place, where the tensor is; large ones, too."""
+        dist.all_reduce(values)
 
     def broadcast(self, value: Any) -> Any:
         """Collective. Rank 0's value on every rank."""
@@ -114,14 +124,16 @@ def exit_code_of(error: BaseException) -> int | None:
 
 
 @contextmanager
-def join_world(*, stall_seconds: float = STALL_SECONDS) -> Iterator[World]:
+def join_world(*, stall_seconds: float = STALL_SECONDS, repeats: bool = False) -> Iterator[World]:
     """Collective. Enter the process group that the environment describes (torchrun or srun), or be
-    a world of one.
+    a world of one. `repeats` keeps GPU libraries to ways that give the same bits every time.
     """
     timeout = datetime.timedelta(seconds=stall_seconds + REPORT_SECONDS)
     rank, size, local_rank = _place()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if repeats:
+        os.environ.update(REPEATING)
     if cuda:
         torch.cuda.set_device(device)
     else:

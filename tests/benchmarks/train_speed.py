@@ -31,8 +31,9 @@ from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import token_loss_sum
 from train.config import JobConfig, Precision
-from train.engine import DTYPES, Batch, DeepSpeedEngine, Engine, PlainEngine
+from train.engine import DTYPES, Batch, DeepSpeedEngine, Engine
 from train.metrics import matmul_flops_per_second
+from train.plain import PlainEngine
 from train.world import World, join_world
 
 SEQ_LEN, BATCH, VOCAB = 256, 8, 65

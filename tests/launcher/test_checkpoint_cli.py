@@ -23,9 +23,10 @@ from tests.test_architecture import run_clean
 from tests.train.checkpoints import values, write
 from train.attempts import begin_attempt, end_attempt
 from train.checkpoint import committed, step_folder
-from train.config import CheckpointConfig, RunConfig, ZeroConfig
+from train.config import RunConfig
 from train.ownership import RunInUse, own
 from train.slices import CheckpointError
+from train.tables import CheckpointConfig, ZeroConfig
 
 SLOWER = 2.0
 """Machines on which the tests run may be that much slower than the one that was measured."""
@@ -48,7 +49,7 @@ def make_run(run: Path, *steps: int, lr: float = 1e-3) -> Path:
     config = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": lr})})
     run.mkdir()
     (run / "config.json").write_text("{}")
-    begin_attempt(run, 1, world_size=2, resumed_from=None, config=config)
+    begin_attempt(run, 1, world_size=2, resumed_from=None, config=config, machine={})
     end_attempt(run, 1, outcome="stopped", step=max(steps))
     for step in steps:
         state = {"step": step, "attempt": 1, "tokens": 1000 * step, "data": {"seed": 0}}

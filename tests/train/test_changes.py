@@ -14,11 +14,12 @@ from train.run import open_run
 FREE = {
     "zero", "checkpoint", "log", "guard", "micro_batch", "stall_seconds", "data.num_workers",
     "data.path", "data.max_epochs", "data.cache_dir", "data.cache_bytes", "data.stage",
-    "data.on_damage",
+    "data.on_damage", "train.deterministic",
 }  # fmt: skip
 FIXED = {
     "seed", "precision", "optim", "schedule", "eval", "deepspeed", "steps", "seq_len",
     "batch_tokens", "model", "data.sources", "data.boundaries", "data.packing",
+    "train.reproducible",
 }  # fmt: skip
 """Refused, though a phase may bring some (tests/train/test_phases.py)."""
 OTHER = {"precision": "fp32", "zero.stage": 2, "data.boundaries": "labels", "log.wandb": "offline"}
@@ -33,8 +34,9 @@ OTHER |= {"model.max_seq_len": 4096}
 
 
 BASE = RunConfig(steps=100)
-# There is one dialect, sources want folders, and a rollback wants checkpoints.
-UNTRIED = {"model.dialect", "data.sources", "guard.rollback"}
+# There is one dialect, sources want folders, a rollback wants checkpoints, and bits that do not
+# depend on the ranks want a micro_batch (tests/train/test_exact.py).
+UNTRIED = {"model.dialect", "data.sources", "guard.rollback", "train.reproducible"}
 
 
 def classed(key: str) -> str:
@@ -95,13 +97,21 @@ def test_what_changed_between_attempts_is_recorded(tmp_path: Path) -> None:
     second = load_config(RunConfig, "steps = 9", ["zero.stage=3", "checkpoint.every=5"])
 
     def begin(number: int, made: RunConfig, size: int) -> list[str]:
-        found = begin_attempt(tmp_path, number, world_size=size, resumed_from=None, config=made)
+        found = begin_attempt(
+            tmp_path,
+            number,
+            world_size=size,
+            resumed_from=None,
+            config=made,
+            machine={"device": "cpu", "threads": number // 3},
+        )
         end_attempt(tmp_path, number, outcome="failed", step=None)
         return found
 
     assert begin(1, first, 2) == []
     assert begin(2, first, 2) == []
     expected = ["world_size: 2 -> 4", "zero.stage: 1 -> 3", "checkpoint.every: 0 -> 5"]
+    expected.append("threads: 0 -> 1")
     assert sorted(begin(3, second, 4)) == sorted(expected)
     rows = [row for row in attempts(tmp_path) if row["event"] == "start"]
     assert sorted(rows[-1]["changed"]) == sorted(expected)

@@ -18,7 +18,7 @@ from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config
 from train.attempt import run_attempt
 from train.checkpoint import committed, open_checkpoint, step_folder
-from train.config import ConfigError, GuardConfig, RunConfig
+from train.config import ConfigError, RunConfig
 from train.engine import Batch
 from train.events import read_events
 from train.guard import Guard, bound
@@ -26,6 +26,7 @@ from train.pretrain import PretrainTask, pretraining
 from train.rollback import leave_spikes
 from train.rows import read_metrics
 from train.run import attempts
+from train.tables import GuardConfig
 from train.world import World
 
 Poison = dict[int, float]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.config import LogConfig
 from train.metrics import Metrics, Row, matmul_flops_per_second, read_metrics, wandb_views
+from train.tables import LogConfig
 
 
 class Broken:

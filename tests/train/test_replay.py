@@ -13,10 +13,11 @@ from tests.ranks import run_ranks
 from tests.train.test_guard import train_poisoned
 from tests.train.test_pretrain import config, train_run
 from train import faults
-from train.config import ConfigError, GuardConfig, RunConfig
+from train.config import ConfigError, RunConfig
 from train.hindsight import hindsight
 from train.replay import Replay, differing, replay_on
 from train.rows import ReplayUsageError, ranks_of
+from train.tables import GuardConfig
 from train.world import RankError, World
 
 SMALL = ("eval.samples=1", "steps=7")

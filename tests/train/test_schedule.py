@@ -2,8 +2,8 @@
 
 import pytest
 
-from train.config import OptimConfig
 from train.schedule import learning_rate
+from train.tables import OptimConfig
 
 OPTIM = OptimConfig(lr=1.0, min_lr_ratio=0.1)
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train.config import CheckpointConfig, JobConfig
-from train.engine import Batch, DeepSpeedEngine, Engine, PlainEngine
+from train.config import JobConfig
+from train.engine import Batch, DeepSpeedEngine, Engine
+from train.plain import PlainEngine
 from train.saver import Saver
+from train.tables import CheckpointConfig
 from train.world import World
 
 VOCAB, WIDTH, LENGTH = 31, 12, 6
