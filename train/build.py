@@ -7,7 +7,7 @@ import torch
 from train.config import JobConfig
 from train.engine import DeepSpeedEngine, Engine
 from train.exact import ExactEngine
-from train.tables import TrainConfig
+from train.settings import TrainConfig
 from train.world import World
 
 

@@ -22,7 +22,7 @@ from data.config import DataConfig
 from data.order import accumulation
 from model.config import ModelConfig
 from train.deepspeed_json import deepspeed_json
-from train.tables import (
+from train.settings import (
     CheckpointConfig,
     EvalConfig,
     GuardConfig,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +25,7 @@ import torch
 from data.loader import Batch as Batch
 from train.config import ConfigError, JobConfig, Precision
 from train.deepspeed_json import deepspeed_json
-from train.optim import adamw
+from train.optim import adamw, clip, finite_or_inf, gradient_norm, set_lr
 from train.world import World
 from train.zero_state import (
     Flat,
@@ -150,7 +149,7 @@ class DeepSpeedEngine:
 
     def grad_norm(self) -> float:
         if self._stage == 0:
-            self._norm = norm_of(self._with_gradient())
+            self._norm = gradient_norm(self._with_gradient())
             return finite_or_inf(self._norm)
         return finite_or_inf(deepspeed_norm(self.engine.optimizer))
 
@@ -223,32 +222,6 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         raise ConfigError(
             f"precision='fp16' is refused {where}; write precision=bf16, or precision=fp32"
         )
-
-
-def norm_of(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Global L2 norm of the gradients."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads)
-
-
-def clip(parameters: list[torch.Tensor], clip_norm: float, norm: torch.Tensor | None) -> float:
-    """Scale the gradients down to a norm, 0 being none; returns what it was."""
-    norm = norm_of(parameters) if norm is None else norm
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm or float("inf"), norm)
-    return float(norm)
-
-
-def finite_or_inf(norm: torch.Tensor) -> float:
-    """A norm, or inf for one that is no number."""
-    # DeepSpeed marks a norm that is no number as -1 and reports it as infinite.
-    found = float(norm)
-    return found if math.isfinite(found) and found >= 0 else math.inf
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from train.tables import GuardConfig
+from train.settings import GuardConfig
 
 Decision = Literal["step", "skip", "roll back", "give up"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from train.config import ConfigError
 from train.guard import Guard
 from train.rows import read_metrics
-from train.tables import GuardConfig
+from train.settings import GuardConfig
 
 
 @dataclass(frozen=True)

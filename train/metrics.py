@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.durable import RowFile, StorageError
 from train.rows import Row as Row
 from train.rows import read_metrics as read_metrics
-from train.tables import LogConfig
+from train.settings import LogConfig
 
 log = logging.getLogger(__name__)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from train.tables import OptimConfig
+from train.settings import OptimConfig
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """State of the size of the parameters that `adamw` has after its first step. Checkpoints discover
@@ -27,3 +29,29 @@ def adamw(module: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=True,
     )
+
+
+def gradient_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Global L2 norm of the gradients."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def clip(parameters: list[torch.Tensor], clip_norm: float, norm: torch.Tensor | None) -> float:
+    """Scale the gradients down to a norm, 0 being none; returns what it was."""
+    norm = gradient_norm(parameters) if norm is None else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm or float("inf"), norm)
+    return float(norm)
+
+
+def finite_or_inf(norm: torch.Tensor) -> float:
+    """A norm, or inf for one that is no number."""
+    # DeepSpeed marks a norm that is no number as -1 and reports it as infinite.
+    found = float(norm)
+    return found if math.isfinite(found) and found >= 0 else math.inf
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -17,15 +17,11 @@ from train.engine import (
     LossSum,
     StepStats,
     check_precision,
-    clip,
-    finite_or_inf,
     named,
-    norm_of,
-    set_lr,
     to_device,
 )
-from train.optim import adamw
-from train.tables import OptimConfig
+from train.optim import adamw, clip, finite_or_inf, gradient_norm, set_lr
+from train.settings import OptimConfig
 from train.world import World
 from train.zero_state import Flat, plain_flats
 
@@ -64,7 +60,7 @@ class PlainEngine:
         return loss.detach()
 
     def grad_norm(self) -> float:
-        self._norm = norm_of(self.parameters())
+        self._norm = gradient_norm(self.parameters())
         return finite_or_inf(self._norm)
 
     def step(self, lr: float) -> StepStats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from train.tables import TrainConfig
+from train.settings import TrainConfig
 
 ADDITIONS = ("world_size", "micro_batch", "zero.", "deepspeed.")
 KERNELS = ("device", "threads", "python", "torch", "deepspeed", "numpy", "headrace", "train.")

@@ -26,8 +26,8 @@ from train.engine import Engine
 from train.ownership import Ownership
 from train.progress import at
 from train.room import Share, check_room, share
+from train.settings import CheckpointConfig
 from train.slices import Range, write_slices
-from train.tables import CheckpointConfig
 from train.world import RankError, World
 from train.zero_state import Flat
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from train.tables import OptimConfig
+from train.settings import OptimConfig
 
 
 def learning_rate(step: int, *, steps: int, warmup_steps: int, optim: OptimConfig) -> float:

@@ -24,8 +24,8 @@ from tests.benchmarks.bars import Bar, judge
 from train.config import JobConfig
 from train.engine import DeepSpeedEngine
 from train.saver import Saver
+from train.settings import CheckpointConfig
 from train.slices import CHUNK_BYTES
-from train.tables import CheckpointConfig
 from train.world import World, join_world
 
 WIDTH, LAYERS, ROUNDS = 2048, 7, 5

@@ -25,8 +25,8 @@ from train.attempts import begin_attempt, end_attempt
 from train.checkpoint import committed, step_folder
 from train.config import RunConfig
 from train.ownership import RunInUse, own
+from train.settings import CheckpointConfig, ZeroConfig
 from train.slices import CheckpointError
-from train.tables import CheckpointConfig, ZeroConfig
 
 SLOWER = 2.0
 """Machines on which the tests run may be that much slower than the one that was measured."""

@@ -10,7 +10,7 @@ from tests.train.toy import Toy, loss_sum, make_engine, micro_batches, run_steps
 from train.config import ConfigError, JobConfig
 from train.engine import check_precision
 from train.plain import PlainEngine
-from train.tables import OptimConfig
+from train.settings import OptimConfig
 from train.world import World
 from train.zero_state import PRIVATE
 

@@ -23,7 +23,7 @@ from train.metrics import read_metrics
 from train.plain import PlainEngine
 from train.promise import promise
 from train.run import open_run
-from train.tables import TrainConfig
+from train.settings import TrainConfig
 from train.world import World
 
 SIZE, MICRO = 12, 1

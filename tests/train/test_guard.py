@@ -26,7 +26,7 @@ from train.pretrain import PretrainTask, pretraining
 from train.rollback import leave_spikes
 from train.rows import read_metrics
 from train.run import attempts
-from train.tables import GuardConfig
+from train.settings import GuardConfig
 from train.world import World
 
 Poison = dict[int, float]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.metrics import Metrics, Row, matmul_flops_per_second, read_metrics, wandb_views
-from train.tables import LogConfig
+from train.settings import LogConfig
 
 
 class Broken:

@@ -17,7 +17,7 @@ from train.config import ConfigError, RunConfig
 from train.hindsight import hindsight
 from train.replay import Replay, differing, replay_on
 from train.rows import ReplayUsageError, ranks_of
-from train.tables import GuardConfig
+from train.settings import GuardConfig
 from train.world import RankError, World
 
 SMALL = ("eval.samples=1", "steps=7")

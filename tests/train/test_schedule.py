@@ -3,7 +3,7 @@
 import pytest
 
 from train.schedule import learning_rate
-from train.tables import OptimConfig
+from train.settings import OptimConfig
 
 OPTIM = OptimConfig(lr=1.0, min_lr_ratio=0.1)
 

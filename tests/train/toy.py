@@ -13,7 +13,7 @@ from train.config import JobConfig
 from train.engine import Batch, DeepSpeedEngine, Engine
 from train.plain import PlainEngine
 from train.saver import Saver
-from train.tables import CheckpointConfig
+from train.settings import CheckpointConfig
 from train.world import World
 
 VOCAB, WIDTH, LENGTH = 31, 12, 6
