@@ -181,6 +181,11 @@ def run_history(history: list[Attempt], folder: Path, train: Callable[[Leg], Non
             for name, (count, seq_len) in missing.items()
         ]
         for part, chosen in [*ways, (attempt, new)]:
+            if part is not attempt and chosen == kind != wanted[done]:
+                # That begins at a later step, lost with its checkpoints: another way to the place.
+                if chosen.batch == 1:
+                    break
+                part, chosen = replace(part, steps=chosen.batch), chosen._replace(batch=1)
             if chosen != kind or done == 0:
                 changed |= done > 0
                 new_length |= done > 0 and chosen.seq_len != wanted[done - 1].seq_len
