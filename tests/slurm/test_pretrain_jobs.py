@@ -1,0 +1,198 @@
+"""slurm/pretrain.sbatch on a real Slurm, as `headrace submit` fills it in: whatever happens to the
+job, the run ends with the losses of a run that nothing happened to, and nobody is left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.durable import read_rows
+from tests.ranks import run_ranks
+from tests.slurm.cluster import Cluster, cluster
+from tests.train.test_pretrain import RECIPE, config, losses, train_run
+from train.attempts import attempts
+from train.checkpoint import committed
+from train.metrics import read_metrics
+
+SIZES = ("steps=400", "checkpoint.every=50", "eval.samples=2", "optim.lr=1e-3")
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as made:
+        (made.folder / "small.toml").write_text(RECIPE)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to, on two ranks."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    run_ranks(2, train_run, config(dataset, *SIZES, "zero.stage=2"), run)
+    return run
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A job and its run."""
+
+    slurm: Cluster
+    run: Path
+    job: str
+
+    def reaches(self, step: int) -> None:
+        """Wait until the run has made a step."""
+        self.slurm.until(lambda: self.step >= step, f"step {step} of {self.run}")
+
+    @property
+    def step(self) -> int:
+        """The last step that was recorded."""
+        if not (self.run / "metrics.jsonl").exists():
+            return 0
+        return max((row["step"] for row in read_metrics(self.run)), default=0)
+
+    def outcomes(self) -> list[Any]:
+        """(outcome, reason) of all attempts."""
+        rows = [row for row in attempts(self.run) if row["event"] == "end"]
+        return [(row["outcome"], row["reason"]) for row in rows]
+
+    def said(self) -> str:
+        """What the batch script has said."""
+        return (self.run / "logs" / f"slurm-{self.job}.out").read_text()
+
+
+def submit(
+    slurm: Cluster, dataset: Path, name: str, *more: str, sbatch: str = "", **variables: str
+) -> Pretraining:
+    """`headrace submit` on two nodes of one rank each."""
+    run = slurm.folder / name
+    layout = ["--nodes", "2", "--gpus-per-node", "0", "--time", "30"]
+    layout += [f"--sbatch={sbatch}"] if sbatch else []
+    said = slurm.run(
+        "headrace", "submit", "small.toml", f"data={dataset}", "--run", run, *SIZES,
+        "zero.stage=2", *layout, *more, **variables,
+    )  # fmt: skip
+    return Pretraining(slurm, run, said.split()[-1])
+
+
+def check_equal(job: Pretraining, plain: Path) -> None:
+    """Every number of the run, and nothing left on the nodes."""
+    assert losses(job.run) == losses(plain)
+    assert committed(job.run)[0] == 400
+    job.slurm.until(lambda: job.slurm.commands() == [], "end of all processes", seconds=30)
+
+
+def test_a_job_on_two_nodes_trains_to_the_end(slurm: Cluster, dataset: Path, plain: Path) -> None:
+    job = submit(slurm, dataset, "whole")
+    assert slurm.wait(job.job) == "COMPLETED", job.said()
+    assert job.outcomes() == [("complete", "")]
+    check_equal(job, plain)
+
+
+def test_a_job_that_is_told_its_time_is_over_saves_is_queued_again_and_goes_on(
+    slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, "signalled")
+    job.reaches(120)
+    # What Slurm sends before the time limit, by --signal=B:USR1.
+    slurm.run("scancel", "--batch", "--signal=USR1", job.job)
+    assert slurm.wait(job.job) == "COMPLETED", job.said()
+    (first, second) = job.outcomes()
+    assert first == ("stopped", "SIGUSR1") and second == ("complete", "")
+    assert slurm.job(job.job)["Restarts"] == "1"
+    # Nothing that was done was done again.
+    steps = [row["step"] for row in _all_rows(job.run) if "loss" in row]
+    assert steps == list(range(1, 401))
+    check_equal(job, plain)
+
+
+def test_a_job_that_makes_way_for_another_one_goes_on_after_it(
+    slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, "preempted")
+    job.reaches(120)
+    other = slurm.run(
+        "sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", ":"
+    )
+    assert slurm.wait(other) == "COMPLETED"
+    assert slurm.wait(job.job) == "COMPLETED", job.said()
+    assert job.outcomes()[0][0] == "stopped", job.said()
+    steps = [row["step"] for row in _all_rows(job.run) if "loss" in row]
+    assert steps == list(range(1, 401))
+    check_equal(job, plain)
+
+
+def test_a_node_that_dies_is_replaced(slurm: Cluster, dataset: Path, plain: Path) -> None:
+    job = submit(slurm, dataset, "power-off")
+    job.reaches(120)
+    lost = slurm.job(job.job)["NodeList"]
+    victim = "n2" if "2" in lost else "n3"
+    slurm.power_off(victim)
+    try:
+        assert slurm.wait(job.job) == "COMPLETED", job.said()
+    finally:
+        slurm.power_on(victim)
+    nodes = slurm.job(job.job)["NodeList"]
+    assert victim[1] not in nodes, nodes
+    assert job.outcomes()[-1] == ("complete", "")
+    check_equal(job, plain)
+
+
+def test_a_run_that_crashes_without_progress_is_given_up(slurm: Cluster, dataset: Path) -> None:
+    job = submit(slurm, dataset, "crashes", HEADRACE_FAULT="forward:2:1:raise")
+    assert slurm.wait(job.job) == "FAILED"
+    assert "3 failures in a row without a new checkpoint, giving up" in job.said()
+    assert slurm.job(job.job)["Restarts"] == "2"
+    assert [outcome for outcome, _ in job.outcomes()] == ["failed"] * 3
+
+
+def test_a_stop_file_ends_the_job_for_good(slurm: Cluster, dataset: Path, plain: Path) -> None:
+    job = submit(slurm, dataset, "stopped")
+    job.reaches(60)
+    (job.run / "STOP").touch()
+    assert slurm.wait(job.job) == "COMPLETED"
+    assert "stopped by" in job.said()
+    at = committed(job.run)[0]
+    assert 60 <= at < 400 and slurm.job(job.job)["Restarts"] == "0"
+    again = submit(slurm, dataset, "stopped")
+    assert slurm.wait(again.job) == "COMPLETED"
+    assert "exists: not starting" in again.said() and committed(job.run)[0] == at
+    (job.run / "STOP").unlink()
+    last = submit(slurm, dataset, "stopped")
+    assert slurm.wait(last.job) == "COMPLETED"
+    check_equal(last, plain)
+
+
+def test_scancel_leaves_nobody_behind_and_nothing_lost(
+    slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, "cancelled")
+    job.reaches(120)
+    slurm.run("scancel", job.job)
+    assert slurm.wait(job.job) == "CANCELLED"
+    slurm.until(lambda: slurm.commands() == [], "end of all processes", seconds=30)
+    again = submit(slurm, dataset, "cancelled")
+    assert slurm.wait(again.job) == "COMPLETED", again.said()
+    check_equal(again, plain)
+
+
+def test_a_controller_that_dies_takes_no_job_with_it(
+    slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, "controller")
+    job.reaches(120)
+    slurm.restart_controller()
+    assert slurm.wait(job.job) == "COMPLETED", job.said()
+    assert slurm.job(job.job)["Restarts"] == "0"
+    check_equal(job, plain)
+
+
+def _all_rows(run: Path) -> list[dict[str, Any]]:
+    """Every row that was written, repeated steps too."""
+    return read_rows(run / "metrics.jsonl")
