@@ -9,7 +9,7 @@ quickstart: .venv/installed
 
 # Three workers keep two cores busy: a rank that starts waits more than it computes.
 test: lint
-	$(BIN)/pytest -m "not slow" -n 3 --dist loadfile
+	$(BIN)/pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

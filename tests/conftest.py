@@ -11,13 +11,46 @@ import pytest
 
 from data.config import PrepareConfig
 from data.prepare import prepare
-from tests import ranks  # noqa: F401  (sets the environment of ranks before torch starts threads)
+from tests import ranks  # sets the environment of ranks before torch starts threads
 from train.world import World, join_world
+
+LONGEST = (
+    "tests/launcher/test_life_cycle.py",
+    "tests/train/test_killed_readers.py",
+    "tests/train/test_fault_matrix.py",
+    "tests/train/test_storage.py",
+    "tests/train/test_resume_runs.py",
+    "tests/launcher/test_faults.py",
+    "tests/train/test_pretrain.py",
+    "tests/launcher/test_look_back.py",
+    "tests/train/test_schedules.py",
+    "tests/data/test_damage.py",
+    "tests/data/test_damaged_caches.py",
+    "tests/launcher/test_spawn.py",
+    "tests/train/test_resume.py",
+    "tests/train/test_skip.py",
+    "tests/train/test_digits.py",
+    "tests/train/test_stop.py",
+)
+"""Measured; a file runs on one worker, which keeps what its fixtures have made."""
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Bytes stay out of the names of tests: packed ones hold the time, and workers must agree."""
     return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker is left alone with one."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(request: pytest.FixtureRequest) -> None:
+    """Started before anything else needs one, where a test has ranks."""
+    if any(hasattr(getattr(item, "module", None), "run_ranks") for item in request.session.items):
+        ranks.start_server()
 
 
 @pytest.fixture

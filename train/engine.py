@@ -107,8 +107,8 @@ class DeepSpeedEngine:
         check_precision(config.precision, world.device)
         if world.device.type == "cpu":
             # Else DeepSpeed compiles a C++ all-reduce for inference at start: 86 s, and a failure
-            # without a compiler.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            # without a compiler. Merely to read what it could compile starts a compiler, too.
+            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         ds_config = deepspeed_json(config, micro_batch=micro_batch, accumulation=accumulation)
         if config.zero.stage == 0:
             # DeepSpeed forgets the norm when it clips at stage 0; the engine clips by itself there.

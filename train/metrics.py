@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 FINISH_SECONDS = 60
 """How long the end of a run waits for wandb."""
+CEILING_SECONDS = 0.2
+"""How long an attempt measures, at its start, what MFU is a fraction of."""
 
 
 class View(Protocol):
@@ -196,7 +198,7 @@ def wandb_views(run: Path, config: LogConfig, settings: Row) -> list[View]:
 
 
 def matmul_flops_per_second(
-    device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2, size: int = 0
+    device: torch.device, dtype: torch.dtype, *, seconds: float = 0.0, size: int = 0
 ) -> float:
     """Measured FLOP/s of square matrix products on this device: the ceiling that MFU is a fraction
     of.
@@ -206,7 +208,7 @@ def matmul_flops_per_second(
     b = a.clone()
     _synchronized(a, b)
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < (seconds or CEILING_SECONDS):
         _synchronized(a, b)
         count += 1
     return count * 2.0 * size**3 / (time.perf_counter() - start)

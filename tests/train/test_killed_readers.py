@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import data.order
 from tests.ranks import _context as processes
+from tests.ranks import start_server
 from tests.train.histories import (
     TOKENS,
     Attempt,
@@ -66,6 +67,7 @@ class Ranks:
 
 @pytest.fixture
 def ranks() -> Iterator[Ranks]:
+    start_server()
     found = Ranks()
     yield found
     found.kill_all()
