@@ -53,6 +53,14 @@ def start_server() -> None:
     forkserver.ensure_running()
 
 
+def share_server() -> None:
+    """In a process of the fork server: its loader processes come from there, too. It would start a
+    server of its own for them, which imports torch for 2 s.
+    """
+    # It has the address; whether that server still runs only the parent could ask.
+    forkserver._forkserver.ensure_running = lambda: None
+
+
 def run_ranks(
     size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0
 ) -> list[Any]:
@@ -129,6 +137,7 @@ def _rank(
     import train.metrics
     from train.world import join_world
 
+    share_server()
     # Else a third of a short run.
     train.metrics.CEILING_SECONDS = 0.01
     os.environ.update(

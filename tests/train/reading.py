@@ -16,6 +16,7 @@ import data.order
 from data.loader import micro_batches
 from data.phases import Phases
 from data.stream import SampleStream
+from tests.ranks import share_server
 
 BLOCK, WINDOW = 128, 256
 """Windows of two blocks, so that a few hundred tokens have several."""
@@ -54,6 +55,7 @@ class Micro:
 
 def read(pipe: Connection) -> None:
     """A rank: reads what it is told and hands on every micro-batch."""
+    share_server()
     while True:
         job: Reading = pipe.recv()
         for start, end, phase in job.phases.segments(job.first, job.last):
