@@ -1,11 +1,12 @@
-"""The fork server of the ranks has loaded what a run needs, and an engine starts no program."""
+"""What keeps the tests quick: ranks import little and start nothing, and long files come first."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from tests.ranks import run_ranks
+from tests.conftest import LONGEST
+from tests.ranks import ROOT, run_ranks
 from tests.train.test_pretrain import config, train_run
 from train.config import RunConfig
 from train.world import World
@@ -32,3 +33,7 @@ def test_a_rank_imports_little_and_starts_nothing(dataset: Path, tmp_path: Path)
     assert started == []
     assert not [name for name in modules if name.startswith("torch._")], "no compiler"
     assert len(modules) < 100, "each rank would pay for them"
+
+
+def test_the_files_that_come_first_are_there() -> None:
+    assert [name for name in LONGEST if not (ROOT / name).is_file()] == []

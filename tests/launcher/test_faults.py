@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.test_pretrain import RECIPE
+from tests.ranks import run_ranks
+from tests.train.test_pretrain import RECIPE, config, train_run
 from train.attempts import attempts
 
 STALL_SECONDS = 6
@@ -97,7 +98,7 @@ def test_an_export_that_is_killed_before_it_is_published_leaves_nothing_of_that_
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     # Two steps are enough of a run.
-    assert pretrain(dataset, tmp_path, "", "steps=2", "--nproc", "1").returncode == 0
+    assert run_ranks(1, train_run, config(dataset, "steps=2"), run) == ["complete"]
     killed = headrace(["export", str(run), str(out)], "export:0:0:kill")
     assert killed.returncode == -9 and not out.exists(), killed.stderr
     done = headrace(["export", str(run), str(out)])
