@@ -1,9 +1,9 @@
 """Runs a function on several real ranks (gloo), from a fork server that has torch and deepspeed
 loaded.
 
-A two-rank case costs about 1 s instead of 10 s through torchrun. The function must be importable,
-takes the World first, and returns something picklable; several cases share one process group by
-looping inside it.
+A short run on two ranks takes 1 s of CPU instead of 18 s through torchrun. The function must be
+importable, takes the World first, and returns something picklable; several cases share one process
+group by looping inside it.
 """
 
 from __future__ import annotations
