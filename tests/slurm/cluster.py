@@ -147,6 +147,7 @@ class Cluster:
         """Cut a node's cable, then kill all that runs on it: nobody is told."""
         self._ip("link", "del", f"v{name}")
         os.kill(self._init(name), signal.SIGKILL)
+        self._machines.pop(name).wait(20)
 
     def power_on(self, name: str) -> None:
         """Start a node."""
@@ -172,7 +173,7 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
         with (self.folder / "log" / "slurmctld.out").open("ab") as out:
-            subprocess.Popen(
+            self._machines["slurmctld"] = subprocess.Popen(
                 [*self._enter(), "slurmctld", "-D"],
                 env=self._environ({}),
                 stdin=subprocess.DEVNULL,
