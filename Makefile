@@ -22,6 +22,7 @@ soak: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks.train_speed $(BENCH)
 	$(BIN)/python -m tests.benchmarks.checkpoint_speed
+	$(BIN)/python -m tests.benchmarks.manifest_speed
 
 bench-data: .venv/installed
 	$(BIN)/python -m tests.benchmarks.data_speed

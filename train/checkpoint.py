@@ -5,9 +5,9 @@
 Each rank writes flat fp32 ranges of every parameter and optimizer state that it owns; ranges of all
 ranks tile every parameter exactly once, so a checkpoint loads at any ZeRO stage and world size.
 manifest.json is written last and is the only commit point: a folder without it is garbage, whatever
-else it holds. It is sealed (data/durable.py) and has an xxh3 of every 16 MiB chunk of every file,
-checked while it is read. No torch here, so that the protocol can be killed a thousand times a
-minute in tests.
+else it holds. It is sealed (data/durable.py), has the inventory of the model, and an xxh3 of every
+chunk of every file, checked while it is read. No torch here, so that the protocol can be killed a
+thousand times a minute in tests.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from typing import Any
 import numpy as np
 
 from data.durable import sync, write_sealed, writing
+from train.inventory import Inventory, Parameter, sizes_of
 from train.manifest import FORMAT, VERSION, read_manifest
 from train.retention import Committed, Retention, retained
+from train.slice_reader import FileReader, SliceReader
 from train.slices import CheckpointError as CheckpointError
-from train.slices import Damage, FileReader, SliceReader, check_tiling
+from train.slices import Damage
+from train.tables import Tables, columns, flat_table
 
 MANIFEST = "manifest.json"
 
@@ -57,10 +60,15 @@ class Checkpoint:
         state: dict[str, Any] = self.manifest["state"]
         return state
 
-    @property
+    @cached_property
+    def inventory(self) -> Inventory:
+        """Every parameter of the model, by name; those that are trained are stored."""
+        return {name: Parameter(**one) for name, one in self.manifest["parameters"].items()}
+
+    @cached_property
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter, by name."""
-        return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
+        """Shape of every parameter that is stored, by name."""
+        return {name: tuple(one.shape) for name, one in self.inventory.items() if one.trainable}
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -82,8 +90,8 @@ class Checkpoint:
 
     @cached_property
     def reader(self) -> SliceReader:
-        """Reads ranges, and holds 128 MiB at most between two reads."""
-        return SliceReader(self.folder, self.manifest["files"], num_held=8)
+        """Reads ranges of what is stored."""
+        return SliceReader(self.folder, self.manifest)
 
     def check_sizes(self) -> None:
         """CheckpointError when a file is missing or has not the size that was written."""
@@ -105,11 +113,7 @@ class Checkpoint:
             except Damage as damage:
                 yield damage
                 continue
-            for chunk in range(len(entry["chunks"])):
-                try:
-                    reader.chunk(chunk)
-                except Damage as damage:
-                    yield damage
+            yield from reader.damages()
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -132,7 +136,7 @@ def commit(
     folder: Path,
     *,
     step: int,
-    parameters: Mapping[str, Sequence[int]],
+    parameters: Inventory,
     scalars: Mapping[str, float],
     state: Mapping[str, Any],
     files: Sequence[Mapping[str, Any]],
@@ -142,16 +146,25 @@ def commit(
 
     `check` has the last word: what it raises leaves the checkpoint uncommitted.
     """
-    check_tiling(parameters, files)
+    inventory = {name: one.model_dump() for name, one in parameters.items()}
+    sizes = sizes_of(inventory)
+    numbers = {name: number for number, name in enumerate(sorted(sizes))}
+    files = [
+        {**entry, "tables": [flat_table(table, numbers) for table in entry["tables"]]}
+        for entry in files
+    ]
+    Tables(
+        sizes, [{**entry, "tables": [*map(columns, entry["tables"])]} for entry in files]
+    ).check_tiling()
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "step": step,
         "time": time.time(),
-        "parameters": {name: list(shape) for name, shape in parameters.items()},
+        "parameters": inventory,
         "scalars": dict(scalars),
         "state": dict(state),
-        "files": list(files),
+        "files": files,
     }
     with writing(folder):
         # The names of the files and of their folder, before a manifest vouches for them.

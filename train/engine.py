@@ -25,7 +25,8 @@ import torch
 from data.loader import Batch as Batch
 from train.config import ConfigError, JobConfig, Precision
 from train.deepspeed_json import deepspeed_json
-from train.optim import adamw, clip, finite_or_inf, gradient_norm, set_lr
+from train.inventory import Inventory
+from train.optim import adamw, clip, finite_or_inf, gradient_norm, inventory_of, set_lr
 from train.world import World
 from train.zero_state import (
     Flat,
@@ -58,6 +59,8 @@ class Engine(Protocol):
 
     module: torch.nn.Module
     """What `loss_sum` and evaluation call."""
+    inventory: Inventory
+    """Every parameter of the module, by its own name."""
 
     def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:
         """Collective. Add one micro-batch's gradient; returns this rank's loss sum, detached fp32
@@ -114,6 +117,8 @@ class DeepSpeedEngine:
             # DeepSpeed forgets the norm when it clips at stage 0; the engine clips by itself there.
             ds_config["gradient_clipping"] = 0.0
         self.optimizer = adamw(module, config.optim)
+        # Stage 3 takes the shapes away.
+        self.inventory = inventory_of(named(module), self.optimizer, config.precision)
         # Some of its optimizers print memory figures; stdout is for results.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(

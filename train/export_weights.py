@@ -1,7 +1,7 @@
 """The weights of an export: checkpoint slices in, safetensors under transformers' names out.
 
-Each parameter is read once, by itself, from the slices that hold it. At most one weight file is in
-memory, twice while it is written.
+What goes into one weight file is read together, because the ranks' files hold it in one piece; in
+memory is that in fp32, and the file itself, twice while it is written.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from model.gpt import GPT
 from model.hf_names import hf_name, to_hf_array
 from train.checkpoint import Checkpoint
 from train.engine import DTYPES as DTYPES
-from train.slices import SliceReader, writing_tensors
+from train.slice_reader import SliceReader
+from train.slices import writing_tensors
 
 Dtype = Literal["fp32", "bf16"]
+TOGETHER_BYTES = 2 << 30
+"""Of parameters that are read together where no file decides."""
 
 
 def write_weights(
@@ -35,9 +38,8 @@ def write_weights(
     """
     plan = _shards(config, dtype, max_shard_bytes)
     files = [_weight_file(number, len(plan)) for number in range(len(plan))]
-    reader = SliceReader(saved.folder, saved.manifest["files"])
     for file, names in zip(files, plan, strict=True):
-        tensors = dict(_exported(reader, names, config, dtype))
+        tensors = dict(_exported(saved.reader, names, config, dtype))
         with writing_tensors(folder / file):
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(files) > 1:
@@ -58,9 +60,10 @@ def reference_logits(
 ) -> torch.Tensor:
     """Our own model's logits in fp32, straight from the checkpoint, weights rounded to `dtype`."""
     module = GPT(config).eval()
-    reader = SliceReader(saved.folder, saved.manifest["files"])
-    for name, parameter in module.named_parameters():
-        parameter.copy_(_tensor(reader, name, tuple(parameter.shape)).to(DTYPES[dtype]))
+    parameters = dict(module.named_parameters())
+    for names in _shards(config, "fp32", TOGETHER_BYTES):
+        for name, tensor in _tensors(saved.reader, names, parameter_shapes(config)):
+            parameters[name].copy_(tensor.to(DTYPES[dtype]))
     logits_BTV: torch.Tensor = module(ids_BT)
     return logits_BTV.contiguous()
 
@@ -87,12 +90,14 @@ def _weight_file(number: int, count: int) -> str:
 def _exported(
     reader: SliceReader, names: list[str], config: ModelConfig, dtype: Dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    shapes = parameter_shapes(config)
-    for name in names:
-        tensor = _tensor(reader, name, shapes[name]).to(DTYPES[dtype])
-        yield hf_name(name), to_hf_array(name, tensor, config)
+    for name, tensor in _tensors(reader, names, parameter_shapes(config)):
+        yield hf_name(name), to_hf_array(name, tensor.to(DTYPES[dtype]), config)
 
 
-def _tensor(reader: SliceReader, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    flat = reader.read(name, "param", 0, torch.Size(shape).numel())
-    return torch.from_numpy(flat).view(shape)
+def _tensors(
+    reader: SliceReader, names: list[str], shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read together, because the files of the ranks hold them one after the other."""
+    wanted = [(name, "param", 0, torch.Size(shapes[name]).numel()) for name in names]
+    for name, flat in zip(names, reader.read_all(wanted), strict=True):
+        yield name, torch.from_numpy(flat).view(shapes[name])

@@ -44,7 +44,7 @@ class Damaged:
     step: int
     file: str
     chunk: int | None
-    """16 MiB each, counted from 0; None where the whole file is meant."""
+    """Counted from 0; None where the whole file is meant."""
     message: str
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
-from train.settings import OptimConfig
+from train.inventory import Inventory, Parameter
+from train.settings import OptimConfig, Precision
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """State of the size of the parameters that `adamw` has after its first step. Checkpoints discover
@@ -29,6 +31,26 @@ def adamw(module: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=True,
     )
+
+
+def inventory_of(
+    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, precision: Precision
+) -> Inventory:
+    """What a model consists of that computes in `precision`; before anything is sharded."""
+    groups = {
+        id(parameter): number
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    return {
+        name: Parameter(
+            shape=list(parameter.shape),
+            dtype=precision,
+            trainable=parameter.requires_grad,
+            group=groups.get(id(parameter)),
+        )
+        for name, parameter in parameters.items()
+    }
 
 
 def gradient_norm(parameters: list[torch.Tensor]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from train.engine import (
     named,
     to_device,
 )
-from train.optim import adamw, clip, finite_or_inf, gradient_norm, set_lr
+from train.optim import adamw, clip, finite_or_inf, gradient_norm, inventory_of, set_lr
 from train.settings import OptimConfig
 from train.world import World
 from train.zero_state import Flat, plain_flats
@@ -50,6 +50,8 @@ class PlainEngine:
         self._device = world.device
         self._masters = _MasterCopy(self.module) if low else None
         self.optimizer = make_optimizer(self._masters or self.module, config.optim)
+        parameters = self._masters.masters() if self._masters else named(self.module)
+        self.inventory = inventory_of(parameters, self.optimizer, config.precision)
         self._norm: torch.Tensor | None = None
 
     def forward_backward(self, batch: Batch, *, num_valid: int, loss_sum: LossSum) -> torch.Tensor:

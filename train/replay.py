@@ -32,7 +32,6 @@ from train.rollback import rollbacks_of
 from train.rows import ReplayUsageError, Row, read_metrics, row_of, start_of
 from train.run import read_config
 from train.saver import Saver
-from train.slices import SliceReader
 from train.state import load_checkpoint
 from train.step import take_step
 from train.timing import Timing
@@ -197,7 +196,7 @@ def _job(world: World, run: Path, work: Work, plan: _Plan) -> Job:
 def _differing_state(engine: Engine, run: Path, step: int) -> list[str]:
     """Parameters of which this rank's part is not what the checkpoint holds, each with its kind."""
     saved = open_checkpoint(run, step)
-    reader = SliceReader(saved.folder, saved.manifest["files"])
+    reader = saved.reader
     wrong = []
     for flat in engine.flats():
         for key, tensor in flat.tensors().items():

@@ -1,8 +1,8 @@
 """Whether a checkpoint fits, asked before its first byte is written. No torch.
 
-What a rank's file takes is known exactly from its ranges, the manifest from above: a parameter is
-counted once for each rank that holds a piece of it. Both are rounded up to blocks and compared with
-what the file system says it has. A quota it does not tell of still shows when it is exceeded.
+What a rank's file takes is known exactly from its ranges, and the manifest from above. Both are
+rounded up to blocks and compared with what the file system says it has. A quota it does not tell of
+still shows when it is exceeded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 
 from data.durable import StorageError
 from train.checkpoint import step_folder
-from train.slices import Range, file_name, num_chunks, slices_bytes
+from train.inventory import Inventory
+from train.slices import Range, chunk_bytes_of, file_name, num_chunks, slices_bytes
+from train.tables import flat_table
 
 MANIFEST_HEAD_BYTES = 400
 """Of a manifest, at most: its keys, numbers and seal."""
@@ -29,6 +31,7 @@ class Share:
 
     file_bytes: int
     manifest_bytes: int
+    """Without the hashes, whose number depends on all files."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,21 @@ class Free:
 def share(
     rank: int,
     ranges: Mapping[str, Sequence[Range]],
-    shapes: Mapping[str, Sequence[int]],
+    inventory: Inventory,
 ) -> Share:
-    """The share of a rank that owns these ranges and holds pieces of parameters of these shapes."""
+    """The share of a rank that owns these ranges; the inventory itself is rank 0's."""
+    numbers = {name: number for number, name in enumerate(sorted(inventory))}
     size = slices_bytes({key: sum(row[2] for row in table) for key, table in ranges.items()})
     entry = {
         "name": file_name(rank),
         "bytes": size,
-        "chunks": ["0" * 16] * num_chunks(size),
+        "chunk_bytes": size,
+        "chunks": "",
         "tensors": {key: {"offset": size, "table": len(ranges)} for key in ranges},
-        "tables": list({tuple(table) for table in ranges.values()}),
+        "tables": [flat_table(table, numbers) for table in {*map(tuple, ranges.values())}],
     }
-    return Share(size, _length(entry) + 1 + _length({name: list(s) for name, s in shapes.items()}))
+    whole = {name: one.model_dump() for name, one in inventory.items()} if rank == 0 else {}
+    return Share(size, _length(entry) + 1 + _length(whole))
 
 
 def check_room(run: Path, step: int, shares: Sequence[Share], state: Mapping[str, Any]) -> None:
@@ -114,7 +120,10 @@ def free_at(path: Path) -> Free:
 
 def _needed(shares: Sequence[Share], state_bytes: int, block: int) -> tuple[int, int]:
     """Bytes and inodes of a checkpoint: its files, its manifest, and its folder in checkpoints/."""
-    manifest = MANIFEST_HEAD_BYTES + state_bytes + sum(one.manifest_bytes for one in shares)
+    chunk_bytes = chunk_bytes_of(sum(one.file_bytes for one in shares))
+    hashes = sum(16 * num_chunks(one.file_bytes, chunk_bytes) for one in shares)
+    manifest = MANIFEST_HEAD_BYTES + state_bytes + hashes
+    manifest += sum(one.manifest_bytes for one in shares)
     sizes = [manifest, *(one.file_bytes for one in shares)]
     blocks = sum(-(-size // block) for size in sizes)
     return (blocks + 2) * block, len(sizes) + 2

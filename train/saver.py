@@ -31,8 +31,6 @@ from train.slices import Range, write_slices
 from train.world import RankError, World
 from train.zero_state import Flat
 
-Shapes = dict[str, tuple[int, ...]]
-
 
 @dataclass(frozen=True)
 class SaveCost:
@@ -51,7 +49,6 @@ class SaveCost:
 class _Pending:
     step: int
     state: dict[str, Any]
-    parameters: Shapes
     scalars: list[dict[str, float]]
     written: Future[tuple[dict[str, Any], float]]
     begun: float
@@ -95,6 +92,7 @@ class Saver:
         begun = time.monotonic()
         self.finish()
         shares = checkpoint_shares(self._engine, self._world)
+        total_bytes = sum(one.file_bytes for one in shares)
         with self._discarding(step):
             with self._world.together(f"making room for the checkpoint of step {step}"):
                 if self._world.is_main:
@@ -110,10 +108,9 @@ class Saver:
         self._pending = _Pending(
             step,
             state,
-            parameters=_shapes(flats),
             # A partition that is all padding has no parameter and may lag behind.
             scalars=[flat.scalars() for flat in flats if flat.fragments],
-            written=self._writer.submit(self._write, step, arrays, ranges),
+            written=self._writer.submit(self._write, step, arrays, ranges, total_bytes),
             begun=begun,
             stall=time.monotonic() - begun,
         )
@@ -144,19 +141,17 @@ class Saver:
         with self._discarding(step):
             with self._world.together(f"writing the checkpoint of step {step}"):
                 entry, seconds = pending.written.result()
-            rows = self._world.gather((entry, pending.parameters, pending.scalars))
+            rows = self._world.gather((entry, pending.scalars))
             with self._world.together(f"committing the checkpoint of step {step}"):
                 at("commit", step)
                 if self._world.is_main:
                     checkpoint.commit(
                         checkpoint.step_folder(self._run, step),
                         step=step,
-                        parameters={
-                            n: shape for _, shapes, _ in rows for n, shape in shapes.items()
-                        },
-                        scalars=_one_value([scalars for _, _, scalars in rows]),
+                        parameters=self._engine.inventory,
+                        scalars=_one_value([scalars for _, scalars in rows]),
                         state=pending.state,
-                        files=[entry for entry, _, _ in rows],
+                        files=[entry for entry, _ in rows],
                         check=self.check_owner,
                     )
                     # A later owner's checkpoints are none of a history that was left.
@@ -185,12 +180,16 @@ class Saver:
             self._owner.check()
 
     def _write(
-        self, step: int, arrays: dict[str, np.ndarray], ranges: dict[str, list[Range]]
+        self,
+        step: int,
+        arrays: dict[str, np.ndarray],
+        ranges: dict[str, list[Range]],
+        total_bytes: int,
     ) -> tuple[dict[str, Any], float]:
         begun = time.monotonic()
         faults.point("write", step)
         folder = checkpoint.step_folder(self._run, step)
-        entry = write_slices(folder, self._world.rank, arrays, ranges)
+        entry = write_slices(folder, self._world.rank, arrays, ranges, total_bytes=total_bytes)
         return entry, time.monotonic() - begun
 
     def _snapshot(self, flats: list[Flat]) -> tuple[dict[str, np.ndarray], dict[str, list[Range]]]:
@@ -228,11 +227,7 @@ def checkpoint_shares(engine: Engine, world: World, *, to_come: Sequence[str] = 
         for key in {**flat.tensors(), **dict.fromkeys(to_come)}:
             for part in flat.owned:
                 ranges.setdefault(key, []).append((part.name, part.start, part.length))
-    return world.gather(share(world.rank, ranges, _shapes(flats)))
-
-
-def _shapes(flats: list[Flat]) -> Shapes:
-    return {part.name: part.shape for flat in flats for part in flat.fragments}
+    return world.gather(share(world.rank, ranges, engine.inventory))
 
 
 def _one_value(rows: list[list[dict[str, float]]]) -> dict[str, float]:

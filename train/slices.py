@@ -1,10 +1,11 @@
 """Slice files: flat fp32 ranges of parameters and optimizer state, one file per rank.
 
 A file is safetensors with one contiguous tensor per state kind; which range of which parameter lies
-where is told by a table in the manifest, so that a reader seeks and never scans. Every 16 MiB chunk
-has an xxh3, made while it is written and checked when it is read; hashing costs 0.04 s per GB. The
-file is written here and not by the library, which would hide each write and the errno of a full
-disk; a test compares every byte with the library's. No torch here.
+where is told by a table in the manifest (train/tables.py), so that a reader (train/slice_reader.py)
+seeks and never scans. Every chunk has an xxh3, made while it is written and checked when it is
+read; hashing costs 0.04 s per GB, and twice that in the smallest chunks. The file is written here
+and not by the library, which would hide each write and the errno of a full disk; a test compares
+every byte with the library's. No torch here.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import io
 import json
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,11 @@ from safetensors import SafetensorError
 
 from data.durable import writing
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 10
+"""The smallest chunk, and the unit of larger ones."""
+NUM_CHUNKS = 1 << 20
+"""Of a whole checkpoint, about, at most: 16 MiB of hashes in its manifest."""
+WRITE_BYTES = 16 << 20
 ITEM_BYTES = 4  # fp32
 
 Range = tuple[str, int, int]
@@ -47,22 +51,40 @@ class Damage(CheckpointError):
         self.chunk = chunk
 
 
+def chunk_bytes_of(total_bytes: int) -> int:
+    """Bytes that have one hash, in a checkpoint of this size.
+
+    A reader takes whole chunks, one too many for each piece that it wants: chunks are as small as
+    the manifest allows. Of a model of 1.3 billion parameters, written by one rank, a stage-3 rank
+    of 64 wants 650 pieces of 380 KiB, and reads 4 % too much.
+    """
+    return max(1, -(-total_bytes // (NUM_CHUNKS * CHUNK_BYTES))) * CHUNK_BYTES
+
+
 def write_slices(
-    folder: Path, rank: int, arrays: Mapping[str, np.ndarray], ranges: Mapping[str, Sequence[Range]]
+    folder: Path,
+    rank: int,
+    arrays: Mapping[str, np.ndarray],
+    ranges: Mapping[str, Sequence[Range]],
+    *,
+    total_bytes: int = 0,
 ) -> dict[str, Any]:
     """Write one rank's file and return its manifest entry.
 
-    `arrays[key]` is 1-D float32: the concatenation of `ranges[key]` in order. Chunks are hashed on
-    their way out: what was meant is what a reader is told to expect, whatever the disk made of it.
+    `arrays[key]` is 1-D float32: the concatenation of `ranges[key]` in order. `total_bytes` are
+    those of all ranks' files. Chunks are hashed on their way out: what was meant is what a reader
+    is told to expect, whatever the disk made of it.
     """
+    chunk_bytes = chunk_bytes_of(total_bytes)
     path = folder / file_name(rank)
     header, offsets = _header({key: array.size for key, array in arrays.items()})
     flat = [np.ascontiguousarray(arrays[key], dtype="<f4") for key in offsets]
     # Unbuffered: pieces of 16 MiB need no second copy, and what was refused is not tried again.
     with writing(path), path.open("wb", buffering=0) as file:
-        chunks = list(
-            _written(file, [memoryview(header), *(array.view(np.uint8).data for array in flat)])
-        )
+        chunks = _Hashes(chunk_bytes)
+        for part in (memoryview(header), *(array.view(np.uint8).data for array in flat)):
+            for written in _written(file, part):
+                chunks.add(written)
         os.fsync(file.fileno())
     tables: list[list[Range]] = []
     tensors = {}
@@ -74,7 +96,8 @@ def write_slices(
     return {
         "name": path.name,
         "bytes": slices_bytes({key: array.size for key, array in arrays.items()}),
-        "chunks": chunks,
+        "chunk_bytes": chunk_bytes,
+        "chunks": chunks.hex(),
         "tensors": tensors,
         "tables": tables,
     }
@@ -91,9 +114,9 @@ def slices_bytes(sizes: Mapping[str, int]) -> int:
     return len(header) + ITEM_BYTES * sum(sizes.values())
 
 
-def num_chunks(num_bytes: int) -> int:
+def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
     """Chunks of a file of this size."""
-    return -(-num_bytes // CHUNK_BYTES)
+    return -(-num_bytes // chunk_bytes)
 
 
 @contextmanager
@@ -107,141 +130,6 @@ def writing_tensors(path: Path) -> Iterator[None]:
             if number is None:
                 raise
             raise OSError(int(number[1]), str(error), str(path)) from error
-
-
-def check_tiling(
-    parameters: Mapping[str, Sequence[int]], files: Sequence[Mapping[str, Any]]
-) -> None:
-    """CheckpointError unless the ranges of every stored state cover each of its parameters exactly
-    once.
-    """
-    pieces: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for entry in files:
-        for key, tensor in entry["tensors"].items():
-            for name, start, length in entry["tables"][tensor["table"]]:
-                pieces.setdefault((key, name), []).append((start, length))
-    for name in parameters:
-        pieces.setdefault(("param", name), [])
-    for (key, name), found in pieces.items():
-        position = 0
-        for start, length in sorted(found):
-            if start != position:
-                break
-            position += length
-        else:
-            start = position
-        size = int(np.prod(parameters[name], dtype=np.int64))
-        if position != size or start != position:
-            raise CheckpointError(
-                f"the ranks' ranges of {key} of {name!r} do not tile its {size} elements: "
-                f"covered to {position}, next piece at {start}; nothing was committed"
-            )
-
-
-class SliceReader:
-    """Reads any range of any parameter from the files that hold it, touching only the chunks it
-    needs.
-
-    The last chunk read of each file is held, because the next range mostly begins in it; of the
-    last `num_held` files only, where many files are gone through.
-    """
-
-    def __init__(
-        self, folder: Path, files: Sequence[Mapping[str, Any]], *, num_held: int = sys.maxsize
-    ) -> None:
-        self._num_held = num_held
-        self._bytes_let_go = 0
-        self._folder = folder
-        self._files = files
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, int, int]]] = {}
-        self._readers: dict[int, FileReader] = {}
-        for index, entry in enumerate(files):
-            for key, tensor in entry["tensors"].items():
-                offset = tensor["offset"]
-                for name, start, length in entry["tables"][tensor["table"]]:
-                    self._pieces.setdefault((key, name), []).append((start, length, index, offset))
-                    offset += length * ITEM_BYTES
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes fetched from disk so far."""
-        return self._bytes_let_go + sum(reader.bytes_read for reader in self._readers.values())
-
-    def has(self, name: str, key: str) -> bool:
-        """Whether this state is stored for this parameter."""
-        return (key, name) in self._pieces
-
-    def read(self, name: str, key: str, start: int, length: int) -> np.ndarray:
-        """Elements [start, start + length) of the flattened parameter, float32."""
-        out = np.empty(length, dtype=np.float32)
-        filled = 0
-        for first, size, index, offset in self._pieces.get((key, name), ()):
-            low, high = max(first, start), min(first + size, start + length)
-            if low < high:
-                raw = self._reader(index).read(
-                    offset + (low - first) * ITEM_BYTES, (high - low) * ITEM_BYTES
-                )
-                out[low - start : high - start] = np.frombuffer(raw, dtype="<f4")
-                filled += high - low
-        if filled != length:
-            raise CheckpointError(
-                f"{self._folder} holds {filled} of the {length} elements of {key} of "
-                f"{name!r} "
-                f"from {start}; it was written by another model"
-            )
-        return out
-
-    def _reader(self, index: int) -> FileReader:
-        if index not in self._readers:
-            while len(self._readers) >= self._num_held:
-                oldest = self._readers.pop(next(iter(self._readers)))
-                self._bytes_let_go += oldest.bytes_read
-            entry = self._files[index]
-            self._readers[index] = FileReader(self._folder / entry["name"], entry)
-        return self._readers[index]
-
-
-class FileReader:
-    """Verified reads of one file; keeps the last chunk, because ranges are read in order."""
-
-    def __init__(self, path: Path, entry: Mapping[str, Any]) -> None:
-        self._path = path
-        self._entry = entry
-        self._held: tuple[int, bytes] = (-1, b"")
-        self.bytes_read = 0
-        try:
-            found = path.stat().st_size
-        except FileNotFoundError:
-            raise Damage(path, "is missing") from None
-        except OSError as error:
-            raise Damage(path, f"cannot be read: {error.strerror}") from error
-        if found != entry["bytes"]:
-            raise Damage(path, f"has {found} bytes, {entry['bytes']} were written")
-
-    def read(self, offset: int, length: int) -> bytes:
-        parts = []
-        while length:
-            index, inside = divmod(offset, CHUNK_BYTES)
-            part = self.chunk(index)[inside : inside + length]
-            parts.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return b"".join(parts)
-
-    def chunk(self, index: int) -> bytes:
-        if self._held[0] != index:
-            start = index * CHUNK_BYTES
-            try:
-                with self._path.open("rb") as file:
-                    data = os.pread(file.fileno(), CHUNK_BYTES, start)
-            except OSError as error:
-                reason = f"chunk {index} (from byte {start}) cannot be read: {error.strerror}"
-                raise Damage(self._path, reason, chunk=index) from error
-            self.bytes_read += len(data)
-            if xxhash.xxh3_64_hexdigest(data) != self._entry["chunks"][index]:
-                reason = f"chunk {index} (bytes {start} to {start + len(data)}) is not what was "
-                raise Damage(self._path, reason + "written", chunk=index)
-            self._held = (index, data)
-        return self._held[1]
 
 
 def _header(sizes: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:
@@ -262,18 +150,44 @@ def _header(sizes: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:
     return header, {key: len(header) + place for key, place in places.items()}
 
 
-def _written(file: io.RawIOBase, parts: Iterable[memoryview]) -> Iterator[str]:
-    """Write all parts; yields the hash of each chunk of the file."""
-    hasher, room = xxhash.xxh3_64(), CHUNK_BYTES
-    for part in parts:
-        rest = part
-        while rest:
-            # A file system may take less than it is given.
-            done = rest[: file.write(rest[:room])]
-            hasher.update(done)
-            rest, room = rest[len(done) :], room - len(done)
-            if room == 0:
-                yield hasher.hexdigest()
-                hasher, room = xxhash.xxh3_64(), CHUNK_BYTES
-    if room < CHUNK_BYTES:
-        yield hasher.hexdigest()
+def _written(file: io.RawIOBase, part: memoryview) -> Iterator[memoryview]:
+    """Write a part; yields what was taken, piece by piece."""
+    while part:
+        # A file system may take less than it is given.
+        done = part[: file.write(part[:WRITE_BYTES])]
+        part = part[len(done) :]
+        yield done
+
+
+class _Hashes:
+    """The hash of each chunk of what is added, whatever the pieces it comes in."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._done = bytearray()
+        self._open = xxhash.xxh3_64()
+        self._room = chunk_bytes
+
+    def add(self, data: memoryview) -> None:
+        begun = min(self._room % self._chunk_bytes, len(data))
+        self._extend(data[:begun])
+        whole = begun + (len(data) - begun) // self._chunk_bytes * self._chunk_bytes
+        for first in range(begun, whole, self._chunk_bytes):
+            self._done += xxhash.xxh3_64_digest(data[first : first + self._chunk_bytes])
+        self._extend(data[whole:])
+
+    def _extend(self, data: memoryview) -> None:
+        self._open.update(data)
+        self._room -= len(data)
+        if self._room == 0:
+            self._close()
+
+    def _close(self) -> None:
+        self._done += self._open.digest()
+        self._open, self._room = xxhash.xxh3_64(), self._chunk_bytes
+
+    def hex(self) -> str:
+        """16 digits for each chunk, the last one as short as it is."""
+        if self._room < self._chunk_bytes:
+            self._close()
+        return self._done.hex()

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from train import checkpoint
-from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from train.checkpoint import Checkpoint, open_checkpoint
 from train.choice import choose
 from train.engine import Engine
-from train.slices import SliceReader
+from train.inventory import check_same
+from train.slice_reader import SliceReader
 from train.world import RankError, World
 from train.zero_state import Flat
 
@@ -29,14 +30,10 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
     as it was.
     """
     flats = engine.flats()
-    names = {
-        name: shape for shapes in world.gather(_shapes(flats)) for name, shape in shapes.items()
-    }
     loaded: list[dict[str, np.ndarray]] = []
     with world.together(f"reading {saved.folder}"):
-        _check_parameters(saved, names)
-        reader = SliceReader(saved.folder, saved.manifest["files"])
-        loaded = [_read(flat, reader, saved.keys) for flat in flats]
+        check_same(saved.inventory, engine.inventory, str(saved.folder))
+        loaded = _read(flats, saved.reader, saved.keys)
     with torch.no_grad():
         for flat, arrays in zip(flats, loaded, strict=True):
             flat.prepare([key for key in arrays if key != "param"], saved.scalars)
@@ -74,27 +71,26 @@ def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
     return saved
 
 
-def _read(flat: Flat, reader: SliceReader, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    arrays = {}
-    for key in keys:
-        stored = [reader.has(part.name, key) for part in flat.fragments]
-        if not any(stored):
-            continue
-        parts = [reader.read(part.name, key, part.start, part.length) for part in flat.fragments]
-        arrays[key] = np.concatenate(parts)
+def _read(
+    flats: list[Flat], reader: SliceReader, keys: tuple[str, ...]
+) -> list[dict[str, np.ndarray]]:
+    """For each flat what is stored for it, by kind; its fragments one after the other."""
+    kept = [
+        (number, key)
+        for number, flat in enumerate(flats)
+        for key in keys
+        if any(reader.has(part.name, key) for part in flat.fragments)
+    ]
+    parts = iter(
+        reader.read_all(
+            [
+                (part.name, key, part.start, part.length)
+                for number, key in kept
+                for part in flats[number].fragments
+            ]
+        )
+    )
+    arrays: list[dict[str, np.ndarray]] = [{} for _ in flats]
+    for number, key in kept:
+        arrays[number][key] = np.concatenate([next(parts) for _ in flats[number].fragments])
     return arrays
-
-
-def _shapes(flats: list[Flat]) -> dict[str, tuple[int, ...]]:
-    return {part.name: part.shape for flat in flats for part in flat.fragments}
-
-
-def _check_parameters(saved: Checkpoint, names: dict[str, tuple[int, ...]]) -> None:
-    stored = saved.parameters
-    for name in sorted(stored.keys() | names.keys()):
-        there, here = stored.get(name), names.get(name)
-        if there != here:
-            raise CheckpointError(
-                f"{saved.folder} is of another model: {name!r} has shape {there or 'none'} there, "
-                f"{here or 'none'} here"
-            )

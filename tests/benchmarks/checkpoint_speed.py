@@ -25,7 +25,7 @@ from train.config import JobConfig
 from train.engine import DeepSpeedEngine
 from train.saver import Saver
 from train.settings import CheckpointConfig
-from train.slices import CHUNK_BYTES
+from train.slices import WRITE_BYTES, chunk_bytes_of
 from train.world import World, join_world
 
 WIDTH, LAYERS, ROUNDS = 2048, 7, 5
@@ -38,7 +38,7 @@ def plain_write(path: Path, content: memoryview) -> float:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     rest = content
     while rest:
-        rest = rest[os.write(descriptor, rest[:CHUNK_BYTES]) :]
+        rest = rest[os.write(descriptor, rest[:WRITE_BYTES]) :]
     os.fsync(descriptor)
     os.close(descriptor)
     seconds = time.perf_counter() - begun
@@ -49,8 +49,9 @@ def plain_write(path: Path, content: memoryview) -> float:
 def hashing(content: memoryview) -> float:
     """Seconds to hash the bytes in chunks."""
     begun = time.perf_counter()
-    for first in range(0, len(content), CHUNK_BYTES):
-        xxhash.xxh3_64_hexdigest(content[first : first + CHUNK_BYTES])
+    chunk_bytes = chunk_bytes_of(len(content))
+    for first in range(0, len(content), chunk_bytes):
+        xxhash.xxh3_64_digest(content[first : first + chunk_bytes])
     return time.perf_counter() - begun
 
 

@@ -32,6 +32,7 @@ from data.manifest import read_manifest
 from data.readers import cut_parts, find_files, read_extent
 from data.stream import SampleStream
 from tests.data.tiny import documents, write_dataset
+from tests.train.checkpoints import inventory
 from tests.train.folders import make_folder
 from train import checkpoint, hf
 from train.slices import write_slices
@@ -63,7 +64,12 @@ def checkpoints(folder: Path) -> Iterator[Case]:
     target = checkpoint.begin(good, 1)
     entry = write_slices(target, 0, {"param": np.zeros(64)}, {"param": [("w", 0, 64)]})
     checkpoint.commit(
-        target, step=1, parameters={"w": (8, 8)}, scalars={}, state={"step": 1}, files=[entry]
+        target,
+        step=1,
+        parameters=inventory({"w": (8, 8)}),
+        scalars={},
+        state={"step": 1},
+        files=[entry],
     )
     content = read_sealed(target / "manifest.json")
     content.pop("sha256", None)
@@ -80,10 +86,15 @@ def checkpoints(folder: Path) -> Iterator[Case]:
         yield f"checkpoint name {number}", lambda changed=changed: load(changed)
     for path in (
         ("bytes",),
+        ("chunk_bytes",),
         ("chunks",),
         ("tensors", "param", "offset"),
         ("tensors",),
         ("tables",),
+        ("tables", 0),
+        ("tables", 0, 0),
+        ("tables", 0, 1),
+        ("tables", 0, 2),
     ):
         for value in NUMBERS:
             changed = json.loads(json.dumps(content))
@@ -92,6 +103,11 @@ def checkpoints(folder: Path) -> Iterator[Case]:
                 inner = inner[key]
             inner[path[-1]] = value
             yield f"checkpoint {path} {value!r}", lambda changed=changed: load(changed)
+    for key in content["parameters"]["w"]:
+        for value in (*NUMBERS, *([number] for number in NUMBERS), [2**61] * 3):
+            changed = json.loads(json.dumps(content))
+            changed["parameters"]["w"][key] = value
+            yield f"checkpoint parameter {key} {value!r}", lambda changed=changed: load(changed)
     for key in ("step", "parameters", "scalars", "state", "files", "version"):
         for value in NUMBERS[3:]:
             changed = {**content, key: value}

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from train import checkpoint
+from train.inventory import Inventory, Parameter
 from train.slices import write_slices
 
 SHAPES = {"a": (6, 5), "b": (7,)}
 KEYS = ("param", "exp_avg")
+
+
+def inventory(shapes: Mapping[str, Sequence[int]] = SHAPES) -> Inventory:
+    """Of a model with parameters of these shapes, all of them in one group."""
+    return {
+        name: Parameter(shape=list(shape), dtype="fp32", trainable=True, group=0)
+        for name, shape in shapes.items()
+    }
 
 
 def values(step: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -54,7 +64,7 @@ def write(
     checkpoint.commit(
         folder,
         step=step,
-        parameters=SHAPES,
+        parameters=inventory(),
         scalars={"step": float(step)},
         state={"step": step} if state is None else state,
         files=files,

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.train.checkpoints import SHAPES, pieces, values
+from tests.train.checkpoints import inventory, pieces, values
 from train import checkpoint, slices
 from train.retention import Retention
 from train.slices import write_slices
@@ -147,7 +147,7 @@ def save(case: Case, rank: int, gather: Callable[[str, Any], list[Any]]) -> None
         checkpoint.commit(
             checkpoint.step_folder(run, step),
             step=step,
-            parameters=SHAPES,
+            parameters=inventory(),
             scalars={"step": float(step)},
             state={"step": step},
             files=entries,

@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 
 from data.durable import read_sealed, write_sealed
-from tests.train.checkpoints import SHAPES, values, write
+from tests.train.checkpoints import SHAPES, inventory, values, write
 from train import checkpoint, slices
 from train.checkpoint import CheckpointError, committed, open_checkpoint
 from train.retention import Retention
-from train.slices import SliceReader, check_tiling, write_slices
+from train.slices import write_slices
+from train.tables import Tables, columns, flat_table
 
 
 def test_any_range_reads_back_whatever_the_number_of_writers(tmp_path: Path) -> None:
     for num_ranks in (1, 2, 3, 8):
         written = write(tmp_path, num_ranks, num_ranks=num_ranks)
         saved = open_checkpoint(tmp_path, num_ranks)
-        reader = SliceReader(saved.folder, saved.manifest["files"])
         for key in ("param", "exp_avg"):
             for name, shape in SHAPES.items():
                 stored = written[f"{key}/{name}"]
                 assert np.array_equal(saved.read(name, key), stored.reshape(shape))
-                assert np.array_equal(reader.read(name, key, 2, 4), stored[2:6])
+                assert np.array_equal(saved.reader.read(name, key, 2, 4), stored[2:6])
         assert (saved.step, saved.scalars, saved.state) == (
             num_ranks,
             {"step": num_ranks},
@@ -44,9 +44,8 @@ def test_only_the_chunks_of_a_range_are_read(
     monkeypatch.setattr(slices, "CHUNK_BYTES", 64)
     write(tmp_path, 1, num_ranks=1)
     saved = open_checkpoint(tmp_path)
-    reader = SliceReader(saved.folder, saved.manifest["files"])
-    reader.read("b", "exp_avg", 0, 3)
-    assert reader.bytes_read <= 128
+    saved.reader.read("b", "exp_avg", 0, 3)
+    assert saved.reader.bytes_read <= 128
 
 
 def test_every_flipped_bit_of_a_file_is_found(
@@ -113,9 +112,10 @@ def test_a_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
     ],
 )
 def test_ranges_must_tile(pieces: list[tuple[str, int, int]]) -> None:
-    files = [{"tensors": {"param": {"offset": 0, "table": 0}}, "tables": [pieces]}]
+    table = columns(flat_table(pieces, {"a": 0}))
+    files = [{"tensors": {"param": {"offset": 0, "table": 0}}, "tables": [table]}]
     with pytest.raises(CheckpointError, match="do not tile its 30 elements"):
-        check_tiling({"a": (6, 5)}, files)
+        Tables({"a": 30}, files).check_tiling()
 
 
 def test_a_checkpoint_that_was_copied_over_another_is_refused(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     checkpoint.commit(
         folder,
         step=1,
-        parameters={"a": (1,)},
+        parameters=inventory({"a": (1,)}),
         scalars={},
         state={},
         files=[{**entry, "name": "../x"}],

@@ -20,6 +20,7 @@ from data.tokenizer import load_tokenizer
 from model.config import parameter_shapes
 from model.gpt import GPT, init_weights
 from tests.ranks import run_ranks
+from tests.train.checkpoints import inventory
 from tests.train.folders import make_tokenizer
 from train import checkpoint
 from train.attempt import run_attempt
@@ -322,7 +323,6 @@ def _handmade_run(
     copy_tokenizer(tokenizer, run)
     module = GPT(config.model)
     init_weights(module, seed=0)
-    shapes = parameter_shapes(config.model)
     values = {name: p.detach().numpy().ravel() for name, p in module.named_parameters()}
     for name, value in (fill or {}).items():
         values[name] = np.full_like(values[name], value)
@@ -330,6 +330,11 @@ def _handmade_run(
     folder = checkpoint.begin(run, 1)
     entry = write_slices(folder, 0, {"param": np.concatenate(list(values.values()))}, ranges)
     checkpoint.commit(
-        folder, step=1, parameters=shapes, scalars={}, state=state or {}, files=[entry]
+        folder,
+        step=1,
+        parameters=inventory(parameter_shapes(config.model)),
+        scalars={},
+        state=state or {},
+        files=[entry],
     )
     return run

@@ -15,11 +15,11 @@ import pytest
 
 from data.durable import StorageError
 from tests.disks import fill, make_room, read_only, small_disk
-from tests.train.checkpoints import SHAPES, pieces, values, write
+from tests.train.checkpoints import inventory, pieces, values, write
 from train import checkpoint, slices
 from train.checkpoint import begin, committed, open_checkpoint, step_folder
 from train.room import Share, check_room, free_at, share, tight
-from train.slices import Range, write_slices
+from train.slices import Range, num_chunks, write_slices
 
 BIG = 60_000
 """Elements of the parameter of `save`: a file of 240 KB for each state and all ranks."""
@@ -36,12 +36,13 @@ def big(rank: int, num_ranks: int) -> tuple[dict[str, np.ndarray], dict[str, lis
 def save(run: Path, step: int, *, num_ranks: int = 2) -> None:
     """A checkpoint of 480 KB, with the look at the room that a save begins with."""
     state = {"step": step}
-    shares = [share(rank, big(rank, num_ranks)[1], {"w": (BIG,)}) for rank in range(num_ranks)]
+    model = inventory({"w": (BIG,)})
+    shares = [share(rank, big(rank, num_ranks)[1], model) for rank in range(num_ranks)]
     check_room(run, step, shares, state)
     folder = begin(run, step)
     files = [write_slices(folder, rank, *big(rank, num_ranks)) for rank in range(num_ranks)]
     checkpoint.commit(
-        folder, step=step, parameters={"w": (BIG,)}, scalars={"step": 1.0}, state=state, files=files
+        folder, step=step, parameters=model, scalars={"step": 1.0}, state=state, files=files
     )
 
 
@@ -53,11 +54,12 @@ def test_the_share_of_a_rank_is_exact_for_its_file_and_enough_for_the_manifest(
     monkeypatch.setattr(slices, "CHUNK_BYTES", chunk_bytes)
     write(tmp_path, 1, num_ranks=num_ranks)
     folder = step_folder(tmp_path, 1)
-    shares = [share(r, pieces(values(1), r, num_ranks)[1], SHAPES) for r in range(num_ranks)]
+    shares = [share(r, pieces(values(1), r, num_ranks)[1], inventory()) for r in range(num_ranks)]
     for entry, one in zip(open_checkpoint(tmp_path).manifest["files"], shares, strict=True):
         assert (folder / entry["name"]).stat().st_size == entry["bytes"] == one.file_bytes
     size = (folder / "manifest.json").stat().st_size
-    bound = 400 + len('{"step":1}') + sum(one.manifest_bytes for one in shares)
+    hashes = sum(16 * num_chunks(one.file_bytes, chunk_bytes) for one in shares)
+    bound = 400 + len('{"step":1}') + hashes + sum(one.manifest_bytes for one in shares)
     assert size <= bound <= size + 400 + 30 * num_ranks
 
 

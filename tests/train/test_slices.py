@@ -42,10 +42,11 @@ def test_chunks_are_those_of_the_file(
     monkeypatch.setattr(slices, "CHUNK_BYTES", chunk_bytes)
     arrays = {key: np.arange(50, dtype=np.float32) for key in ("param", "exp_avg")}
     entry = write_slices(tmp_path, 0, arrays, {key: [("w", 0, 50)] for key in arrays})
+    assert entry["chunk_bytes"] == chunk_bytes
     raw = (tmp_path / entry["name"]).read_bytes()
     cut = [raw[i : i + chunk_bytes] for i in range(0, len(raw), chunk_bytes)]
-    assert entry["chunks"] == [slices.xxhash.xxh3_64_hexdigest(part) for part in cut]
-    assert len(cut) == num_chunks(entry["bytes"])
+    assert entry["chunks"] == "".join(slices.xxhash.xxh3_64_hexdigest(part) for part in cut)
+    assert len(cut) == num_chunks(entry["bytes"], chunk_bytes)
 
 
 def test_arrays_that_are_no_contiguous_floats_are_made_so(tmp_path: Path) -> None:
