@@ -161,6 +161,28 @@ def _system(url: str, scheme: str, noun: str) -> Any:
         ) from None
 
 
+def writable_system(url: str) -> Any:
+    """fsspec's file system of a place that is written to, of any scheme that it knows.
+    DataUsageError when there is none.
+    """
+    scheme, name = urlsplit(url).scheme, without_secrets(url)
+    if scheme in ("http", "https"):
+        raise DataUsageError(f"{name} cannot be written: {scheme}:// is only read; name a folder")
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        raise DataUsageError(
+            f"{name}: writing to {scheme}:// needs a package ({error}); install it with "
+            f"{sys.executable} -m pip install {PACKAGES.get(scheme, 'PACKAGE')}"
+        ) from None
+    except ValueError:
+        raise DataUsageError(
+            f"{name}: fsspec knows no {scheme}://; name a folder, or a URL such as s3://BUCKET/PATH"
+        ) from None
+
+
 def _expand(system: Any, url: str, scheme: str) -> list[str]:
     """The URLs of single files."""
     if scheme in ("http", "https"):

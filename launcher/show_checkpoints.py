@@ -31,7 +31,11 @@ def show_list(run: Path, rows: Sequence[Listed], *, as_json: bool) -> None:
     if not rows:
         print(f"{run} has no checkpoint yet")
         return
-    table = _table("step", "committed", "bytes", "files", "ranks", "stage", "tokens", "sizes")
+    has_mirror = any(row.mirror for row in rows)
+    where = ["where"] * has_mirror
+    table = _table(
+        "step", "committed", "bytes", "files", "ranks", "stage", "tokens", "sizes", *where
+    )
     for row in rows:
         when = None if row.time is None else datetime.fromtimestamp(row.time)
         table.add_row(
@@ -42,8 +46,11 @@ def show_list(run: Path, rows: Sequence[Listed], *, as_json: bool) -> None:
                 for value in (row.bytes, row.files, row.world_size, row.zero_stage, row.tokens)
             ),
             "fit" if row.problem is None else "see below",
+            *[("mirror" if row.mirror else "run")] * has_mirror,
         )
     _print(table)
+    if has_mirror:
+        print(f"mirror: {next(row.mirror for row in rows if row.mirror)}")
     for row in rows:
         if row.problem is not None:
             print(f"step {row.step}: {row.problem}")

@@ -17,7 +17,7 @@ from data.durable import StorageError
 from data.phases import RunPhase
 from train import run as run_directory
 from train.build import build_engine, settle
-from train.checkpoint import Checkpoint, CheckpointError, committed, open_checkpoint
+from train.checkpoint import Checkpoint, CheckpointError, committed, completed_steps
 from train.config import JobConfig
 from train.device import machine
 from train.engine import DTYPES, Engine
@@ -30,11 +30,13 @@ from train.ownership import Ownership, RunInUse, own
 from train.pace import Pace
 from train.progress import at
 from train.promise import promise
+from train.restore import mend
 from train.rollback import leave_spikes, rollbacks_of
 from train.room import tight
 from train.run import Outcome
 from train.saver import Saver, checkpoint_shares
 from train.state import load_newest
+from train.step import tell_mirrored
 from train.stop import STOP_FILE, StopRequest
 from train.timing import Timing
 from train.watch import Watch
@@ -162,7 +164,8 @@ def _train(
     )
     with world.together("looking for checkpoints"):
         at("load")
-    saved = load_newest(engine, world, run)
+    mirror = work.config.checkpoint.mirror
+    saved = load_newest(engine, world, run, mend=lambda step: mend(world, run, mirror, step))
     if saved is not None:
         _check_data(saved, work)
     first_step = 1 if saved is None else saved.step + 1
@@ -209,7 +212,12 @@ def _train(
         reading=work.task.reading,
     )
     try:
-        return train(job)
+        ended = train(job)
+        if stop.reason is None:
+            # Whoever asks for a stop has no time; what is not copied then, a later commit makes up.
+            job.saver.finish_mirror()
+        tell_mirrored(job)
+        return ended
     finally:
         watch.close()
         job.saver.close()
@@ -263,17 +271,6 @@ def _end_at_once(world: World, run: Path, work: Work, outcome: Outcome, step: in
         except (StorageError, RunInUse) as error:
             log.info("this attempt is not recorded: %s", error.__cause__ or error)
     return outcome
-
-
-def completed_steps(run: Path) -> int:
-    """Steps of the newest checkpoint whose files are there; the load tells of others."""
-    for step in committed(run):
-        try:
-            open_checkpoint(run, step).check_sizes()
-        except CheckpointError:
-            continue
-        return step
-    return 0
 
 
 def _check_same_everywhere(world: World, work: Work) -> None:

@@ -121,6 +121,12 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:09d}"
 
 
+def step_of(folder: str) -> int | None:
+    """The step of a checkpoint's folder, by its name; None when it is none."""
+    match = re.fullmatch(r"step-(\d{9})", folder)
+    return int(match[1]) if match else None
+
+
 def begin(run: Path, step: int) -> Path:
     """An empty folder for this step; what an earlier attempt left there is removed, its manifest
     first. One rank only.
@@ -189,11 +195,20 @@ def discard_step(run: Path, step: int) -> None:
 
 def committed(run: Path) -> list[int]:
     """Steps with a manifest, newest first; nothing is verified yet."""
-    steps = []
-    for path in (run / "checkpoints").glob("step-*/manifest.json"):
-        if match := re.fullmatch(r"step-(\d{9})", path.parent.name):
-            steps.append(int(match[1]))
-    return sorted(steps, reverse=True)
+    paths = (run / "checkpoints").glob("step-*/manifest.json")
+    steps = [step_of(path.parent.name) for path in paths]
+    return sorted((step for step in steps if step is not None), reverse=True)
+
+
+def completed_steps(run: Path) -> int:
+    """Steps of the newest checkpoint whose files are there; the load tells of others."""
+    for step in committed(run):
+        try:
+            open_checkpoint(run, step).check_sizes()
+        except CheckpointError:
+            continue
+        return step
+    return 0
 
 
 def open_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
@@ -223,15 +238,15 @@ def open_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     return saved
 
 
-def prune(run: Path, rule: Retention, *, newest: int) -> None:
-    """Remove all committed checkpoints but those that stay by the rule, among which the one of step
-    `newest` counts as the last.
+def prune(run: Path, rule: Retention, *, newest: int, in_use: Collection[int] = ()) -> None:
+    """Remove all committed checkpoints but those in use and those that stay by the rule, among
+    which the one of step `newest` counts as the last.
 
     Later ones are of a history that was left (they were damaged when the run went on from an
     earlier one) and go too, as do uncommitted leftovers.
     """
     kept = retained(committed_until(run, newest, timed=rule.every_hours > 0), rule)
-    remove_but(run, kept)
+    remove_but(run, kept | set(in_use))
 
 
 def remove_but(run: Path, kept: Collection[int]) -> list[Path]:

@@ -37,6 +37,7 @@ class ExactEngine:
     ) -> None:
         self._plain = PlainEngine(module, config, replace(world, rank=0, size=1))
         self.module = self._plain.module
+        self.inventory = self._plain.inventory
         self._rank, self._num_ranks = world.rank, world.size
         self._sums = ExactSums(self._plain.parameters(), world, num_terms=accumulation * world.size)
 

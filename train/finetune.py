@@ -28,6 +28,7 @@ from train.config import ConfigError, FinetuneConfig
 from train.decode import decode
 from train.examples import Examples, read_files, tokenize
 from train.examples_task import ExamplesTask
+from train.restore import restore_newer
 from train.run import Outcome
 from train.slices import writing_tensors
 from train.world import World, join_world
@@ -54,6 +55,7 @@ def finetune_on(
 ) -> Outcome:
     """Collective. `finetune` on ranks that have met already."""
     config, examples = prepare_examples(config)
+    restore_newer(world, run, config.checkpoint.mirror)
     work = finetuning(config, examples, num_ranks=world.size)
     outcome = run_attempt(world, run, work, stop_at=stop_at)
     if outcome == "complete":

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from train.slices import CheckpointError
 
+Dtype = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
@@ -23,7 +24,7 @@ class Parameter(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shape: list[Count]
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: Dtype
     """That the model computes in; masters and optimizer state are fp32 whatever it is."""
     trainable: bool
     """One that is not is no part of a checkpoint: it is as the model's source has it."""

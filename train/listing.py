@@ -5,15 +5,17 @@ Listing opens manifests and asks for the sizes of files; verifying reads every b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from train.attempts import attempts
 from train.checkpoint import MANIFEST, Checkpoint, committed, open_checkpoint, step_folder
 from train.choice import Choice, choose
+from train.mirror import Mirror
 from train.slices import CheckpointError, Damage
 
 
@@ -35,6 +37,8 @@ class Listed:
     tokens: int | None = None
     """Targets that had been trained on."""
     problem: str | None = None
+    mirror: str | None = None
+    """Where it is, when it is a copy in the mirror; None for the run's own."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Verification:
 
 
 def list_checkpoints(run: Path) -> list[Listed]:
-    """Every checkpoint of a run, newest first, and what an interrupted save has left."""
+    """Every checkpoint of a run, newest first, and what an interrupted save has left; then those in
+    the mirror that its last attempt had.
+    """
     check_is_run(run)
     stages = {row["attempt"]: _zero_stage(row) for row in attempts(run) if "config" in row}
     rows = [_listed(run, step, stages) for step in committed(run)]
@@ -82,7 +88,7 @@ def list_checkpoints(run: Path) -> list[Listed]:
         number = folder.name.removeprefix("step-")
         if number.isdecimal() and not (folder / MANIFEST).exists():
             rows.append(Listed(int(number), problem="not committed: a save was interrupted"))
-    return sorted(rows, key=lambda row: -row.step)
+    return sorted(rows, key=lambda row: -row.step) + _in_mirror(run, stages)
 
 
 def verify(run: Path, step: int | None = None) -> Verification:
@@ -139,18 +145,46 @@ def _listed(run: Path, step: int, stages: Mapping[int, int | None]) -> Listed:
         saved = open_checkpoint(run, step)
     except CheckpointError as error:
         return Listed(step, problem=str(error))
+    size = sum(entry["bytes"] for entry in saved.manifest["files"])
+    size += (step_folder(run, step) / MANIFEST).stat().st_size
+    return _told(saved, stages, size, saved.check_sizes)
+
+
+def _in_mirror(run: Path, stages: Mapping[int, int | None]) -> list[Listed]:
+    tables = [row["config"].get("checkpoint", {}) for row in attempts(run) if "config" in row]
+    location = tables[-1].get("mirror", "") if tables else ""
+    if not location:
+        return []
+    mirror = Mirror(location, run)
+    rows = []
+    for step in mirror.steps():
+        try:
+            saved = mirror.open(step)
+        except CheckpointError as error:
+            rows.append(Listed(step, problem=str(error)))
+            continue
+        size = mirror.bytes_of(saved)
+        rows.append(_told(saved, stages, size, partial(mirror.check_sizes, saved)))
+    return [replace(row, mirror=mirror.location) for row in rows]
+
+
+def _told(
+    saved: Checkpoint,
+    stages: Mapping[int, int | None],
+    size: int,
+    check_sizes: Callable[[], None],
+) -> Listed:
     entries = saved.manifest["files"]
     attempt = saved.state.get("attempt")
     try:
-        saved.check_sizes()
+        check_sizes()
         problem = None
     except CheckpointError as error:
         problem = str(error)
     return Listed(
-        step=step,
+        step=saved.step,
         time=saved.time,
-        bytes=sum(entry["bytes"] for entry in entries)
-        + (step_folder(run, step) / MANIFEST).stat().st_size,
+        bytes=size,
         files=len(entries) + 1,
         world_size=len(entries),
         zero_stage=None if attempt is None else stages.get(attempt),

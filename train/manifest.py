@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from data.durable import read_seal
+from data.durable import unsealed
 from train.inventory import Count, Parameter, sizes_of
 from train.slices import ITEM_BYTES, CheckpointError, num_chunks
 from train.tables import LIMIT, Columns, columns
@@ -50,10 +50,19 @@ class _Manifest(_Strict):
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """`parsed_manifest` of a file."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return parsed_manifest(raw, str(path))
+
+
+def parsed_manifest(raw: bytes, path: str) -> dict[str, Any]:
     """A manifest whose every place lies where it says, its tables as columns; CheckpointError names
     what does not.
     """
-    content = json.loads(read_seal(path, error=CheckpointError, remedy=""))
+    content = json.loads(unsealed(raw, path, error=CheckpointError, remedy=""))
     found = content if isinstance(content, dict) else {}
     if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise CheckpointError(
@@ -76,7 +85,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_file(path: Path, file: _File, sizes: Columns) -> None:
+def _check_file(path: str, file: _File, sizes: Columns) -> None:
     if len(file.chunks) != 16 * num_chunks(file.bytes, file.chunk_bytes):
         many = f"{len(file.chunks) / 16:g} hashes for {file.bytes} bytes"
         raise _not_ours(path, file.name, many)
@@ -91,5 +100,5 @@ def _check_file(path: Path, file: _File, sizes: Columns) -> None:
             raise _not_ours(path, file.name, f"{key!r} lies outside of the file")
 
 
-def _not_ours(path: Path, where: str, what: str) -> CheckpointError:
+def _not_ours(path: str, where: str, what: str) -> CheckpointError:
     return CheckpointError(f"{path} holds what no headrace writes: {where}: {what}")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from train.inventory import Inventory, Parameter
-from train.settings import OptimConfig, Precision
+from train.inventory import Dtype, Inventory, Parameter
+from train.settings import OptimConfig
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """State of the size of the parameters that `adamw` has after its first step. Checkpoints discover
@@ -34,7 +34,7 @@ def adamw(module: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def inventory_of(
-    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, precision: Precision
+    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, precision: Dtype
 ) -> Inventory:
     """What a model consists of that computes in `precision`; before anything is sharded."""
     groups = {

@@ -21,10 +21,12 @@ from data.verify import tokenizer_of
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import IGNORED, token_loss_sum
-from train.attempt import Work, completed_steps, run_attempt
+from train.attempt import Work, run_attempt
+from train.checkpoint import completed_steps
 from train.config import ConfigError, RunConfig, require_data
 from train.engine import Batch
 from train.phases import History, phases_of, read_phases
+from train.restore import restore_newer
 from train.run import Outcome
 from train.world import World, join_world
 
@@ -52,6 +54,7 @@ def pretrain_on(
     allow_change: Sequence[str] = (),
 ) -> Outcome:
     """Collective. `pretrain` in a world that stands."""
+    restore_newer(world, run, config.checkpoint.mirror)
     history = History()
     with world.together("reading the phases of the run"):
         if world.is_main:

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from train.attempt import Work, completed_steps
+from train.attempt import Work
 from train.build import build_engine, settle
-from train.checkpoint import CheckpointError, committed, open_checkpoint
+from train.checkpoint import CheckpointError, committed, completed_steps, open_checkpoint
 from train.config import RunConfig
 from train.decode import decode
 from train.engine import Engine
@@ -180,7 +180,9 @@ def _job(world: World, run: Path, work: Work, plan: _Plan) -> Job:
         config=work.config,
         run=run,
         metrics=_Rows(run),
-        saver=Saver(engine, world, run, config=work.config.checkpoint),
+        saver=Saver(
+            engine, world, run, config=work.config.checkpoint.model_copy(update={"mirror": ""})
+        ),
         pace=Pace(0, world, run, first_step=plan.start + 1),
         timing=Timing(world.device),
         guard=Guard(work.config.guard, state.get("guard"), rollbacks=plan.rollbacks),

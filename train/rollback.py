@@ -8,7 +8,7 @@ byte, the weights of a run that was given `guard.skip_steps` from its start.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
@@ -40,13 +40,20 @@ def leave_spikes(run: Path) -> None:
     """Remove the checkpoints that a spike went into which the run has gone back from. One rank
     only.
     """
-    for number, steps in enumerate(rollbacks_of(run), start=1):
-        for step in committed(run):
-            # A damaged one tells nothing, and is passed over by the load.
-            with suppress(CheckpointError):
-                known = open_checkpoint(run, step).state.get("guard", {}).get("rollbacks", 0)
-                if step >= steps[0] and known < number:
-                    discard_step(run, step)
+    left = rollbacks_of(run)
+    for step in committed(run) if left else ():
+        # A damaged one tells nothing, and is passed over by the load.
+        with suppress(CheckpointError):
+            if is_left(open_checkpoint(run, step), left):
+                discard_step(run, step)
+
+
+def is_left(saved: Checkpoint, rollbacks: Sequence[Sequence[int]]) -> bool:
+    """Whether a checkpoint has a spike in it that the run has gone back from."""
+    known = saved.state.get("guard", {}).get("rollbacks", 0)
+    return any(
+        saved.step >= steps[0] and known < number for number, steps in enumerate(rollbacks, start=1)
+    )
 
 
 def roll_back(

@@ -23,6 +23,7 @@ from train import checkpoint, faults
 from train.checkpoint import CheckpointError
 from train.device import flip_bit
 from train.engine import Engine
+from train.mirror import Mirror, MirrorThread
 from train.ownership import Ownership
 from train.progress import at
 from train.room import Share, check_room, share
@@ -30,6 +31,8 @@ from train.settings import CheckpointConfig
 from train.slices import Range, write_slices
 from train.world import RankError, World
 from train.zero_state import Flat
+
+MIRROR_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._buffers: dict[str, torch.Tensor] = {}
         self._pending: _Pending | None = None
+        self.mirror: MirrorThread | None = None
+        """Rank 0's, where the config has a mirror."""
+        if config.mirror and world.is_main:
+            self.mirror = MirrorThread(Mirror(config.mirror, run), config.retention())
         self.committed: SaveCost | None = None
         """The last save that was committed."""
 
@@ -158,7 +165,7 @@ class Saver:
                     self.check_owner()
                 at("prune", step)
                 if self._world.is_main:
-                    checkpoint.prune(self._run, self._config.retention(), newest=step)
+                    self._prune(step)
         now = time.monotonic()
         stall = pending.stall + now - begun
         self.committed = SaveCost(step, stall, seconds, now - pending.begun)
@@ -178,6 +185,25 @@ class Saver:
         """RunInUse when this attempt, by its rank 0, has lost the run to a later one."""
         if self._owner is not None:
             self._owner.check()
+
+    def finish_mirror(self) -> None:
+        """Collective. Wait until the last commit is in the mirror, or could not be copied."""
+        if not self._config.mirror:
+            return
+        if self.mirror is not None:
+            self.mirror.end()
+        step = self.committed.step if self.committed else 0
+        while self._world.sum(torch.tensor(int(self.mirror is not None and self.mirror.is_busy))):
+            # No rank is taken for one that hangs, and none meets the timeout of another.
+            at("mirror", step)
+            time.sleep(MIRROR_POLL_SECONDS)
+
+    def _prune(self, step: int) -> None:
+        in_use = []
+        if self.mirror is not None:
+            self.mirror.offer(step)
+            in_use = [one for one in (self.mirror.in_flight,) if one is not None]
+        checkpoint.prune(self._run, self._config.retention(), newest=step, in_use=in_use)
 
     def _write(
         self,

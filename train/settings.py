@@ -77,8 +77,13 @@ class CheckpointConfig(Table):
     memory.
     """
 
+    mirror: str = ""
+    """Folder or URL (s3://, gs:// or what else fsspec can write to) that committed checkpoints are
+    copied to beside the training, into a folder with the run's name; empty for none.
+    """
+
     def retention(self) -> Retention:
-        """Which checkpoints stay."""
+        """Which checkpoints stay, in the run and in the mirror."""
         return Retention(self.keep, self.keep_every_steps, self.keep_every_hours)
 
 

@@ -8,6 +8,7 @@ into host memory, then all ranks agree, and only then is the engine touched.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +48,32 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
     engine.refresh()
 
 
-def load_newest(engine: Engine, world: World, run: Path) -> Checkpoint | None:
+def load_newest(
+    engine: Engine, world: World, run: Path, *, mend: Callable[[int], bool] = lambda step: False
+) -> Checkpoint | None:
     """Collective. Load the newest checkpoint that verifies; each one passed over is reported once,
-    with its reason.
+    with its reason. `mend` is asked for one that does not, and says whether it put it right.
 
     Returns None when the run has no checkpoint at all; raises CheckpointError when it has some and
     none is usable, because starting again from nothing would throw away the run.
     """
     steps = world.broadcast(checkpoint.committed(run) if world.is_main else None)
 
-    def take(run: Path, step: int) -> Checkpoint:
+    def load(run: Path, step: int) -> Checkpoint:
         with world.together(f"opening the checkpoint of step {step}"):
             saved = open_checkpoint(run, step)
         load_checkpoint(engine, world, saved)
         return saved
+
+    def take(run: Path, step: int) -> Checkpoint:
+        try:
+            return load(run, step)
+        except RankError as error:
+            if not mend(step):
+                raise
+            if world.is_main:
+                log.warning("checkpoint mended from the mirror: %s", error)
+        return load(run, step)
 
     choice = choose(run, steps, take=take, failures=RankError)
     saved = choice.require()

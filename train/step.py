@@ -12,10 +12,12 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import torch
 
 from data.config import DataError
+from data.durable import StorageError
 from model.loss import IGNORED
 from train import faults
 from train.device import flip_bit
@@ -196,8 +198,26 @@ def _record(
     if step % TIMED_STEPS == 0:
         row |= compared(own_seconds, job.world, step_seconds=seconds)
     job.pace.measured(seconds, job.saver.committed)
-    row |= _saved(job)
+    row |= _saved(job) | tell_mirrored(job)
     job.metrics.write(row)
+
+
+def tell_mirrored(job: Job) -> Row:
+    """What has become of copies in the mirror since the last call, for a row; failures are events,
+    too. On rank 0; nothing elsewhere.
+    """
+    row: Row = {}
+    while job.saver.mirror is not None and job.saver.mirror.results:
+        copied = job.saver.mirror.results.popleft()
+        if not copied.problem:
+            row |= {"mirror_step": copied.step, "mirror_seconds": copied.seconds}
+            continue
+        row |= {"mirror_failed_step": copied.step}
+        fields = {"attempt": job.attempt, "step": copied.step, "reason": copied.problem}
+        # The log has it; storage that refuses this row refuses the next metrics, and ends the run.
+        with suppress(StorageError):
+            record(job.run, "mirror failed", **fields)
+    return row
 
 
 def _saved(job: Job) -> Row:

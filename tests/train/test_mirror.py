@@ -1,0 +1,251 @@
+"""Committed checkpoints have a second place, and what it gives back was verified."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from data.config import DataUsageError
+from data.store import FolderStore, Store, UrlStore, store_of
+from tests.disks import fill, make_room, small_disk
+from tests.train.checkpoints import values, write
+from train import checkpoint, slices
+from train.checkpoint import CheckpointError, committed, open_checkpoint, step_folder
+from train.mirror import Copied, Mirror, MirrorThread
+from train.retention import Retention
+
+KEEP = Retention(2)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 64)
+    run = tmp_path / "run"
+    for step in (10, 20):
+        write(run, step, num_ranks=3)
+    (run / "config.json").write_text("{}")
+    return run
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder, and a store behind a URL that fsspec writes to."""
+    yield str(tmp_path / "far") if request.param == "folder" else "memory://far"
+    fsspec.filesystem("memory").store.clear()
+
+
+def result(thread: MirrorThread) -> Copied:
+    """Of the next copy to end."""
+    deadline = time.monotonic() + 60
+    while not thread.results:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return thread.results.popleft()
+
+
+def back(mirror: Mirror, run: Path, step: int) -> None:
+    """What a restoring rank does."""
+    saved = mirror.open(step)
+    checkpoint.begin(run, step)
+    mirror.copy_back(saved, [entry["name"] for entry in saved.manifest["files"]])
+    mirror.commit_back(saved)
+
+
+def flip(store: Store, name: str) -> None:
+    raw = bytearray(b"".join(store.read(name)))
+    raw[len(raw) // 2] ^= 1
+    store.write(name, [bytes(raw)])
+
+
+def test_what_is_lost_comes_back_to_the_byte(run: Path, place: str) -> None:
+    mirror = Mirror(place, run)
+    assert mirror.steps() == [] and mirror.location == f"{place}/run"
+    for step in (10, 20):
+        mirror.copy_out(step)
+    assert mirror.steps() == [20, 10]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    shutil.rmtree(run)
+    mirror.run_files_back()
+    for step in mirror.steps():
+        mirror.check_sizes(mirror.open(step))
+        back(mirror, run, step)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for step in committed(run):
+        saved = open_checkpoint(run, step)
+        saved.verify()
+        assert np.array_equal(saved.read("b"), values(step)["param/b"])
+
+
+@pytest.mark.parametrize("name", ["rank-00001.safetensors", "manifest.json"])
+def test_a_flipped_bit_in_the_mirror_is_refused_by_name(run: Path, place: str, name: str) -> None:
+    mirror = Mirror(place, run)
+    mirror.copy_out(20)
+    store = store_of(mirror.location)
+    flip(store, f"step-000000020/{name}")
+    shutil.rmtree(step_folder(run, 20))
+    path = f"{mirror.location}/step-000000020/{name}".replace("memory:///", "memory://")
+    with pytest.raises(CheckpointError) as refused:
+        back(mirror, run, 20)
+    assert path in str(refused.value) and committed(run) == [10]
+    if name.startswith("rank"):
+        assert "chunk 1 (from byte 64) is not what was written" in str(refused.value)
+        store.write(f"step-000000020/{name}", [b"cut"])
+        with pytest.raises(CheckpointError, match="has 3 bytes, "):
+            mirror.check_sizes(mirror.open(20))
+        store.remove(f"step-000000020/{name}")
+        with pytest.raises(CheckpointError, match=r"rank-00001.safetensors is missing"):
+            mirror.check_sizes(mirror.open(20))
+
+
+def test_a_damaged_checkpoint_is_not_copied(run: Path, place: str) -> None:
+    flip(FolderStore(step_folder(run, 20)), "rank-00002.safetensors")
+    mirror = Mirror(place, run)
+    mirror.copy_out(10)
+    with pytest.raises(CheckpointError, match=r"run/checkpoints/step-000000020/rank-00002.*chunk"):
+        mirror.copy_out(20)
+    assert mirror.steps() == [10]
+
+
+def test_retention_holds_in_the_mirror(run: Path, place: str) -> None:
+    mirror = Mirror(place, run)
+    for step in (10, 20, 30, 40, 90):
+        write(run, step)
+        mirror.copy_out(step)
+    # 90 is of a history that was left: the run went on from an earlier one.
+    mirror.prune(Retention(2, every_steps=20, every_hours=1e6), newest=40)
+    assert mirror.steps() == [40, 30, 20, 10]
+    mirror.prune(Retention(1, every_steps=20), newest=40)
+    assert mirror.steps() == [40, 20]
+    names = {name.partition("/")[0] for name in store_of(mirror.location).names()}
+    assert names == {"config.json", "step-000000040", "step-000000020"}
+
+
+def test_one_copy_is_in_flight_and_the_newest_is_next(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = Mirror(str(tmp_path / "far"), run)
+    copied: list[int] = []
+    go_on: list[int] = []
+
+    def copy_out(step: int) -> None:
+        copied.append(step)
+        while step not in go_on:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(mirror, "copy_out", copy_out)
+    thread = MirrorThread(mirror, KEEP)
+    thread.offer(10)
+    assert thread.in_flight == 10
+    while not copied:
+        time.sleep(0.001)
+    thread.offer(20)
+    thread.offer(30)
+    assert (copied, thread.in_flight) == ([10], 10)
+    # What is copied stays in the run.
+    checkpoint.prune(run, Retention(1), newest=20, in_use=[10])
+    assert committed(run) == [20, 10]
+    go_on.append(10)
+    assert result(thread).step == 10
+    thread.end()
+    assert thread.is_busy
+    go_on.append(30)
+    assert result(thread).step == 30
+    while thread.is_busy:
+        time.sleep(0.001)
+    assert copied == [10, 30] and thread.in_flight is None
+
+
+def test_a_full_mirror_is_told_and_tried_again(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        mirror = Mirror(str(disk), run)
+        thread = MirrorThread(mirror, KEEP)
+        fill(disk, leave_kilobytes=8)
+        with caplog.at_level(logging.ERROR):
+            thread.offer(10)
+            failed = result(thread)
+        assert failed.step == 10 and "No space left on device; make room" in failed.problem
+        assert f"is not in the mirror {disk}/run, the next one will be tried again" in caplog.text
+        assert mirror.steps() == [] and not list(disk.rglob("*.tmp"))
+        make_room(disk)
+        thread.offer(20)
+        assert result(thread).problem == "" and mirror.steps() == [20]
+        thread.end()
+
+
+COPIER = """
+import sys
+from pathlib import Path
+from data.store import FolderStore
+from train.mirror import Mirror
+write = FolderStore.write
+def slow(self, name, pieces):
+    def one_by_one():
+        for piece in pieces:
+            yield piece
+            if name.endswith(sys.argv[3]):
+                print("half", flush=True)
+                sys.stdin.read()
+    write(self, name, one_by_one())
+FolderStore.write = slow
+Mirror(sys.argv[2], Path(sys.argv[1])).copy_out(20)
+"""
+
+
+@pytest.mark.parametrize("last", ["rank-00001.safetensors", "manifest.json"])
+def test_a_copy_that_is_killed_does_not_exist_and_is_made_again(
+    run: Path, tmp_path: Path, last: str
+) -> None:
+    mirror = Mirror(str(tmp_path / "far"), run)
+    mirror.copy_out(10)
+    command = [sys.executable, "-c", COPIER, str(run), str(tmp_path / "far"), last]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"half\n"
+        process.send_signal(signal.SIGKILL)
+    left = {path.name for path in (tmp_path / "far/run/step-000000020").iterdir()}
+    assert f"{last}.tmp" in left and "manifest.json" not in left
+    assert mirror.steps() == [10]
+    mirror.copy_out(20)
+    assert mirror.steps() == [20, 10]
+    shutil.rmtree(step_folder(run, 20))
+    back(mirror, run, 20)
+    open_checkpoint(run, 20).verify()
+    whole = {path.name for path in step_folder(run, 20).iterdir()}
+    assert {path.name for path in (tmp_path / "far/run/step-000000020").iterdir()} == whole
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataUsageError, match="https:// is only read; name a folder"):
+        Mirror("https://host/a?token=secret", tmp_path / "run")
+    with pytest.raises(DataUsageError, match="fsspec knows no nothing://; name a folder, or"):
+        Mirror("nothing://host/a", tmp_path / "run")
+    with pytest.raises(DataUsageError, match=r"is where .*run itself lies; name another folder"):
+        Mirror(str(tmp_path), tmp_path / "run")
+
+
+def test_a_url_is_told_without_its_password() -> None:
+    assert UrlStore("memory://user:secret@far/x").path("a/b") == "memory://far/x/a/b"
+
+
+def test_names_of_a_store_are_relative(place: str) -> None:
+    store = store_of(f"{place}/run")
+    assert store.names() == []
+    store.write("a/b", [b"1", b"23"])
+    store.write("c", [])
+    assert store.names() == ["a/b", "c"]
+    assert (store.size("a/b"), b"".join(store.read("a/b"))) == (3, b"123")
+    store.remove("a")
+    store.remove("a")
+    assert store.names() == ["c"]

@@ -1,0 +1,85 @@
+"""Runs with a mirror: what they lose comes back, and a mirror that fails costs them nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data.durable import read_rows
+from tests.disks import fill, small_disk
+from tests.ranks import run_ranks
+from tests.train.test_pretrain import config, losses, train_run
+from train.checkpoint import committed, open_checkpoint, step_folder
+from train.config import RunConfig
+from train.listing import list_checkpoints
+from train.mirror import Mirror
+from train.pretrain import pretrain_on
+from train.world import World
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on two ranks, without a mirror."""
+    run = tmp_path_factory.mktemp("mirror") / "run"
+    assert run_ranks(2, train_run, config(dataset), run) == ["complete"] * 2
+    return run
+
+
+def to_step(world: World, made: RunConfig, run: Path, stop_at: int) -> str:
+    return pretrain_on(world, made, run, stop_at=stop_at)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_run_goes_on_from_its_mirror(dataset: Path, whole: Path, tmp_path: Path) -> None:
+    run, far = tmp_path / "run", tmp_path / "far"
+    made = config(dataset, f"checkpoint.mirror={far}", "checkpoint.keep=2")
+    run_ranks(2, to_step, made, run, 6)
+    mirror = Mirror(str(far), run)
+    assert mirror.steps() == committed(run) == [6, 3]
+    assert [row["mirror_step"] for row in read_rows(run / "metrics.jsonl") if "mirror_step" in row]
+    listed = list_checkpoints(run)
+    assert [(row.step, row.mirror) for row in listed] == [
+        (6, None),
+        (3, None),
+        (6, mirror.location),
+        (3, mirror.location),
+    ]
+    assert [row.bytes for row in listed[:2]] == [row.bytes for row in listed[2:]]
+    # Damaged here, whole there: taken from there.
+    flip(step_folder(run, 6) / "rank-00001.safetensors")
+    run_ranks(2, to_step, made, run, 7)
+    assert read_rows(run / "metrics.jsonl")[-1]["resumed_from"] == 6
+    open_checkpoint(run, 6).verify()
+    # Lost as a whole, and the newest copy is damaged.
+    shutil.rmtree(run)
+    flip(far / "run/step-000000007/rank-00000.safetensors")
+    assert run_ranks(2, pretrain_on, made, run) == ["complete"] * 2
+    assert losses(run) == [row for row in losses(whole) if row[0] > 6]
+    assert committed(run) == mirror.steps() == [8, 6]
+    # Nothing is newer there than here.
+    before = (run / "metrics.jsonl").read_bytes()
+    assert run_ranks(2, pretrain_on, made, run) == ["complete"] * 2
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_mirror_that_is_full_costs_a_run_nothing(
+    dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with small_disk(tmp_path / "disk", 100) as disk:
+        fill(disk, leave_kilobytes=40)
+        made = config(dataset, f"checkpoint.mirror={disk}")
+        assert run_ranks(2, pretrain_on, made, run) == ["complete"] * 2
+        assert Mirror(str(disk), run).steps() == []
+    assert losses(run) == losses(whole)
+    events = [row for row in read_rows(run / "events.jsonl") if row["event"] == "mirror failed"]
+    assert events[-1]["step"] == 8 and "No space left on device" in events[-1]["reason"]
+    rows = read_rows(run / "metrics.jsonl")
+    assert {row["mirror_failed_step"] for row in rows if "mirror_failed_step" in row} <= {3, 6}

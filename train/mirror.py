@@ -1,0 +1,255 @@
+"""A second place for committed checkpoints, kept in the background: MIRROR/NAME-OF-RUN/step-*/...
+
+One thread of rank 0 copies what was committed, file by file, each chunk held against its hash on
+the way, and the manifest last: a copy without one does not exist. One copy is in flight at most; of
+what is committed meanwhile the newest is next. Training waits for a copy only at its very end. A
+failure is told and ends nothing: the next commit is tried again. The rule by which checkpoints stay
+in the run holds here, too. No torch here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data.config import DataUsageError
+from data.durable import write_durably
+from data.store import FolderStore, Store, store_of
+from train.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+    step_folder,
+    step_of,
+)
+from train.manifest import parsed_manifest
+from train.retention import Committed, Retention, retained
+from train.slice_reader import HASH_BYTES
+
+RUN_FILES = ("config.json", "phases.jsonl", "events.jsonl")
+"""What a resume reads besides a checkpoint."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What has become of a copy."""
+
+    step: int
+    seconds: float
+    problem: str
+    """Why it is not there; empty when it is."""
+
+
+class Mirror:
+    """The copies of one run."""
+
+    def __init__(self, location: str, run: Path) -> None:
+        """DataUsageError when nobody can write to such a place."""
+        self.location = f"{location.rstrip('/')}/{run.absolute().name}"
+        if "://" not in location and Path(self.location).absolute() == run.absolute():
+            raise DataUsageError(
+                f"checkpoint.mirror={location} is where {run} itself lies; name another folder"
+            )
+        self._run = run
+        self._store: Store = store_of(self.location)
+
+    def steps(self) -> list[int]:
+        """Steps with a manifest, newest first; nothing is verified yet."""
+        names = (name.rpartition("/") for name in self._store.names())
+        found = [step_of(folder) for folder, _, file in names if file == MANIFEST]
+        return sorted((step for step in found if step is not None), reverse=True)
+
+    def open(self, step: int) -> Checkpoint:
+        """The manifest of a copy; its `folder` is where it would lie in the run. CheckpointError
+        when it is damaged.
+        """
+        name = f"{step_folder(self._run, step).name}/{MANIFEST}"
+        raw = b"".join(self._store.read(name))
+        manifest = parsed_manifest(raw, self._store.path(name))
+        if manifest["step"] != step:
+            raise CheckpointError(f"{self._store.path(name)} is of step {manifest['step']}")
+        return Checkpoint(step_folder(self._run, step), manifest)
+
+    def check_sizes(self, saved: Checkpoint) -> None:
+        """CheckpointError when a file of a copy is missing or has not the size that was written."""
+        for entry in saved.manifest["files"]:
+            name = f"{saved.folder.name}/{entry['name']}"
+            try:
+                size = self._store.size(name)
+            except FileNotFoundError:
+                raise CheckpointError(f"{self._store.path(name)} is missing") from None
+            if size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{self._store.path(name)} has {size} bytes, {entry['bytes']} were written"
+                )
+
+    def copy_out(self, step: int) -> None:
+        """Copy a checkpoint of the run, and what a resume reads besides. CheckpointError when it is
+        damaged, and whatever error the place has.
+        """
+        saved = open_checkpoint(self._run, step)
+        folder, source = saved.folder.name, FolderStore(saved.folder)
+        self._remove(step)
+        for name in RUN_FILES:
+            if (self._run / name).is_file():
+                self._store.write(name, [(self._run / name).read_bytes()])
+        for entry in saved.manifest["files"]:
+            name = entry["name"]
+            self._store.write(
+                f"{folder}/{name}", checked(source.read(name), entry, str(saved.folder / name))
+            )
+        self.check_sizes(saved)
+        self._store.write(f"{folder}/{MANIFEST}", source.read(MANIFEST))
+
+    def copy_back(self, saved: Checkpoint, names: Iterable[str]) -> None:
+        """Copy these files of a copy into the folder that was begun for it in the run.
+        CheckpointError names the file and chunk that is not what was written.
+        """
+        target = FolderStore(saved.folder)
+        for entry in saved.manifest["files"]:
+            if entry["name"] in names:
+                name = f"{saved.folder.name}/{entry['name']}"
+                pieces = checked(self._store.read(name), entry, self._store.path(name))
+                target.write(entry["name"], pieces)
+
+    def commit_back(self, saved: Checkpoint) -> None:
+        """Copy the manifest, when every file is back."""
+        raw = b"".join(self._store.read(f"{saved.folder.name}/{MANIFEST}"))
+        write_durably(saved.folder / MANIFEST, raw)
+
+    def run_files_back(self) -> None:
+        """Copy what a resume reads besides into a run that was lost as a whole."""
+        for name in RUN_FILES:
+            if name in self._store.names():
+                self._run.mkdir(parents=True, exist_ok=True)
+                write_durably(self._run / name, b"".join(self._store.read(name)))
+
+    def prune(self, rule: Retention, *, newest: int) -> None:
+        """Remove the copies that the rule does not keep, and what is of a history that was left."""
+        rows = []
+        for step in self.steps():
+            when = None
+            with suppress(CheckpointError):
+                when = self.open(step).time if rule.every_hours else None
+            if step <= newest:
+                rows.append(Committed(step, when))
+        kept = retained(rows, rule)
+        for folder in sorted({name.rpartition("/")[0] for name in self._store.names()}):
+            number = step_of(folder)
+            if number is not None and number not in kept:
+                self._remove(number)
+
+    def bytes_of(self, saved: Checkpoint) -> int:
+        """Of the files of a copy and its manifest."""
+        manifest = self._store.size(f"{saved.folder.name}/{MANIFEST}")
+        return manifest + sum(int(entry["bytes"]) for entry in saved.manifest["files"])
+
+    def _remove(self, step: int) -> None:
+        folder = step_folder(self._run, step).name
+        # Without its manifest a copy is garbage at once.
+        self._store.remove(f"{folder}/{MANIFEST}")
+        self._store.remove(folder)
+
+
+class MirrorThread:
+    """Copies what is offered, in the background."""
+
+    def __init__(self, mirror: Mirror, rule: Retention) -> None:
+        self._mirror = mirror
+        self._rule = rule
+        self._next: int | None = None
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self.in_flight: int | None = None
+        """The step that is copied now; it must stay in the run."""
+        self.results: deque[Copied] = deque()
+        """Oldest first; whoever reads them takes them away."""
+        # A daemon: a rank that fails does not wait for a copy.
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def offer(self, step: int) -> None:
+        """Copy this step, as soon as the copy in flight has ended."""
+        with self._changed:
+            self._next = step
+            self.in_flight = step if self.in_flight is None else self.in_flight
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Nothing more will be offered; `is_busy` until what was is copied, or has failed."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self.in_flight = self._next
+                self._changed.wait_for(lambda: self._next is not None or self._is_closed)
+                if self._next is None:
+                    return
+                step, self._next = self._next, None
+                self.in_flight = step
+            begun, problem = time.monotonic(), ""
+            try:
+                self._mirror.copy_out(step)
+                self._mirror.prune(self._rule, newest=step)
+            # What a library of a place raises is not known; nothing here may end the training.
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+                log.error(
+                    "the checkpoint of step %d is not in the mirror %s, the next one will be tried "
+                    "again: %s",
+                    step,
+                    self._mirror.location,
+                    problem,
+                )
+            self.results.append(Copied(step, time.monotonic() - begun, problem))
+
+
+def checked(pieces: Iterable[bytes], entry: Mapping[str, Any], path: str) -> Iterator[bytes]:
+    """The pieces of a file, each handed on when its chunks are what was written. CheckpointError
+    names the first that is not, and a file that is too short or too long.
+    """
+    hashes, size = bytes.fromhex(entry["chunks"]), int(entry["chunk_bytes"])
+    number, total, rest = 0, 0, b""
+    for piece in pieces:
+        total += len(piece)
+        rest += piece
+        whole = len(rest) // size * size
+        number = _check(memoryview(rest)[:whole], number, size, hashes, path)
+        yield rest[:whole]
+        rest = rest[whole:]
+    if total != entry["bytes"]:
+        raise CheckpointError(f"{path} has {total} bytes, {entry['bytes']} were written")
+    _check(memoryview(rest), number, size, hashes, path)
+    yield rest
+
+
+def _check(data: memoryview, number: int, size: int, hashes: bytes, path: str) -> int:
+    """Check chunks from this number on; returns the next one."""
+    for first in range(0, len(data), size):
+        expected = hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
+        if xxhash.xxh3_64_digest(data[first : first + size]) != expected:
+            raise CheckpointError(
+                f"{path}: chunk {number} (from byte {number * size}) is not what was written"
+            )
+        number += 1
+    return number
