@@ -160,6 +160,13 @@ class Guard:
         )
 
 
+def trouble_began(state: Mapping[str, Any]) -> int:
+    """The first of the bad or high steps in a row that end at a checkpoint with this state; 0 when
+    its last step was a good one.
+    """
+    return min([*state.get("bad", ()), *state.get("high", ())], default=0)
+
+
 def bound(values: Iterable[float], sigmas: float) -> float:
     """The median plus `sigmas` standard deviations, estimated by the median absolute deviation."""
     known = list(values)

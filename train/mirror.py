@@ -166,10 +166,9 @@ class Mirror:
 class MirrorThread:
     """Copies what is offered, in the background."""
 
-    def __init__(self, mirror: Mirror, rule: Retention) -> None:
+    def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self._rule = rule
-        self._next: int | None = None
+        self._next: tuple[int, Retention] | None = None
         self._changed = threading.Condition()
         self._is_closed = False
         self.in_flight: int | None = None
@@ -180,10 +179,12 @@ class MirrorThread:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def offer(self, step: int) -> None:
-        """Copy this step, as soon as the copy in flight has ended."""
+    def offer(self, step: int, rule: Retention) -> None:
+        """Copy this step, as soon as the copy in flight has ended, and let those go that the rule
+        does not keep then.
+        """
         with self._changed:
-            self._next = step
+            self._next = step, rule
             self.in_flight = step if self.in_flight is None else self.in_flight
             self._changed.notify()
 
@@ -201,16 +202,16 @@ class MirrorThread:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self.in_flight = self._next
+                self.in_flight = self._next and self._next[0]
                 self._changed.wait_for(lambda: self._next is not None or self._is_closed)
                 if self._next is None:
                     return
-                step, self._next = self._next, None
+                (step, rule), self._next = self._next, None
                 self.in_flight = step
             begun, problem = time.monotonic(), ""
             try:
                 self._mirror.copy_out(step)
-                self._mirror.prune(self._rule, newest=step)
+                self._mirror.prune(rule, newest=step)
             # What a library of a place raises is not known; nothing here may end the training.
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"

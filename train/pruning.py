@@ -12,6 +12,7 @@ from typing import Any
 from train.attempts import attempts
 from train.checkpoint import committed, committed_until, remove_but, step_folder
 from train.choice import choose
+from train.guard import trouble_began
 from train.listing import check_is_run
 from train.ownership import check_idle
 from train.retention import Retention, retained
@@ -50,7 +51,8 @@ def prune_by_hand(run: Path, keep: int, *, dry_run: bool = False) -> Pruned:
             f"no checkpoint of {run} is intact, so none is removed: one that can be mended may be "
             f"among them. `headrace checkpoint verify {run}` says what is wrong with each"
         )
-    rule = replace(_rule(run), keep=keep)
+    guard = {} if choice.taken is None else choice.taken.state.get("guard", {})
+    rule = replace(_rule(run), keep=keep, before=trouble_began(guard))
     steps = committed(run)
     kept = retained(committed_until(run, max(steps, default=0)), rule)
     if choice.taken is not None:

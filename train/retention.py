@@ -1,7 +1,8 @@
 """Which checkpoints stay when a newer one is committed: a pure function of steps and times.
 
 The newest `keep` stay, besides those at milestones: every so many steps, and the first one of every
-so many hours. Only ever applied after a commit. No torch.
+so many hours. While the guard meets one bad step after the other, the last one before them stays,
+too, however many are taken meanwhile. Only ever applied after a commit. No torch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class Retention:
     """Those whose step is a multiple stay; 0 for none."""
     every_hours: float = 0.0
     """The first one committed in each period of this length stays; 0 for none."""
+    before: int = 0
+    """The newest one before this step stays; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def retained(found: Iterable[Committed], rule: Retention) -> set[int]:
     stay = {row.step for row in rows[len(rows) - min(rule.keep, len(rows)) :]}
     if rule.every_steps:
         stay |= {row.step for row in rows if row.step % rule.every_steps == 0}
+    stay |= {row.step for row in [row for row in rows if row.step < rule.before][-1:]}
     if rule.every_hours:
         first: dict[int, int] = {}
         for row in rows:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from train import checkpoint, faults
 from train.checkpoint import CheckpointError
 from train.device import flip_bit
 from train.engine import Engine
+from train.guard import trouble_began
 from train.mirror import Mirror, MirrorThread
 from train.ownership import Ownership
 from train.progress import at
@@ -81,7 +82,7 @@ class Saver:
         self.mirror: MirrorThread | None = None
         """Rank 0's, where the config has a mirror."""
         if config.mirror and world.is_main:
-            self.mirror = MirrorThread(Mirror(config.mirror, run), config.retention())
+            self.mirror = MirrorThread(Mirror(config.mirror, run))
         self.committed: SaveCost | None = None
         """The last save that was committed."""
 
@@ -165,7 +166,7 @@ class Saver:
                     self.check_owner()
                 at("prune", step)
                 if self._world.is_main:
-                    self._prune(step)
+                    self._prune(step, pending.state.get("guard", {}))
         now = time.monotonic()
         stall = pending.stall + now - begun
         self.committed = SaveCost(step, stall, seconds, now - pending.begun)
@@ -198,12 +199,13 @@ class Saver:
             at("mirror", step)
             time.sleep(MIRROR_POLL_SECONDS)
 
-    def _prune(self, step: int) -> None:
+    def _prune(self, step: int, guard: dict[str, Any]) -> None:
+        rule = replace(self._config.retention(), before=trouble_began(guard))
         in_use = []
         if self.mirror is not None:
-            self.mirror.offer(step)
+            self.mirror.offer(step, rule)
             in_use = [one for one in (self.mirror.in_flight,) if one is not None]
-        checkpoint.prune(self._run, self._config.retention(), newest=step, in_use=in_use)
+        checkpoint.prune(self._run, rule, newest=step, in_use=in_use)
 
     def _write(
         self,

@@ -21,7 +21,7 @@ from train.checkpoint import committed, open_checkpoint, step_folder
 from train.config import ConfigError, RunConfig
 from train.engine import Batch
 from train.events import read_events
-from train.guard import Guard, bound
+from train.guard import Guard, bound, trouble_began
 from train.pretrain import PretrainTask, pretraining
 from train.rollback import leave_spikes
 from train.rows import read_metrics
@@ -125,6 +125,17 @@ def test_a_guard_goes_on_from_its_state() -> None:
         assert second.state() == whole.state()
 
 
+def test_trouble_lasts_from_the_first_bad_or_high_step_to_a_good_one() -> None:
+    guard = fed(outlier="skip", max_skips=9)
+    assert trouble_began(guard.state()) == trouble_began({}) == 0
+    for step in (20, 21):
+        settled(guard, step, math.nan)
+        assert trouble_began(guard.state()) == 20
+    assert trouble_began({"bad": [], "high": [7, 8]}) == 7
+    settled(guard, 22, 1.0)
+    assert trouble_began(guard.state()) == 0
+
+
 def test_a_rollback_needs_checkpoints(dataset: Path) -> None:
     with pytest.raises(ConfigError, match=r"guard\.rollback=1 has nothing to go back to"):
         config(dataset, "guard.rollback=1", "checkpoint.every=0")
@@ -201,6 +212,16 @@ def test_a_step_that_one_rank_finds_bad_is_skipped_by_all_as_if_listed(
     assert (event["step"], event["samples"], event["loss"]) == (5, [48, 60], None)
     assert not (listed / "events.jsonl").exists()
     assert open_checkpoint(found).state["data"]["consumed_samples"] == 144
+
+
+def test_what_is_saved_in_a_streak_does_not_displace_the_last_one_before_it(
+    dataset: Path, tmp_path: Path
+) -> None:
+    settings = config(dataset, *GUARDED, "checkpoint.every=1", "checkpoint.keep=1")
+    jobs = [(settings, tmp_path / "in it", 6), (settings, tmp_path / "after it", 7)]
+    run_ranks(1, train_poisoned, jobs, {5: math.nan, 6: math.nan})
+    assert committed(tmp_path / "in it") == [6, 4]
+    assert committed(tmp_path / "after it") == [7]
 
 
 def test_outliers_are_skipped_the_same_way_by_a_resumed_run(dataset: Path, tmp_path: Path) -> None:

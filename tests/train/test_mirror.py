@@ -143,13 +143,13 @@ def test_one_copy_is_in_flight_and_the_newest_is_next(
             time.sleep(0.001)
 
     monkeypatch.setattr(mirror, "copy_out", copy_out)
-    thread = MirrorThread(mirror, KEEP)
-    thread.offer(10)
+    thread = MirrorThread(mirror)
+    thread.offer(10, KEEP)
     assert thread.in_flight == 10
     while not copied:
         time.sleep(0.001)
-    thread.offer(20)
-    thread.offer(30)
+    thread.offer(20, KEEP)
+    thread.offer(30, KEEP)
     assert (copied, thread.in_flight) == ([10], 10)
     # What is copied stays in the run.
     checkpoint.prune(run, Retention(1), newest=20, in_use=[10])
@@ -170,16 +170,16 @@ def test_a_full_mirror_is_told_and_tried_again(
 ) -> None:
     with small_disk(tmp_path / "disk", 64) as disk:
         mirror = Mirror(str(disk), run)
-        thread = MirrorThread(mirror, KEEP)
+        thread = MirrorThread(mirror)
         fill(disk, leave_kilobytes=8)
         with caplog.at_level(logging.ERROR):
-            thread.offer(10)
+            thread.offer(10, KEEP)
             failed = result(thread)
         assert failed.step == 10 and "No space left on device; make room" in failed.problem
         assert f"is not in the mirror {disk}/run, the next one will be tried again" in caplog.text
         assert mirror.steps() == [] and not list(disk.rglob("*.tmp"))
         make_room(disk)
-        thread.offer(20)
+        thread.offer(20, KEEP)
         assert result(thread).problem == "" and mirror.steps() == [20]
         thread.end()
 

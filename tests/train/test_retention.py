@@ -34,6 +34,10 @@ def hourly(*hours: float) -> list[Committed]:
         (hourly(0, 0.9, 1.1, 1.9), Retention(1, every_hours=1), {10, 30, 40}),
         (hourly(0, 0.1, 0.2), Retention(1, every_hours=0.05), {10, 20, 30}),
         (hourly(0, 1, 2, 3), Retention(1, 20, 3), {10, 20, 40}),
+        # A streak of bad steps began at 25, 5 and 99.
+        (hourly(0, 1, 2, 3), Retention(1, before=25), {20, 40}),
+        (hourly(0, 1, 2, 3), Retention(1, before=5), {40}),
+        (hourly(0, 1, 2, 3), Retention(1, before=99), {40}),
         # A manifest that cannot be read has no time; it still counts by its step.
         ([Committed(10, None), *hourly(9, 0, 1)[1:]], Retention(1, 10, 1), {10, 20, 30}),
         ([Committed(10, None), *hourly(9, 0, 1)[1:]], Retention(1, 0, 1), {20, 30}),
