@@ -74,6 +74,7 @@ CHECKPOINT_MODULES = (
     "choice",
     "compare",
     "listing",
+    "mirror",
     "pruning",
     "retention",
     "slices",

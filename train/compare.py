@@ -1,7 +1,7 @@
 """In what two checkpoints differ: how they were written, state, config, and every parameter.
 
-Parameters are compared in pieces of 16 MiB; beside those, one chunk of each of a few files is held
-for either side, whatever the size of the model. No torch.
+Parameters are compared in pieces of 16 MiB; beside those, the last chunk of each file is held for
+either side (train/slice_reader.py). No torch.
 """
 
 from __future__ import annotations

@@ -57,17 +57,26 @@ class Mirror:
 
     def __init__(self, location: str, run: Path) -> None:
         """DataUsageError when nobody can write to such a place."""
-        self.location = f"{location.rstrip('/')}/{run.absolute().name}"
-        if "://" not in location and Path(self.location).absolute() == run.absolute():
+        place = f"{location.rstrip('/')}/{run.absolute().name}"
+        if "://" not in location and Path(place).absolute() == run.absolute():
             raise DataUsageError(
                 f"checkpoint.mirror={location} is where {run} itself lies; name another folder"
             )
         self._run = run
-        self._store: Store = store_of(self.location)
+        self._store: Store = store_of(place)
+        self.location = self._store.path("").rstrip("/")
+        """What messages call it."""
 
     def steps(self) -> list[int]:
-        """Steps with a manifest, newest first; nothing is verified yet."""
-        names = (name.rpartition("/") for name in self._store.names())
+        """Steps with a manifest, newest first; nothing is verified yet. CheckpointError when the
+        place cannot be looked into.
+        """
+        try:
+            names = [name.rpartition("/") for name in self._store.names()]
+        # What the library of a place raises is not known.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"the mirror {self.location} cannot be read: {reason}") from error
         found = [step_of(folder) for folder, _, file in names if file == MANIFEST]
         return sorted((step for step in found if step is not None), reverse=True)
 
@@ -131,10 +140,10 @@ class Mirror:
 
     def run_files_back(self) -> None:
         """Copy what a resume reads besides into a run that was lost as a whole."""
-        for name in RUN_FILES:
-            if name in self._store.names():
-                self._run.mkdir(parents=True, exist_ok=True)
-                write_durably(self._run / name, b"".join(self._store.read(name)))
+        for name in [name for name in self._store.names() if name in RUN_FILES]:
+            log.info("%s is copied back from the mirror %s", name, self.location)
+            self._run.mkdir(parents=True, exist_ok=True)
+            write_durably(self._run / name, b"".join(self._store.read(name)))
 
     def prune(self, rule: Retention, *, newest: int) -> None:
         """Remove the copies that the rule does not keep, and what is of a history that was left."""

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from train import checkpoint
-from train.checkpoint import completed_steps
+from train.checkpoint import CheckpointError, completed_steps
 from train.mirror import Mirror
 from train.ownership import check_idle
 from train.rollback import is_left, rollbacks_of
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 def restore_newer(world: World, run: Path, location: str) -> None:
     """Collective. When the mirror has a checkpoint that is newer than those of the run, or the run
-    has none, copy the newest whole one back; nothing happens without a mirror.
+    has none, copy the newest whole one back; nothing happens without a mirror. RankError when it
+    cannot be looked into and the run has none.
     """
     if not location:
         return
@@ -30,7 +31,13 @@ def restore_newer(world: World, run: Path, location: str) -> None:
         if world.is_main:
             done = completed_steps(run)
             mirror = Mirror(location, run)
-            steps = [step for step in mirror.steps() if step > done]
+            try:
+                steps = [step for step in mirror.steps() if step > done]
+            except CheckpointError as error:
+                if not done:
+                    # To begin anew would be to give up what may lie there.
+                    raise
+                log.warning("%s; going on without it", error)
             if steps:
                 # A run that lives has what it needs.
                 check_idle(run)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -75,29 +77,21 @@ class SliceReader:
                     f"{name!r} from {start}; it was written by another model"
                 )
         jobs.sort(key=lambda job: job[:2])
-        file, before = None, -1
-        try:
-            for index, offset, target in jobs:
-                if file is None or index != before:
-                    if file is not None:
-                        self._put_by(before, file)
-                    file, before = self._reader(index), index
-                file.read(offset, target)
-        finally:
-            if file is not None:
-                self._put_by(before, file)
+        for index, of_one in groupby(jobs, key=lambda job: job[0]):
+            with self._opened(index) as file:
+                for _, offset, target in of_one:
+                    file.read(offset, target)
         return arrays
 
-    def _reader(self, index: int) -> FileReader:
-        self.num_opened += 1
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[FileReader]:
+        """A file, with what is held of it; after reads that went well it is held on."""
         entry = self._files[index]
         file = self._held.pop(index, None) or FileReader(self._folder / entry["name"], entry)
         self._num_held -= file.num_held
-        file.open()
-        return file
-
-    def _put_by(self, index: int, file: FileReader) -> None:
-        file.close()
+        self.num_opened += 1
+        with file.opened():
+            yield file
         self.bytes_read += file.bytes_read
         file.bytes_read = 0
         self._held[index] = file
@@ -131,16 +125,17 @@ class FileReader:
         """Bytes held for the next read."""
         return len(self._held[1])
 
-    def open(self) -> None:
-        """Before reads; Damage when the file cannot be opened."""
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Around reads; Damage when the file cannot be opened. What is held stays."""
         try:
             self._descriptor = os.open(self._path, os.O_RDONLY)
         except OSError as error:
             raise Damage(self._path, f"cannot be read: {error.strerror}") from error
-
-    def close(self) -> None:
-        """After reads; what is held stays."""
-        os.close(self._descriptor)
+        try:
+            yield
+        finally:
+            os.close(self._descriptor)
 
     def read(self, offset: int, target: memoryview) -> None:
         """Fill `target` with what was written from byte `offset` on; Damage names the chunk that
@@ -155,9 +150,8 @@ class FileReader:
 
     def damages(self) -> Iterator[Damage]:
         """Read every byte; each chunk that is not what was written."""
-        self.open()
-        try:
-            index, end = 0, num_chunks(self._num_bytes, self._chunk_bytes)
+        index, end = 0, num_chunks(self._num_bytes, self._chunk_bytes)
+        with self.opened():
             while index < end:
                 try:
                     index += num_chunks(len(self._chunks(index, READ_BYTES)), self._chunk_bytes)
@@ -165,8 +159,6 @@ class FileReader:
                     yield damage
                     assert damage.chunk is not None
                     index = damage.chunk + 1
-        finally:
-            self.close()
 
     def _chunks(self, index: int, num_bytes: int) -> memoryview:
         """From the beginning of a chunk on: whole chunks, verified, with `num_bytes` or READ_BYTES

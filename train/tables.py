@@ -97,8 +97,9 @@ class Tables:
         """CheckpointError unless the ranges of every stored state cover each of its parameters
         exactly once, and `param` all of them.
         """
-        for key in self._keys or ("param",):
-            layout = self._keys[key][0] if self._keys else _layout((), (), len(self._names))
+        nothing = _layout((), (), len(self._names))
+        for key in dict.fromkeys(("param", *self._keys)):
+            layout = self._keys[key][0] if key in self._keys else nothing
             ends = layout.start + layout.length
             is_first = np.ones(len(ends), bool)
             is_first[1:] = layout.parameter[1:] != layout.parameter[:-1]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,26 @@ def test_ranges_must_tile(pieces: list[tuple[str, int, int]]) -> None:
     files = [{"tensors": {"param": {"offset": 0, "table": 0}}, "tables": [table]}]
     with pytest.raises(CheckpointError, match="do not tile its 30 elements"):
         Tables({"a": 30}, files).check_tiling()
+
+
+def test_weights_must_be_there_and_states_be_whole() -> None:
+    whole = columns([0, 0, 30, 1, 0, 7])
+    part = columns([0, 0, 30, 1, 0, 6])
+    where = {"offset": 0, "table": 0}
+    for tensors, tables, told in (
+        ({"exp_avg": where}, [whole], "param of 'a' .*: covered to 0, nothing after that"),
+        ({"param": where, "exp_avg": {**where, "table": 1}}, [whole, part], "exp_avg of 'b' do"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            Tables({"a": 30, "b": 7}, [{"tensors": tensors, "tables": tables}]).check_tiling()
+    # A state that a parameter does not have at all is none that is missing.
+    some: list[dict[str, Any]] = [
+        {
+            "tensors": {"param": where, "exp_avg": {**where, "table": 1}},
+            "tables": [whole, columns([0, 0, 30])],
+        }
+    ]
+    Tables({"a": 30, "b": 7}, some).check_tiling()
 
 
 def test_a_checkpoint_that_was_copied_over_another_is_refused(tmp_path: Path) -> None:

@@ -252,9 +252,10 @@ def test_a_damaged_checkpoint_is_named_and_leaves_nothing(
     shutil.copytree(run, copy)
     path = copy / "checkpoints" / "step-000000006" / "rank-00001.safetensors"
     raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
+    # Weights are last; an export reads nothing else.
+    raw[-100] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors: chunk 0 .*not what was"):
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors: chunk \d+ .*not what was"):
         export(copy, tmp_path / "hf")
     with pytest.raises(CheckpointError, match=r"no committed checkpoint of step 5; .*3, 6"):
         export(copy, tmp_path / "hf", step=5)

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -21,8 +23,10 @@ from tests.disks import fill, make_room, small_disk
 from tests.train.checkpoints import values, write
 from train import checkpoint, slices
 from train.checkpoint import CheckpointError, committed, open_checkpoint, step_folder
+from train.events import read_events
 from train.mirror import Copied, Mirror, MirrorThread
 from train.retention import Retention
+from train.step import tell_mirrored
 
 KEEP = Retention(2)
 
@@ -168,6 +172,7 @@ def test_one_copy_is_in_flight_and_the_newest_is_next(
 def test_a_full_mirror_is_told_and_tried_again(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    job: Any = SimpleNamespace(run=run, attempt=1, saver=SimpleNamespace(mirror=None))
     with small_disk(tmp_path / "disk", 64) as disk:
         mirror = Mirror(str(disk), run)
         thread = MirrorThread(mirror)
@@ -176,11 +181,20 @@ def test_a_full_mirror_is_told_and_tried_again(
             thread.offer(10, KEEP)
             failed = result(thread)
         assert failed.step == 10 and "No space left on device; make room" in failed.problem
+        job.saver.mirror = thread
+        thread.results.append(failed)
+        assert tell_mirrored(job) == {"mirror_failed_step": 10}
+        (event,) = read_events(run, "mirror failed")
+        assert (event["step"], event["reason"]) == (10, failed.problem)
         assert f"is not in the mirror {disk}/run, the next one will be tried again" in caplog.text
         assert mirror.steps() == [] and not list(disk.rglob("*.tmp"))
         make_room(disk)
         thread.offer(20, KEEP)
-        assert result(thread).problem == "" and mirror.steps() == [20]
+        done = result(thread)
+        assert done.problem == "" and mirror.steps() == [20]
+        thread.results.append(done)
+        assert tell_mirrored(job) == {"mirror_step": 20, "mirror_seconds": done.seconds}
+        assert tell_mirrored(job) == {}
         thread.end()
 
 
@@ -233,6 +247,17 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         Mirror("nothing://host/a", tmp_path / "run")
     with pytest.raises(DataUsageError, match=r"is where .*run itself lies; name another folder"):
         Mirror(str(tmp_path), tmp_path / "run")
+
+
+def test_a_mirror_that_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
+    class Away(FolderStore):
+        def names(self) -> list[str]:
+            raise PermissionError(13, "Permission denied")
+
+    mirror = Mirror(str(tmp_path / "far"), tmp_path / "run")
+    mirror._store = Away(tmp_path)
+    with pytest.raises(CheckpointError, match=r"the mirror .*far/run cannot be read: Permission"):
+        mirror.steps()
 
 
 def test_a_url_is_told_without_its_password() -> None:
