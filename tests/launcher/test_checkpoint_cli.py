@@ -24,6 +24,7 @@ from tests.train.checkpoints import values, write
 from train.attempts import begin_attempt, end_attempt
 from train.checkpoint import committed, step_folder
 from train.config import RunConfig
+from train.mirror import Mirror
 from train.ownership import RunInUse, own
 from train.settings import CheckpointConfig, ZeroConfig
 from train.slices import CheckpointError
@@ -38,12 +39,12 @@ def flip(path: Path, position: int = -1) -> None:
     path.write_bytes(raw)
 
 
-def make_run(run: Path, *steps: int, lr: float = 1e-3) -> Path:
+def make_run(run: Path, *steps: int, lr: float = 1e-3, mirror: str = "") -> Path:
     """A run of one ended attempt with checkpoints of two ranks, and leftovers of step 90."""
     config = RunConfig(
         steps=100,
         zero=ZeroConfig(stage=2),
-        checkpoint=CheckpointConfig(keep_every_steps=40),
+        checkpoint=CheckpointConfig(keep_every_steps=40, mirror=mirror),
         precision="fp32",
     )
     config = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": lr})})
@@ -82,6 +83,24 @@ def as_json(*argv: object, code: int = 0) -> Any:
     done = headrace("checkpoint", *argv, "--json")
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout)
+
+
+def test_ls_shows_the_mirror_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 10, 20, mirror=str(tmp_path / "far"))
+    mirror = Mirror(str(tmp_path / "far"), run)
+    for step in (10, 20):
+        mirror.copy_out(step)
+    (tmp_path / "far/run/step-000000010/rank-00000.safetensors").unlink()
+    found = as_json("ls", run)["checkpoints"]
+    assert [(row["step"], row["mirror"]) for row in found] == [
+        *((step, None) for step in (90, 20, 10)),
+        *((step, str(tmp_path / "far/run")) for step in (20, 10)),
+    ]
+    assert {**found[3], "mirror": None} == found[1]
+    assert found[4]["problem"].endswith("far/run/step-000000010/rank-00000.safetensors is missing")
+    text = headrace("checkpoint", "ls", run).stdout
+    assert text.splitlines()[0].split()[-2:] == ["sizes", "where"]
+    assert f"mirror: {tmp_path / 'far/run'}" in text
 
 
 def test_ls_tells_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
