@@ -175,8 +175,8 @@ def die_while_saving(world: World, config: RunConfig, run: Path, step: int) -> N
     """SIGKILL this rank with half of its file written, at the checkpoint of `step`."""
     original = train.saver.write_slices
 
-    def half(folder: Path, rank: int, *rest: Any) -> Any:
-        entry = original(folder, rank, *rest)
+    def half(folder: Path, rank: int, *rest: Any, **options: Any) -> Any:
+        entry = original(folder, rank, *rest, **options)
         if rank == world.size - 1 and folder.name.endswith(f"{step:03d}"):
             os.truncate(folder / entry["name"], entry["bytes"] // 2)
             os.kill(os.getpid(), signal.SIGKILL)
