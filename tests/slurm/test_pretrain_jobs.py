@@ -118,7 +118,16 @@ def test_a_job_that_makes_way_for_another_one_goes_on_after_it(
     job = submit(slurm, dataset, "preempted")
     job.reaches(120)
     other = slurm.run(
-        "sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true"
+        "sbatch",
+        "--parsable",
+        "-p",
+        "high",
+        "-N3",
+        "--exclusive",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "true",
     )
     assert slurm.wait(other) == "COMPLETED"
     assert slurm.wait(job.job) == "COMPLETED", job.said()
