@@ -16,6 +16,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# FAULTS=200: so many random faults in one run. What has passed is kept in build/results (or HEADRACE_RESULTS): a soak
+# that was stopped goes on there when it is started again.
 soak: .venv/installed
 	$(BIN)/pytest
 
@@ -41,4 +43,4 @@ evidence: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv quickstart
+	rm -rf .venv quickstart build

@@ -12,12 +12,14 @@ import pytest
 from data.config import PrepareConfig
 from data.prepare import prepare
 from tests import ranks  # sets the environment of ranks before torch starts threads
+from tests.results import pytest_runtest_makereport, three_times  # noqa: F401  (for all folders)
 from train.world import World, join_world
 
 LONGEST = (
     "tests/launcher/test_life_cycle.py",
     "tests/train/test_storage.py",
     "tests/launcher/test_faults.py",
+    "tests/launcher/test_soak.py",
     "tests/train/test_resume_runs.py",
     "tests/train/test_fault_matrix.py",
     "tests/train/test_resume.py",
