@@ -157,8 +157,7 @@ class Attempt:
                 | {VARIABLE: "" if strike.is_outside else strike.fault},
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                # A soak that is killed leaves nobody behind.
-                preexec_fn=lambda: follow_parent(signal.SIGKILL),
+                preexec_fn=end_with_us,
             )
         self._whom = "rank"
         self._ranks: float | None = None
@@ -341,6 +340,11 @@ def play(
         meant = strike(index, next(iter(committed(run)), 0))
         rows.append({"index": index, **Attempt(started, run, meant, folder / "scratch").play()})
         yield rows[-1]
+
+
+def end_with_us() -> None:
+    """In a child: be killed when we are, so that a soak that is killed leaves nobody behind."""
+    follow_parent(signal.SIGKILL)
 
 
 def _bytes(path: Path) -> int:
