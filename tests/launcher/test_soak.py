@@ -24,24 +24,22 @@ import pytest
 from data.durable import read_rows
 from tests.data.tiny import documents, write_dataset
 from tests.launcher import soak
-from tests.launcher.soak import (
+from tests.launcher.random_faults import (
     DEATHS,
     EVERY,
     MEAN_SECONDS,
     OUTSIDE,
     PLANNED,
     RANKS,
-    RECIPE,
-    STALL_SECONDS,
     STANDING,
     Strike,
     Typical,
-    command,
     draw,
     measured,
     predicted,
     typical,
 )
+from tests.launcher.soak import RECIPE, STALL_SECONDS, command
 from tests.ranks import run_ranks
 from tests.results import Results, code
 from tests.train.test_pretrain import train_run
