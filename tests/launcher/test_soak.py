@@ -57,7 +57,7 @@ TYPICAL = Typical(ranks=2.0, attempt=5.0, first=8.0, step=0.02)
 THREE = (
     Strike("write:100:1:kill", 8.0),
     Strike("launcher:SIGKILL", 2.0),
-    Strike("import:0:0:raise", 2.0),
+    Strike("torchrun:SIGKILL", 2.0),
 )
 SAME = ("step", "samples", "data_hash", "loss", "grad_norm", "lr", "tokens")
 
