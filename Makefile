@@ -2,14 +2,18 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test lint soak bench bench-data evidence clean
+.PHONY: quickstart test test-slurm lint soak bench bench-data evidence clean
 
 quickstart: .venv/installed
 	$(BIN)/headrace quickstart --workdir $(or $(WORKDIR),quickstart)
 
 # Three workers keep two cores busy: a rank that starts waits more than it computes.
 test: lint
-	$(BIN)/pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow and not slurm" -n 3 --dist loadfile --no-loadscope-reorder
+
+# A Slurm cluster of virtual machines; needs root and Debian's slurm-wlm, munge, iproute2.
+test-slurm: .venv/installed
+	$(BIN)/pytest -m "slurm and not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -77,6 +77,7 @@ def numbers(run: Path) -> list[Any]:
     return [*losses(run), *validated]
 
 
+@pytest.mark.usefixtures("three_times")
 @pytest.mark.parametrize(
     "text",
     [t if t in DEFAULT else pytest.param(t, marks=pytest.mark.slow) for t in cells()],
