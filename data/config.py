@@ -235,8 +235,8 @@ class DataConfig(BaseModel):
         return self
 
 
-def check_public(location: str) -> None:
-    """DataUsageError for a URL that holds a secret: the name of a dataset is written down."""
+def check_public(location: str, noun: str = "dataset") -> None:
+    """DataUsageError for a URL that holds a secret: names of places are written down."""
     scheme, mark, rest = location.partition("://")
     if not mark or location.startswith(COMMAND):
         return
@@ -244,7 +244,7 @@ def check_public(location: str) -> None:
     if "@" in host or "?" in rest or "#" in rest:
         shown = host.rpartition("@")[2].partition("?")[0].partition("#")[0]
         raise DataUsageError(
-            f"the dataset at {scheme}://{shown}/... is named with a password, a query or a "
+            f"the {noun} at {scheme}://{shown}/... is named with a password, a query or a "
             "fragment, but its name is kept in the run directory; name it without, and put "
             "credentials where the library for it looks (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, "
             "HF_TOKEN, ~/.netrc for http)"

@@ -163,8 +163,9 @@ def _system(url: str, scheme: str, noun: str) -> Any:
 
 def writable_system(url: str) -> Any:
     """fsspec's file system of a place that is written to, of any scheme that it knows.
-    DataUsageError when there is none.
+    DataUsageError when there is none, or when the URL holds a secret.
     """
+    check_public(url, "mirror")
     scheme, name = urlsplit(url).scheme, without_secrets(url)
     if scheme in ("http", "https"):
         raise DataUsageError(f"{name} cannot be written: {scheme}:// is only read; name a folder")

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from data.durable import publish, writing
 from data.remote import writable_system
-from data.retries import without_secrets
 
 BLOCK_BYTES = 16 << 20
 
@@ -94,7 +93,7 @@ class UrlStore:
         self._files: Any = writable_system(url)
 
     def path(self, name: str) -> str:
-        return f"{without_secrets(self._url)}/{name}"
+        return self._at(name)
 
     def names(self) -> list[str]:
         # Somebody else may have written there a moment ago.

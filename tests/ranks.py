@@ -55,7 +55,8 @@ def start_server() -> None:
 
 def share_server() -> None:
     """In a process of the fork server: its loader processes come from there, too. It would start a
-    server of its own for them, which imports torch for 2 s.
+    server of its own for them, which imports torch for 2 s. Not for ranks that are killed while
+    they start processes: the server ends of a request that is cut.
     """
     # It has the address; whether that server still runs only the parent could ask.
     forkserver._forkserver.ensure_running = lambda: None

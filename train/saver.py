@@ -110,8 +110,9 @@ class Saver:
             flats = self._engine.flats()
             with self._world.together(f"copying the state of step {step}"):
                 at("snapshot", step)
-                arrays, ranges = self._snapshot(flats)
-                if faults.hits("snapshot", step, "bitflip"):
+                is_flipped = faults.hits("snapshot", step, "bitflip")
+                arrays, ranges = self._snapshot(flats, copied=self._config.background or is_flipped)
+                if is_flipped:
                     flip_bit(next(iter(self._buffers.values())))
         self._pending = _Pending(
             step,
@@ -210,7 +211,7 @@ class Saver:
     def _write(
         self,
         step: int,
-        arrays: dict[str, np.ndarray],
+        arrays: dict[str, list[np.ndarray]],
         ranges: dict[str, list[Range]],
         total_bytes: int,
     ) -> tuple[dict[str, Any], float]:
@@ -220,8 +221,12 @@ class Saver:
         entry = write_slices(folder, self._world.rank, arrays, ranges, total_bytes=total_bytes)
         return entry, time.monotonic() - begun
 
-    def _snapshot(self, flats: list[Flat]) -> tuple[dict[str, np.ndarray], dict[str, list[Range]]]:
-        """What this rank owns, by kind, in buffers that every save fills again."""
+    def _snapshot(
+        self, flats: list[Flat], *, copied: bool
+    ) -> tuple[dict[str, list[np.ndarray]], dict[str, list[Range]]]:
+        """What this rank owns, by kind: in buffers that every save fills again, or, of a CPU that
+        waits for the disk, the state itself.
+        """
         pieces: dict[str, list[torch.Tensor]] = {}
         ranges: dict[str, list[Range]] = {}
         for flat in flats:
@@ -229,7 +234,13 @@ class Saver:
                 for part in flat.owned:
                     pieces.setdefault(key, []).append(tensor.narrow(0, part.offset, part.length))
                     ranges.setdefault(key, []).append((part.name, part.start, part.length))
-        return {key: self._copied(key, parts) for key, parts in pieces.items()}, ranges
+        found = {}
+        for key, parts in pieces.items():
+            if copied or parts[0].is_cuda:
+                found[key] = [self._copied(key, parts)]
+            else:
+                found[key] = [part.numpy() for part in parts]
+        return found, ranges
 
     def _copied(self, key: str, parts: list[torch.Tensor]) -> np.ndarray:
         size = sum(map(len, parts))

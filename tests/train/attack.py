@@ -62,7 +62,7 @@ def checkpoints(folder: Path) -> Iterator[Case]:
     """Manifests with a good seal and bad content."""
     good = folder / "run"
     target = checkpoint.begin(good, 1)
-    entry = write_slices(target, 0, {"param": np.zeros(64)}, {"param": [("w", 0, 64)]})
+    entry = write_slices(target, 0, {"param": [np.zeros(64)]}, {"param": [("w", 0, 64)]})
     checkpoint.commit(
         target,
         step=1,

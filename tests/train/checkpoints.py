@@ -36,7 +36,7 @@ def values(step: int, *, seed: int = 0) -> dict[str, np.ndarray]:
 
 def pieces(
     stored: dict[str, np.ndarray], rank: int, num_ranks: int
-) -> tuple[dict[str, np.ndarray], dict[str, list[tuple[str, int, int]]]]:
+) -> tuple[dict[str, list[np.ndarray]], dict[str, list[tuple[str, int, int]]]]:
     """Arrays and ranges of a rank: every parameter is cut evenly over the ranks."""
     ranges = []
     for name, shape in SHAPES.items():
@@ -44,9 +44,11 @@ def pieces(
         first, last = size * rank // num_ranks, size * (rank + 1) // num_ranks
         ranges.append((name, first, last - first))
     arrays = {
-        key: np.concatenate(
-            [stored[f"{key}/{n}"][first : first + count] for n, first, count in ranges]
-        )
+        key: [
+            np.concatenate(
+                [stored[f"{key}/{n}"][first : first + count] for n, first, count in ranges]
+            )
+        ]
         for key in KEYS
     }
     return arrays, {key: ranges for key in arrays}

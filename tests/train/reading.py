@@ -16,7 +16,6 @@ import data.order
 from data.loader import micro_batches
 from data.phases import Phases
 from data.stream import SampleStream
-from tests.ranks import share_server
 
 BLOCK, WINDOW = 128, 256
 """Windows of two blocks, so that a few hundred tokens have several."""
@@ -54,8 +53,11 @@ class Micro:
 
 
 def read(pipe: Connection) -> None:
-    """A rank: reads what it is told and hands on every micro-batch."""
-    share_server()
+    """A rank: reads what it is told and hands on every micro-batch.
+
+    Its loader processes come from a fork server of its own: one that a killed rank was just asking
+    for a process ends of it, in Python 3.11, and would take the others' with it.
+    """
     while True:
         job: Reading = pipe.recv()
         for start, end, phase in job.phases.segments(job.first, job.last):

@@ -37,8 +37,8 @@ def content(name: str, start: int, length: int) -> np.ndarray:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slices.CHUNK_BYTES == 16 << 10
-    monkeypatch.setattr(slices, "CHUNK_BYTES", 16)
+    assert slices.CHUNK_BYTES == 32 << 10
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 32)
 
 
 def write(run: Path, *, stage: int, num_ranks: int) -> Checkpoint:
@@ -47,7 +47,7 @@ def write(run: Path, *, stage: int, num_ranks: int) -> Checkpoint:
     for rank in range(num_ranks):
         ranges = ranges_of(SHAPES, stage, rank, num_ranks)
         array = np.concatenate([content(*piece) for piece in ranges])
-        arrays, tables = dict.fromkeys(KEYS, array), dict.fromkeys(KEYS, ranges)
+        arrays, tables = {key: [array] for key in KEYS}, dict.fromkeys(KEYS, ranges)
         total = TOTAL * ITEM_BYTES * len(KEYS)
         files.append(write_slices(folder, rank, arrays, tables, total_bytes=total))
     model = inventory(SHAPES)
@@ -115,7 +115,7 @@ def test_what_is_held_has_a_bound(tmp_path: Path) -> None:
 
 
 def test_chunks_grow_with_the_checkpoint_and_stay_few() -> None:
-    sizes = {1: 16 << 10, 16 << 30: 16 << 10, (16 << 30) + 1: 32 << 10, 84 * 10**9: 80 << 10}
+    sizes = {1: 32 << 10, 32 << 30: 32 << 10, (32 << 30) + 1: 64 << 10, 84 * 10**9: 96 << 10}
     for total, expected in sizes.items():
         assert slices.chunk_bytes_of(total) == expected
     for billions in (1, 7, 70, 175, 1000):

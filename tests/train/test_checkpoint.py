@@ -176,7 +176,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = checkpoint.begin(tmp_path, 1)
-    entry = write_slices(folder, 0, {"param": np.zeros(1)}, {"param": [("a", 0, 1)]})
+    entry = write_slices(folder, 0, {"param": [np.zeros(1)]}, {"param": [("a", 0, 1)]})
     checkpoint.commit(
         folder,
         step=1,

@@ -31,7 +31,6 @@ from train.config import RunConfig
 from train.decode import load_config
 from train.metrics import read_metrics
 from train.run import read_config
-from train.slices import SliceReader
 
 PIXELS = 64
 LEVELS = string.ascii_lowercase[:17]
@@ -154,7 +153,7 @@ def test_generated_digits_are_recognised(digits: Any, dataset: Path, tmp_path: P
 def _trained(run: Path, settings: RunConfig) -> GPT:
     """The model of the newest checkpoint."""
     saved = open_checkpoint(run, committed(run)[0])
-    reader = SliceReader(saved.folder, saved.manifest["files"])
+    reader = saved.reader
     model = GPT(settings.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -329,7 +329,7 @@ def _handmade_run(
         values[name] = np.full_like(values[name], value)
     ranges = {"param": [(name, 0, array.size) for name, array in values.items()]}
     folder = checkpoint.begin(run, 1)
-    entry = write_slices(folder, 0, {"param": np.concatenate(list(values.values()))}, ranges)
+    entry = write_slices(folder, 0, {"param": list(values.values())}, ranges)
     checkpoint.commit(
         folder,
         step=1,

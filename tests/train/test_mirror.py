@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data.config import DataUsageError
-from data.store import FolderStore, Store, UrlStore, store_of
+from data.store import FolderStore, Store, store_of
 from tests.disks import fill, make_room, small_disk
 from tests.train.checkpoints import values, write
 from train import checkpoint, slices
@@ -242,7 +242,11 @@ def test_a_copy_that_is_killed_does_not_exist_and_is_made_again(
 
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataUsageError, match="https:// is only read; name a folder"):
-        Mirror("https://host/a?token=secret", tmp_path / "run")
+        Mirror("https://host/a", tmp_path / "run")
+    for url in ("memory://user:secret@host/a", "memory://host/a?token=secret"):
+        with pytest.raises(DataUsageError, match="the mirror at memory://host/") as raised:
+            Mirror(url, tmp_path / "run")
+        assert "secret" not in str(raised.value)
     with pytest.raises(DataUsageError, match="fsspec knows no nothing://; name a folder, or"):
         Mirror("nothing://host/a", tmp_path / "run")
     with pytest.raises(DataUsageError, match=r"is where .*run itself lies; name another folder"):
@@ -258,10 +262,6 @@ def test_a_mirror_that_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
     mirror._store = Away(tmp_path)
     with pytest.raises(CheckpointError, match=r"the mirror .*far/run cannot be read: Permission"):
         mirror.steps()
-
-
-def test_a_url_is_told_without_its_password() -> None:
-    assert UrlStore("memory://user:secret@far/x").path("a/b") == "memory://far/x/a/b"
 
 
 def test_names_of_a_store_are_relative(place: str) -> None:

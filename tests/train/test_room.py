@@ -25,10 +25,10 @@ BIG = 60_000
 """Elements of the parameter of `save`: a file of 240 KB for each state and all ranks."""
 
 
-def big(rank: int, num_ranks: int) -> tuple[dict[str, np.ndarray], dict[str, list[Range]]]:
+def big(rank: int, num_ranks: int) -> tuple[dict[str, list[np.ndarray]], dict[str, list[Range]]]:
     first, last = BIG * rank // num_ranks, BIG * (rank + 1) // num_ranks
     array = np.arange(first, last, dtype=np.float32)
-    return {"param": array, "exp_avg": -array}, {
+    return {"param": [array], "exp_avg": [-array]}, {
         key: [("w", first, last - first)] for key in ("param", "exp_avg")
     }
 
