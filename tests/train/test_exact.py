@@ -78,12 +78,15 @@ def test_every_world_comes_to_the_same_bits(on_one_rank: dict[str, Any], num_ran
     assert rows[-1][0] < rows[0][0] - 0.1, "it learns"
 
 
-def test_the_sum_is_the_gradient(world_of_one: World) -> None:
-    engine, accumulation = toy_engine(world_of_one)
-    plain = PlainEngine(Toy(), job(), world_of_one)
+def beside_plain(world: World) -> list[list[tuple[float, float]]]:
+    engine, accumulation = toy_engine(world)
     layout = {"size": SIZE, "micro_batch": MICRO, "accumulation": accumulation}
-    rows = run_steps(engine, world_of_one, range(1, 7), **layout)
-    expected = run_steps(plain, world_of_one, range(1, 7), **layout)
+    both = (engine, PlainEngine(Toy(), job(), world))
+    return [run_steps(one, world, range(1, 7), **layout) for one in both]
+
+
+def test_the_sum_is_the_gradient() -> None:
+    ((rows, expected),) = run_ranks(1, beside_plain)
     # Each term is rounded to 2^-44, against 2^-24 of the sum in fp32.
     for row, wanted in zip(rows, expected, strict=True):
         assert row == pytest.approx(wanted, rel=2e-6)
