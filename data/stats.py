@@ -2,7 +2,7 @@
 
 Every token is read once and checked, as `headrace data verify` does; then the first samples of the
 default order are read as a trainer reads them. Cost: 1 s per GB plus 3 us per document. Memory:
-one chunk, what a reader keeps (data/tokens.py), and data/repeats.py.
+one chunk, what a reader keeps (data/kept.py), and data/repeats.py.
 """
 
 from __future__ import annotations

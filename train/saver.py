@@ -3,7 +3,8 @@
 The step waits for the copy alone. Whether every rank has written is agreed in the sum that ends
 each step anyway; rank 0 then commits. At most one save is in flight: the next one, and the end of
 the run, wait for it. What a writer meets is raised on every rank, no later than that.
-Memory: one more copy of what this rank writes, 12 bytes per parameter it owns with AdamW.
+Memory: one more copy of what this rank writes, 12 bytes per parameter it owns with AdamW; none on a
+CPU whose training waits for the disk.
 """
 
 from __future__ import annotations
