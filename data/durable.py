@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,15 +69,22 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a file as a whole. StorageError leaves the old content and nothing beside it."""
+    write_stream(path, (content,))
+
+
+def write_stream(path: Path, pieces: Iterable[bytes]) -> None:
+    """`write_durably` of what comes in pieces; an error of theirs, too, leaves the old content and
+    nothing beside it.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
             with temporary.open("wb") as file:
-                file.write(content)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             publish(temporary, path)
-        except OSError:
+        except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise

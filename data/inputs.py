@@ -21,7 +21,7 @@ from data.commands import run, split_input
 from data.compressed import kind_by_content
 from data.config import COMMAND, DataUsageError
 from data.documents import COMPRESSIONS, InputFile
-from data.durable import publish, writing
+from data.durable import write_stream, writing
 
 UNREADABLE_SUFFIXES = frozenset(
     {".lz4", ".zip", ".7z", ".arrow", ".rar", ".br", ".z", ".tbz2", ".txz"}
@@ -141,17 +141,9 @@ def _spool_command(named: str, folder: Path) -> Path:
 
 def _spool(pieces: Iterable[bytes], path: Path) -> Path:
     """A stream as a file, which has its name when it is whole."""
-    part = path.with_name(path.name + ".part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                file.writelines(pieces)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    write_stream(path, pieces)
     return path
 
 

@@ -6,14 +6,13 @@ not at all; behind a URL a cut upload may leave half a file, so whoever reads ch
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.durable import publish, writing
+from data.durable import write_stream, writing
 from data.remote import writable_system
 
 BLOCK_BYTES = 16 << 20
@@ -64,18 +63,9 @@ class FolderStore:
 
     def write(self, name: str, pieces: Iterable[bytes]) -> None:
         path = self._folder / name
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with temporary.open("wb") as file:
-                    file.writelines(pieces)
-                    file.flush()
-                    os.fsync(file.fileno())
-                publish(temporary, path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_stream(path, pieces)
 
     def remove(self, name: str) -> None:
         path = self._folder / name
