@@ -80,7 +80,8 @@ def write_stream(path: Path, pieces: Iterable[bytes]) -> None:
     with writing(path):
         try:
             with temporary.open("wb") as file:
-                file.writelines(pieces)
+                for piece in pieces:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             publish(temporary, path)
