@@ -117,8 +117,9 @@ def _run(label: str, command: str, *argv: str) -> int:
     if command == "export" and (Path(argv[1]) / "config.json").is_file():
         _say(f"{argv[1]} is there already")
         return 0
-    if "--nproc" not in argv or argv[argv.index("--nproc") + 1] == "1":
+    if "--nproc" not in argv:
         return _in_process([command, *argv])[0]
+    # A process of its own, were it a single rank: DeepSpeed serves one world per process.
     run = Path(argv[argv.index("--run") + 1])
     num_processes = int(argv[argv.index("--nproc") + 1])
     return spawn.launch([command, *argv], run=run, num_processes=num_processes)

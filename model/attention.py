@@ -42,13 +42,18 @@ class Attention(nn.Module):
         cos, sin = (table[..., : self.kv_heads, :] for table in rotary)
         k_BTGK = rotate(self.key(x_BTD).unflatten(-1, heads), cos, sin)
         v_BTGK = self.value(x_BTD).unflatten(-1, heads)
+        is_wide_cuda = q_BTHK.is_cuda and q_BTHK.dtype == torch.float32
+        if self.grouped and is_wide_cuda:
+            # No fp32 kernel there shares heads; torch would write out all T x T scores instead.
+            shared = q_BTHK.shape[-2] // self.kv_heads
+            k_BTGK, v_BTGK = (x.repeat_interleave(shared, -2) for x in (k_BTGK, v_BTGK))
         y_BHTK = F.scaled_dot_product_attention(
             q_BTHK.transpose(1, 2),
             k_BTGK.transpose(1, 2),
             v_BTGK.transpose(1, 2),
             attn_mask=mask_B1TT,
             is_causal=mask_B1TT is None,
-            enable_gqa=self.grouped,
+            enable_gqa=self.grouped and not is_wide_cuda,
         )
         y_BTD: Tensor = self.output(y_BHTK.transpose(1, 2).flatten(2))
         return y_BTD

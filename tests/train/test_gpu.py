@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.train.test_pretrain import RECIPE, losses
+from train.checkpoint import committed, step_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +44,33 @@ def test_a_resumed_run_goes_on_where_it_stood(dataset: Path, tmp_path: Path, sta
     # The embedding's gradient is summed by atomic additions, whose order is not fixed.
     for row, wanted in zip(parts, whole, strict=True):
         assert row[3:] == pytest.approx(wanted[3:], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("zero.stage=0",),
+        ("zero.stage=1", "precision=bf16"),
+        ("zero.stage=2", "precision=bf16", "model.activation_checkpointing=true"),
+        ("zero.stage=3", "precision=bf16", "data.boundaries=attention"),
+        ("zero.stage=0", "micro_batch=4", "train.reproducible=across_world_sizes"),
+    ],
+)
+def test_deterministic_kernels_resume_to_the_bit(
+    dataset: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    layout += ("train.deterministic=true",)
+    assert pretrain(tmp_path, dataset, "whole", *layout) == 0
+    assert pretrain(tmp_path, dataset, "parts", *layout, "--stop-at", "4") == 3
+    assert pretrain(tmp_path, dataset, "parts", *layout) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+
+
+def state_of(run: Path) -> dict[str, bytes]:
+    """Every byte of the newest checkpoint's weights and moments."""
+    folder = step_folder(run, committed(run)[0])
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def test_a_gpu_trains_what_a_cpu_trains(dataset: Path, tmp_path: Path) -> None:
