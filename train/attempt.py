@@ -97,10 +97,13 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             stop_at,
         )
         return _end_at_once(world, run, work, "stopped", done)
-    if done < work.steps and world.broadcast((run / STOP_FILE).exists()):
+    # Steps that are all there may still lack the validation that follows them.
+    is_complete = done >= work.steps and run_directory.is_complete(run, work.steps)
+    is_complete = world.broadcast(is_complete)
+    if not is_complete and world.broadcast((run / STOP_FILE).exists()):
         log.info("%s asks this run to stand still; to go on, remove it", run / STOP_FILE)
         return _end_at_once(world, run, work, "stopped", done)
-    if done >= work.steps:
+    if is_complete:
         log.info("%s is complete: %d of %d steps", run, done, work.steps)
         return _end_at_once(world, run, work, "complete", done)
     stop = StopRequest()

@@ -30,6 +30,13 @@ def attempts(run: Path) -> list[dict[str, Any]]:
     return read_rows(run / FILE)
 
 
+def is_complete(run: Path, steps: int) -> bool:
+    """Whether an attempt has come to the end of a run of so many steps, its last validation too."""
+    return any(
+        row.get("outcome") == "complete" and (row["step"] or 0) >= steps for row in attempts(run)
+    )
+
+
 def begin_attempt(
     run: Path,
     number: int,

@@ -44,10 +44,11 @@ def train(job: Job) -> tuple[Outcome, int]:
             job.saver.commit()
         if job.pace.is_due(step) or step == job.steps or agreed.stop or agreed.save:
             save(job, step)
-        stop = agreed.stop
+        # A run that has all its steps needs no --stop-at.
+        stop = agreed.stop and step < job.steps
         if step == job.steps or (due(job.config.eval.every, step) and not stop):
             stop = not validate(job, step=step)
-        if stop and step < job.steps:
+        if stop:
             if job.pace.last_step < step:
                 save(job, step)
             job.saver.finish()
@@ -66,9 +67,7 @@ def validate(job: Job, *, step: int) -> bool:
     def is_over() -> bool:
         nonlocal gave_way
         at("evaluate", step)
-        # Nobody would come back for the last one.
-        asked = job.stop.reason is not None and step < job.steps
-        gave_way = bool(job.world.sum(torch.tensor(int(asked))) > 0)
+        gave_way = bool(job.world.sum(torch.tensor(int(job.stop.reason is not None))) > 0)
         return gave_way
 
     job.engine.module.eval()
@@ -102,14 +101,14 @@ def save(job: Job, step: int) -> None:
 def _lacks_validation(job: Job) -> bool:
     """Collective. Whether an earlier attempt was to validate before the first step, and did not."""
     step = job.first_step - 1
-    if step and not due(job.config.eval.every, step):
+    if 0 < step < job.steps and not due(job.config.eval.every, step):
         return False
     return bool(job.world.broadcast(job.world.is_main and not job.metrics.has_validation(step)))
 
 
 def _say_when_nothing_is_saved(job: Job) -> None:
     every = job.config.checkpoint.every
-    if every == "auto":
+    if every == "auto" or job.first_step > job.steps:
         return
     first_save = job.steps if every == 0 else -(-job.first_step // every) * every
     if min(first_save, job.stop_at or job.steps) >= job.steps:

@@ -24,6 +24,7 @@ from train.attempts import Outcome as Outcome
 from train.attempts import attempts as attempts
 from train.attempts import begin_attempt as begin_attempt
 from train.attempts import end_attempt as end_attempt
+from train.attempts import is_complete as is_complete
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig
 from train.decode import decode, flat_keys
 from train.phases import allowing, append_phase, check_asked, now, read_phases

@@ -4,8 +4,8 @@ A file is safetensors with one contiguous tensor per state kind; which range of 
 where is told by a table in the manifest (train/tables.py), so that a reader (train/slice_reader.py)
 seeks and never scans. Every chunk has an xxh3, made in a second thread while the disk takes the
 next bytes, and checked when it is read; 0.04 s of a core per GB, and twice that in the smallest
-chunks. The file is written here and not by the library, which would hide each write and the errno of a full disk; a test compares
-every byte with the library's. No torch here.
+chunks. The file is written here and not by the library, which would hide each write and the errno
+of a full disk; a test compares every byte with the library's. No torch here.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def write_slices(
         writing(path),
         path.open("wb", buffering=0) as file,
     ):
-        added = [hasher.submit(chunks.add, piece) for part in parts for piece in _written(file, part)]
+        added = [
+            hasher.submit(chunks.add, piece) for part in parts for piece in _written(file, part)
+        ]
         os.fsync(file.fileno())
     for one in added:
         one.result()

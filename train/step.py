@@ -28,7 +28,7 @@ from train.job import Agreed, Job
 from train.metrics import Row
 from train.progress import at
 from train.schedule import learning_rate
-from train.timing import TIMED_STEPS, compared
+from train.timing import TIMED_STEPS
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _record(
         row["resumed_from"] = job.resumed_from
     own_seconds = job.timing.take()
     if step % TIMED_STEPS == 0:
-        row |= compared(own_seconds, job.world, step_seconds=seconds)
+        row |= job.timing.compared(own_seconds, job.world, step_seconds=seconds)
     job.pace.measured(seconds, job.saver.committed)
     row |= _saved(job) | tell_mirrored(job)
     job.metrics.write(row)

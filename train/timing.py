@@ -4,11 +4,16 @@ All ranks leave a step together: who is late shows only in what each does before
 needed. Backward passes and updates hold the collectives, so they are not counted. On a GPU the
 times are the device's own, read after the step. Every TIMED_STEPS steps the ranks exchange 16 bytes
 each.
+
+A slow link makes all ranks late alike and names nobody. It shows as a step that takes longer than
+the run's steps usually do, though no rank reads or computes longer: the cause is communication.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +26,12 @@ TIMED_STEPS = 10
 LATE_SHARE = 0.1
 """Of a step: who is later than the median by less is not called slow."""
 CAUSES = ("data", "compute")
+USUAL_STEPS = 5
+"""Timed steps before anybody knows what is usual; four times as many are remembered."""
+LONG_SHARE = 0.25
+"""Of the usual step: communication that takes no longer than so much more is not called slow."""
+BACKWARD = 3
+"""A step computes about three times its forward passes."""
 
 
 class Timing:
@@ -30,6 +41,7 @@ class Timing:
         self._is_cuda = device.type == "cuda"
         self._seconds = dict.fromkeys(CAUSES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._before: deque[tuple[float, float]] = deque(maxlen=4 * USUAL_STEPS)
 
     @contextmanager
     def measuring(self, cause: str) -> Iterator[None]:
@@ -56,14 +68,20 @@ class Timing:
         self._seconds = dict.fromkeys(CAUSES, 0.0)
         return found
 
-
-def compared(own: list[float], world: World, *, step_seconds: float) -> dict[str, Any]:
-    """Collective. The longest wait for data of all ranks, and the slowest rank with its cause where
-    one is late.
-    """
-    rows = torch.zeros(world.size, len(CAUSES), dtype=torch.float64)
-    rows[world.rank] = torch.tensor(own, dtype=torch.float64)
-    return slowest(world.sum(rows), step_seconds=step_seconds)
+    def compared(self, own: list[float], world: World, *, step_seconds: float) -> dict[str, Any]:
+        """Collective. Fields of a metrics row: the longest wait for data of all ranks, and the
+        slowest rank with its cause where one is late, or communication where nobody is.
+        """
+        rows = torch.zeros(world.size, len(CAUSES), dtype=torch.float64)
+        rows[world.rank] = torch.tensor(own, dtype=torch.float64)
+        seconds_RC = world.sum(rows)
+        found = slowest(seconds_RC, step_seconds=step_seconds)
+        longest = seconds_RC.max(dim=0).values
+        here = (step_seconds, float(longest[0] + BACKWARD * longest[1]))
+        if "slowest_rank" not in found:
+            found |= communication(here, list(self._before))
+        self._before.append(here)
+        return found
 
 
 def slowest(seconds_RC: torch.Tensor, *, step_seconds: float) -> dict[str, Any]:
@@ -78,3 +96,20 @@ def slowest(seconds_RC: torch.Tensor, *, step_seconds: float) -> dict[str, Any]:
         found["slowest_cause"] = CAUSES[int(late_RC[rank].argmax())]
         found["slowest_seconds"] = float(total_R[rank])
     return found
+
+
+def communication(
+    here: tuple[float, float], before: list[tuple[float, float]]
+) -> dict[str, str | float]:
+    """Fields of a metrics row that has taken longer than usual, with no rank to blame.
+
+    Each pair is (seconds of a step, what of them the slowest rank read and computed), this step's
+    and those of earlier ones.
+    """
+    if len(before) < USUAL_STEPS:
+        return {}
+    step, own = (statistics.median(column) for column in zip(*before, strict=True))
+    longer = here[0] - step - max(0.0, here[1] - own)
+    if longer <= LONG_SHARE * step:
+        return {}
+    return {"slowest_cause": "communication", "slowest_seconds": longer}

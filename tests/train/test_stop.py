@@ -97,16 +97,22 @@ def ask_while_validating(world: World, made: RunConfig, run: Path, step: int) ->
     return train_run(world, made, run)
 
 
-def test_a_validation_gives_way_to_a_stop_and_is_made_up_for(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_validation_gives_way_to_a_stop_and_is_made_up_for(
+    dataset: Path, tmp_path: Path, step: int
+) -> None:
     made = config(dataset, "eval.samples=8", "eval.every=2", "micro_batch=1", "checkpoint.every=2")
     plain, run = tmp_path / "plain", tmp_path / "run"
     run_ranks(2, train_run, made, plain)
-    assert run_ranks(2, ask_while_validating, made, run, 4) == ["stopped"] * 2
+    assert run_ranks(2, ask_while_validating, made, run, step) == ["stopped"] * 2
 
     def validated(folder: Path) -> dict[int, float]:
         return {r["step"]: r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
 
-    assert set(validated(run)) == {0, 2}
+    assert set(validated(run)) == set(range(0, step, 2))
     assert run_ranks(2, train_run, made, run) == ["complete"] * 2
     assert validated(run) == validated(plain)
     assert losses(run) == losses(plain)
+    num_rows = len((run / "metrics.jsonl").read_text().splitlines())
+    assert run_ranks(2, train_run, made, run) == ["complete"] * 2
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == num_rows, "nothing was left"

@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, train_run
 from train.config import RunConfig
 from train.metrics import read_metrics
-from train.timing import slowest
+from train.timing import communication, slowest
 from train.world import World
 
 
@@ -31,6 +31,42 @@ def test_who_is_later_than_the_median_is_slow_and_why() -> None:
     assert (found["slowest_rank"], found["slowest_cause"]) == (3, "data")
     assert found["data_seconds"] == 0.4
     assert "slowest_rank" not in slowest(slow, step_seconds=10.0)
+
+
+def test_a_step_that_is_long_with_nobody_late_waited_for_the_network() -> None:
+    usual = [(1.0, 0.6), (1.1, 0.7), (0.9, 0.6), (1.0, 0.6), (1.05, 0.65)]
+    assert communication((1.6, 0.6), usual) == {
+        "slowest_cause": "communication",
+        "slowest_seconds": pytest.approx(0.6),
+    }
+    # As long, but because every rank computed as much longer.
+    assert communication((1.6, 1.2), usual) == {}
+    assert communication((1.2, 0.6), usual) == {}
+    # Nobody knows yet what is usual.
+    assert communication((1.6, 0.6), usual[:4]) == {}
+
+
+def test_slow_communication_stands_in_the_metrics(dataset: Path, tmp_path: Path) -> None:
+    made = config(dataset, "steps=12", "eval.samples=1", "checkpoint.every=0")
+    run_ranks(2, slowed_links, made, tmp_path / "run")
+    found = {
+        r["step"]: r.get("slowest_cause") for r in read_metrics(tmp_path / "run") if "loss" in r
+    }
+    assert found[11] == "communication"
+
+
+def slowed_links(world: World, made: RunConfig, run: Path) -> str:
+    """Train; at step 11 the sums over all ranks take a second longer for everybody."""
+    train.step.TIMED_STEPS = 1
+    original = train.step.at
+
+    def at(phase: str, step: int = 0) -> None:
+        if (phase, step) == ("reduce", 11):
+            time.sleep(1.0)
+        original(phase, step)
+
+    train.step.at = at
+    return train_run(world, made, run)
 
 
 def slowed(world: World, made: RunConfig, run: Path, cause: str) -> str:
