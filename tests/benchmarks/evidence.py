@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
 TABLE = "<!-- evidence: written by `make evidence` -->", "<!-- end of evidence -->"
@@ -196,6 +198,17 @@ def train_speed(nanogpt: Path | None) -> None:
         recorder.write("train_speed", json.loads(path.read_text()))
 
 
+def gpu_speed() -> None:
+    """What one GPU does."""
+    recorder = Recorder()
+    recorder.commands.append("python -m tests.benchmarks.gpu_speed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "tests.benchmarks.gpu_speed", "--json", str(path)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        recorder.write("gpu_speed", json.loads(path.read_text()))
+
+
 def table() -> str:
     """The README's table, from the files alone."""
     lines = ["| what | command | figures | commit, seed |", "|---|---|---|---|"]
@@ -215,6 +228,13 @@ def _summary(name: str, figures: dict[str, Any]) -> str:
         return "; ".join(
             f"{case}: {row['tokens_per_second']:.0f} tokens/CPU-s, {row['matmul_fraction']:.0%} "
             "of matmul"
+            for case, row in figures.items()
+        )
+    if name == "gpu_speed":
+        return "; ".join(
+            f"{case}: {row['tokens_per_second']:,.0f} tokens/s, {row['tflops']:.0f} TFLOP/s, "
+            f"{row['matmul_fraction']:.0%} of matmul, {row['peak_gb']:.1f} GB "
+            f"(planned {row['planned_gb']:.1f})"
             for case, row in figures.items()
         )
     if name == "quickstart":
@@ -260,7 +280,8 @@ def rewrite(markers: tuple[str, str], text: str) -> None:
 
 
 def _machine() -> str:
-    return f"{os.cpu_count()} cores, {_cpu()}, Python {platform.python_version()}"
+    gpu = f"one {torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores, {_cpu()}, {gpu}Python {platform.python_version()}"
 
 
 def _cpu() -> str:
@@ -283,6 +304,8 @@ def main() -> None:
             "quickstart": lambda: quickstart(work),
             "train_speed": lambda: train_speed(options.nanogpt),
         }
+        if torch.cuda.is_available():
+            jobs["gpu_speed"] = gpu_speed
         for corpus in CORPORA if options.corpora else ():
             jobs[corpus.name] = lambda corpus=corpus: life_of(
                 corpus, options.corpora, work / corpus.name

@@ -141,6 +141,9 @@ def main() -> None:
     if options.one:
         print("RESULT " + json.dumps(measure(options.one, saves=options.save)))
         return
+    if not torch.cuda.is_available():
+        print("no CUDA device here: what one GPU does is not measured")
+        return
     rows: dict[str, dict[str, float]] = {}
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for case in CASES:
