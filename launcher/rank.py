@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WAIT_SECONDS = 60
 """How long a rank that failed waits for its end."""
+HEARTBEAT_SECONDS = 20
+"""Within which torchrun's rendezvous takes a host for dead that no longer answers, and a bit."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -69,7 +71,11 @@ def run_rank(train: Callable[[], str]) -> int:
     if folder is None:
         _greet(role, rank)
         at("import")
-        return 1 if train() == "failed" else 0
+        try:
+            return 1 if train() == "failed" else 0
+        except Exception:
+            _outlast_rendezvous()
+            raise
     if not folder.is_dir():
         # The launcher ended while this rank was still being started.
         return 1
@@ -110,6 +116,19 @@ def _follow_launcher(folder: Path, rank: int) -> None:
     # torchrun gives every rank a session of its own: nothing else ends it when torchrun is killed.
     follow_parent(signal.SIGKILL)
     mailbox.register(folder, rank)
+
+
+def _outlast_rendezvous() -> None:
+    """Where torchrun may start its ranks again, wait until it knows which hosts are gone.
+
+    It asks a host that died to the next rendezvous as long as its heartbeat may only be late, 15 s,
+    and fails when that host does not come.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < restarts:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(HEARTBEAT_SECONDS)
 
 
 def _failure(rank: int, error: Exception) -> mailbox.Failure:

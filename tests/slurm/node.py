@@ -51,6 +51,8 @@ def start_controller(folder: Path) -> None:
         call("mount", "--bind", str(folder / "etc" / file), f"/etc/{file}")
     # Without its delay a bridge drops what comes in the first seconds.
     call("ip", "link", "add", BRIDGE, "type", "bridge", "forward_delay", "0")
+    # Else it borrows a node's address, which nobody answers to once that node is gone.
+    call("ip", "link", "set", BRIDGE, "address", "02:00:00:00:00:01")
     call("ip", "addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
     call("ip", "link", "set", BRIDGE, "up")
     call(
