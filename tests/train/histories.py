@@ -147,7 +147,8 @@ def check_seen(seen: Sequence[Seen], count: int) -> None:
     """Enough of everything has happened."""
     assert len(seen) >= count
     assert sum(s.all_kinds for s in seen) >= len(seen) / 5, "few with resize, kill and change"
-    assert sum(s.new_length for s in seen) >= len(seen) / 5, "few with another length"
+    # A new length needs a history that comes to the end of a window, and short ones do not.
+    assert sum(s.new_length for s in seen) >= len(seen) / 10, "few with another length"
     assert sum(s.refused for s in seen) >= len(seen) / 5, "few changes inside a window"
 
 
