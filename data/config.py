@@ -1,12 +1,11 @@
-"""What a preparation and a run's [data] table may say, and the two errors of this package.
+"""What a preparation and a run's [data] table may say.
 
 Nothing here imports more than pydantic, so that commands on a login node answer at once.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -17,6 +16,12 @@ from pydantic import (
     model_validator,
 )
 
+from data.errors import AccessError as AccessError
+from data.errors import DataError as DataError
+from data.errors import DataUsageError as DataUsageError
+from data.errors import MissingError as MissingError
+from data.errors import missing_extra as missing_extra
+
 COMMAND = "pipe:"
 """What the name of a dataset or input begins with that is a command of the person who runs it."""
 
@@ -25,37 +30,6 @@ DatatroveRule = Literal["gopher-repetition", "gopher-quality", "c4", "fineweb-qu
 Boundaries = Literal["ignore", "labels", "attention"]
 Packing = Literal["concat", "best_fit"]
 OnDamage = Literal["fail", "quarantine"]
-
-
-class DataError(ValueError):
-    """Data that is damaged, missing or not what it claims to be."""
-
-    exit_code: ClassVar[int] = 1
-
-
-class DataUsageError(DataError):
-    """A request that cannot be met with this data, refused before anything is written."""
-
-    exit_code: ClassVar[int] = 2
-
-
-def missing_extra(what: str, extra: str, error: ImportError) -> DataUsageError:
-    """The refusal of what needs an optional extra that is not installed."""
-    return DataUsageError(
-        f"{what} needs the packages of the extra {extra!r} ({error}); install them with "
-        f"{sys.executable} -m pip install 'headrace[{extra}]'"
-    )
-
-
-class AccessError(DataError):
-    """Data that cannot be read now: a network, a server, a right or a disk is in the way.
-
-    It says nothing about the data, so nothing is ever taken for damaged because of it.
-    """
-
-
-class MissingError(AccessError):
-    """A file that a server says is not there: it may be lost, or the address may be wrong."""
 
 
 class CleanConfig(BaseModel):
@@ -249,3 +223,8 @@ def check_public(location: str, noun: str = "dataset") -> None:
             "credentials where the library for it looks (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, "
             "HF_TOKEN, ~/.netrc for http)"
         )
+
+
+def accumulation(batch_samples: int, num_ranks: int, micro_batch: int) -> int:
+    """Micro-batches per rank and step: as many as the batch needs, the last ones part dummies."""
+    return -(-batch_samples // (num_ranks * micro_batch))

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.config import DataError
+from data.errors import DataError
 
 RESTORE = "; restore it from a copy, or run the same `headrace prepare` into a new directory"
 

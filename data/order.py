@@ -22,6 +22,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from data.config import accumulation as accumulation
+
 WINDOW_TOKENS = 2**27
 NUM_ROUNDS = 6
 
@@ -88,11 +90,6 @@ def locate(
         chosen = epochs == epoch
         offsets[chosen] = _shuffled_offsets(places[chosen], geometry, seed, source, epoch)
     return epochs, offsets
-
-
-def accumulation(batch_samples: int, num_ranks: int, micro_batch: int) -> int:
-    """Micro-batches per rank and step: as many as the batch needs, the last ones part dummies."""
-    return -(-batch_samples // (num_ranks * micro_batch))
 
 
 @lru_cache(maxsize=256)

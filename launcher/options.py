@@ -1,5 +1,8 @@
 """What command lines may say: every option and argument that several commands share, or that is
 long; each is declared once.
+
+Defaults of a preparation are those of data/config.py, written out: to import that takes longer than
+`--help`, and a test compares them.
 """
 
 from __future__ import annotations
@@ -9,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-
-from data.config import CleanConfig, PrepareConfig
 
 
 def _named(value: str | Path) -> Path:
@@ -41,12 +42,6 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"headrace {importlib.metadata.version('headrace')}")
         raise typer.Exit
-
-
-def _default(field: str) -> str:
-    """What a field of a preparation is when no option is given."""
-    kind = PrepareConfig if field in PrepareConfig.model_fields else CleanConfig
-    return str(kind.model_fields[field].default)
 
 
 PATH: Any = {"parser": _named, "metavar": "PATH"}
@@ -120,18 +115,14 @@ MoreInputs = Annotated[
 Output = Annotated[Path, typer.Option("--output", help="Dataset directory to write.", **PATH)]
 VocabSize = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Train a tokenizer with this many pieces.", show_default=_default("vocab_size")
-    ),
+    typer.Option(min=1, help="Train a tokenizer with this many pieces.", show_default="8192"),
 ]
 TokenizerFile = Annotated[
     Path | None, typer.Option(help="Use this tokenizer.model or tokenizer.json instead.", **PATH)
 ]
 TokenizerType = Annotated[
     Literal["bpe", "unigram"] | None,
-    typer.Option(
-        help="Algorithm of the trained tokenizer.", show_default=_default("tokenizer_type")
-    ),
+    typer.Option(help="Algorithm of the trained tokenizer.", show_default="bpe"),
 ]
 UserSymbols = Annotated[
     list[str] | None, typer.Option("--symbol", help="String that is always one piece; repeatable.")
@@ -140,14 +131,14 @@ ValFraction = Annotated[
     float | None,
     typer.Option(
         help="Share of the text that is held out.",
-        show_default=_default("val_fraction"),
+        show_default="0.01",
     ),
 ]
 TextField = Annotated[
     str | None,
     typer.Option(
         help="Key (a.b.c goes into objects) or column of the text.",
-        show_default=_default("text_field"),
+        show_default="text",
     ),
 ]
 IdField = Annotated[
@@ -165,7 +156,7 @@ MaxBadLines = Annotated[
     int | None,
     typer.Option(
         help="Broken .jsonl lines to tolerate.",
-        show_default=_default("max_bad_lines"),
+        show_default="0",
     ),
 ]
 Bos = Annotated[bool, typer.Option("--bos", help="Put BOS in front of every document.")]
@@ -191,7 +182,7 @@ LanguageMin = Annotated[
     float | None,
     typer.Option(
         help="How sure of the language to be.",
-        show_default=_default("language_min"),
+        show_default="0.65",
     ),
 ]
 MaskPii = Annotated[
@@ -286,6 +277,11 @@ RunArgument = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Run directory of `headrace pretrain`.", parser=_folder),
 ]
+Runs = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN...", help="Run directories.", parser=_folder),
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")]
 OtherRun = Annotated[
     Path | None,
     typer.Argument(metavar="[OTHER]", help="Another run; the same by default.", parser=_folder),

@@ -6,10 +6,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.config import DataUsageError, PrepareConfig
+from data.errors import DataUsageError
 from launcher import options, spawn, usage
+
+if TYPE_CHECKING:
+    from data.config import PrepareConfig
 
 _OF_A_TASK = ("--stage", "--task")
 
@@ -43,6 +46,8 @@ def prepare(
     as_json: options.AsJson = False,
 ) -> None:
     """Turn text into a tokenizer and token shards."""
+    from data.config import PrepareConfig
+
     given = {
         "vocab_size": vocab_size,
         "tokenizer_type": tokenizer_type,

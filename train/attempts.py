@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data.durable import RowFile, read_rows
-from train.config import JobConfig
-from train.decode import flat_keys
+
+if TYPE_CHECKING:
+    from train.config import JobConfig
 
 Outcome = Literal["complete", "stopped", "failed"]
 FILE = "attempts.jsonl"
@@ -88,6 +89,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """`KEY: OLD -> NEW` for what differs between two attempts: world size, config, versions, and
     machine.
     """
+    from train.decode import flat_keys
+
     then, now = (
         {
             "world_size": row["world_size"],

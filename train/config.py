@@ -18,8 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from data.config import DataConfig
-from data.order import accumulation
+from data.config import DataConfig, accumulation
 from model.config import ModelConfig
 from train.deepspeed_json import deepspeed_json
 from train.settings import (

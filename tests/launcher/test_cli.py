@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from data.config import PrepareConfig
+from data.config import CleanConfig, PrepareConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 COMMANDS = (
     "quickstart", "prepare", "data", "recipes", "plan", "pretrain", "replay", "guard", "submit",
-    "checkpoint", "export", "finetune", "evaluate", "generate",
+    "status", "checkpoint", "export", "finetune", "evaluate", "generate",
 )  # fmt: skip
 
 
@@ -112,10 +112,12 @@ def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
 
 def test_help_of_prepare_tells_what_happens_without_an_option(tmp_path: Path) -> None:
     words = " ".join(headrace("prepare", "--help", cwd=tmp_path, COLUMNS="200").stdout.split())
-    for field in ("vocab_size", "tokenizer_type", "val_fraction", "text_field", "max_bad_lines"):
+    fields = PrepareConfig.model_fields | CleanConfig.model_fields
+    for field in ("vocab_size", "tokenizer_type", "val_fraction", "text_field", "max_bad_lines",
+                  "language_min"):  # fmt: skip
         option = "--" + field.replace("_", "-")
         told = words.split(f" {option} ")[1].split(" --")[0]
-        assert f"[default: ({PrepareConfig.model_fields[field].default})]" in told
+        assert f"[default: ({fields[field].default})]" in told
 
 
 def test_help_of_finetune_names_the_keys_that_it_needs(tmp_path: Path) -> None:
