@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from data.durable import told
 from launcher import options, spawn
 from launcher.checkpoint_cli import checkpoint_app
+from launcher.cluster_cli import status
 from launcher.data_cli import data_app
 from launcher.prepare_cli import prepare
 from launcher.recipes import Recipe, find_recipe
@@ -219,6 +220,9 @@ def submit(
         # What lies elsewhere is asked for by the job; this machine may not even reach it.
         local = [Path(path) for path in config.data.paths if not is_url(path)]
         print(slurm.submit(job, *local))
+
+
+app.command()(status)
 
 
 @app.command()

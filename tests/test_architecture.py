@@ -44,12 +44,14 @@ VENDORS = {
     "typer": {
         "launcher/checkpoint_cli.py",
         "launcher/cli.py",
+        "launcher/cluster_cli.py",
         "launcher/data_cli.py",
         "launcher/options.py",
         "launcher/tokenizer_cli.py",
         "launcher/usage.py",
     },
     "subprocess": {
+        "launcher/queue.py",
         "launcher/spawn.py",
         "launcher/slurm.py",
         "train/deadline.py",
@@ -90,6 +92,11 @@ WITHOUT_TORCH = sorted(
     or (path.is_relative_to(ROOT / "launcher") and path.name != "__main__.py")
 )
 HEAVY = {"torch", "deepspeed", "transformers"}
+CONFIGS = {"data.config", "train.config"}
+SLOW = {"numpy", "rich", "fsspec"} | CONFIGS | HEAVY
+"""What takes a tenth of a second or more to import: an answer within 0.5 s has none of it. Whether
+pydantic is imported decides typer, which converts lists with it.
+"""
 
 module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -197,15 +204,28 @@ def test_modules_of_login_node_commands_import_no_torch() -> None:
     ids=lambda argv: argv[0],
 )
 def test_login_node_commands_import_no_torch(argv: list[str]) -> None:
-    run_clean(f"""
-        sys.argv = ["headrace", *{argv!r}]
-        from launcher.cli import main
-        try:
-            main()
-        except SystemExit as end:
-            assert not end.code, end.code
-        check("headrace")
-    """)
+    run_command(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "allowed"),
+    [
+        (["--help"], {"rich"}),
+        (["--version"], set()),
+        (["status", "RUN"], set()),
+        (["status", "RUN", "--json"], set()),
+        (["status", "RUN", "RUN"], {"rich"}),
+        (["plan", "llama-7b"], {"rich"} | CONFIGS),
+        (["submit", "llama-7b", "--run", "RUN", "data=DATASET", "--dry-run"], CONFIGS),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_login_node_commands_start_at_once(
+    argv: list[str], allowed: set[str], tmp_path: Path
+) -> None:
+    """Measured by what they import: a clock on a busy machine proves nothing."""
+    (tmp_path / "RUN" / "logs").mkdir(parents=True)
+    run_command([word.replace("RUN", str(tmp_path / "RUN")) for word in argv], SLOW - allowed)
 
 
 def test_the_rules_notice_a_breach(tmp_path: Path) -> None:
@@ -254,14 +274,30 @@ def importers(vendor: str) -> set[str]:
     }
 
 
-def run_clean(body: str) -> None:
+def run_command(argv: list[str], heavy: set[str] = HEAVY) -> None:
+    """Run a command line that imports nothing of `heavy`."""
+    run_clean(
+        f"""
+        sys.argv = ["headrace", *{argv!r}]
+        from launcher.cli import main
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, end.code
+        check("headrace")
+    """,
+        heavy,
+    )
+
+
+def run_clean(body: str, heavy: set[str] = HEAVY) -> None:
     """Run `body` in a fresh interpreter that can `check(name)`: nothing heavy is loaded by now."""
     lines = [line[8:] for line in body.splitlines()]
     program = "\n".join(
         [
             "import sys",
             "def check(name):",
-            f"    heavy = {HEAVY!r} & set(sys.modules)",
+            f"    heavy = {heavy!r} & set(sys.modules)",
             "    assert not heavy, f'{name} imports {heavy}'",
             *lines,
         ]

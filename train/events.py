@@ -1,4 +1,5 @@
-"""RUN/events.jsonl: what happened to a run besides its steps: skips, rollbacks, alarms.
+"""RUN/events.jsonl: what happened to a run besides its steps: starts, skips, rollbacks,
+alarms.
 
 Rows are only appended, and are on the disk before the call returns; the file is there from the
 first event on. One writer (rank 0). No torch here.
@@ -15,6 +16,8 @@ from typing import Any
 from data.durable import RowFile, read_rows
 
 FILE = "events.jsonl"
+STARTED = "started"
+"""The first step of an attempt is done: with the seconds of each part of its start."""
 
 
 def record(run: Path, event: str, **fields: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from train.engine import Batch
 from train.job import Job
-from train.progress import at
+from train.progress import at, starting
 from train.replicas import check_replicas
 from train.rollback import roll_back
 from train.run import Outcome
@@ -27,6 +27,7 @@ def train(job: Job) -> tuple[Outcome, int]:
     """Collective. Train to the end or to a planned stop; returns ("complete" or "stopped", last
     completed step).
     """
+    starting("first step")
     job.engine.module.train()
     _say_when_nothing_is_saved(job)
     if _lacks_validation(job) and not validate(job, step=job.first_step - 1):

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,10 @@ from train.attempts import attempts
 
 FOLDER = "attempts"
 BEAT_SECONDS = 10.0
+SILENT_SECONDS = 6 * BEAT_SECONDS
+"""After which whoever only looks takes an attempt for dead. Clocks of two machines are compared for
+that, which decides nothing: a job that wants the run watches the beat itself.
+"""
 _SAME_MACHINE = ("host", "boot", "processes")
 
 
@@ -104,6 +109,30 @@ def check_idle(run: Path, *, beat_seconds: float = BEAT_SECONDS) -> None:
     newest = max(_numbers(run), default=0)
     if newest:
         _check_gone(run, newest, beat_seconds)
+
+
+@dataclass(frozen=True)
+class Life:
+    """What can be seen of an attempt without waiting for its next beat."""
+
+    owner: str
+    is_alive: bool
+    beat_seconds: float | None
+    """Since its last beat; None where it has left none."""
+
+
+def life_of(run: Path, number: int) -> Life:
+    """Whether an attempt that has not told its end still lives, at a glance."""
+    owner, mine = _read(run, number), _self()
+    try:
+        seconds = max(time.time() - _place(run, number, "beat").stat().st_mtime, 0.0)
+    except OSError:
+        seconds = None
+    if mine["started"] and all(owner.get(key) == mine[key] for key in _SAME_MACHINE):
+        is_alive = _started(owner["pid"]) == owner["started"]
+    else:
+        is_alive = seconds is not None and seconds < SILENT_SECONDS
+    return Life(_described(owner), is_alive, seconds)
 
 
 def _create(run: Path, number: int, slurm_job: str | None) -> bool:

@@ -1,12 +1,14 @@
 """Where this rank is: the phase and step that its main thread has entered last, and when.
 
-The places are those where a fault can be let happen (train/faults.py). No torch here.
+The places are those where a fault can be let happen (train/faults.py). What the start of an attempt
+took, part by part, is kept until its first step is done. No torch here.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 from train import faults
 
@@ -27,6 +29,7 @@ class Place:
 
 
 _here = Place("import", 0, time.monotonic())
+_starting = [("import", time.monotonic())]
 
 
 def here() -> Place:
@@ -38,4 +41,21 @@ def at(phase: str, step: int = 0) -> None:
     """Enter a phase; main thread only. Whatever fault was asked for here happens."""
     global _here
     _here = Place(phase, step, time.monotonic())
+    if phase in faults.AT_START:
+        starting(phase)
     faults.point(phase, step)
+
+
+def starting(part: str) -> None:
+    """From now on the start of the attempt is at this part of it."""
+    _starting.append((part, time.monotonic()))
+
+
+def start_seconds() -> dict[str, float]:
+    """What the parts of the start took up to now; asked once, when it is over."""
+    found: dict[str, float] = {}
+    now = ("", time.monotonic())
+    for (part, begun), (_, ended) in pairwise([*_starting, now]):
+        found[part] = found.get(part, 0.0) + ended - begun
+    _starting[:] = [("import", now[1])]
+    return {part: round(seconds, 3) for part, seconds in found.items()}

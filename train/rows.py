@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +12,8 @@ from data.durable import read_rows
 from train.attempts import attempts
 
 Row = dict[str, Any]
+TAIL_BYTES = 256 * 1024
+"""Some hundred rows."""
 
 
 class ReplayUsageError(ValueError):
@@ -25,6 +30,25 @@ def read_metrics(run: Path) -> list[Row]:
     for row in read_rows(run / "metrics.jsonl"):
         rows[(row["step"], "val_loss" in row)] = row
     return [rows[key] for key in sorted(rows)]
+
+
+def last_rows(path: Path, *, num_bytes: int = TAIL_BYTES) -> list[Row]:
+    """The rows in the last bytes of a file of JSON lines, as they were written; costs the same
+    however long the file is.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - num_bytes, 0))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    # What came before is cut somewhere, and a crash or a writer may be in the last one.
+    for line in lines[1 if size > num_bytes else 0 :]:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def row_of(run: Path, step: int) -> Row:

@@ -22,11 +22,11 @@ from model.loss import IGNORED
 from train import faults
 from train.device import flip_bit
 from train.engine import Batch
-from train.events import record
+from train.events import STARTED, record
 from train.guard import Decision, NonFiniteLoss, Verdict
 from train.job import Agreed, Job
 from train.metrics import Row
-from train.progress import at
+from train.progress import at, start_seconds
 from train.schedule import learning_rate
 from train.timing import TIMED_STEPS
 
@@ -200,6 +200,10 @@ def _record(
     job.pace.measured(seconds, job.saver.committed)
     row |= _saved(job) | tell_mirrored(job)
     job.metrics.write(row)
+    if step == job.first_step and job.world.is_main and not job.is_replay:
+        # The log of a start that storage refuses is no reason to end the run.
+        with suppress(StorageError):
+            record(job.run, STARTED, attempt=job.attempt, step=step, seconds=start_seconds())
 
 
 def tell_mirrored(job: Job) -> Row:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from train.deadline import Deadline
 from train.device import keep_freed_memory
-from train.progress import at
+from train.progress import at, starting
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ def join_world(*, stall_seconds: float = STALL_SECONDS, repeats: bool = False) -
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
+        starting("open")
         yield World(rank, size, local_rank, device, control)
         # Leaving while others still connect or reduce makes their collectives fail.
         dist.barrier(group=control)
