@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 2.0
 ASK_SECONDS = 30.0
 """How often Slurm is asked: its controller has others to serve."""
+FILE_WIDTH = 200
 LATE_SECONDS = 2 * BEAT_SECONDS
 UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
 
@@ -34,9 +36,9 @@ def show_status(runs: Sequence[Path], *, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        console = Console()
         # A file has no width: what is cut there can no longer be read.
-        console.print(_table(found), width=None if console.is_terminal else 200)
+        console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+        console.print(_table(found))
 
 
 def watch_status(runs: Sequence[Path], *, seconds: float = WATCH_SECONDS) -> None:
