@@ -68,6 +68,7 @@ def validate(job: Job, *, step: int) -> bool:
     def is_over() -> bool:
         nonlocal gave_way
         at("evaluate", step)
+        job.stop.look(job.pace.lead_seconds)
         gave_way = bool(job.world.sum(torch.tensor(int(job.stop.reason is not None))) > 0)
         return gave_way
 
@@ -81,7 +82,12 @@ def validate(job: Job, *, step: int) -> bool:
 
 
 def save(job: Job, step: int) -> None:
-    """Collective. Begin a checkpoint of this step."""
+    """Collective. Begin a checkpoint of this step. ReplicasDiffer instead, when what the ranks hold
+    alike differs: a resume from it would make them equal, and wrong.
+    """
+    every = job.config.guard.check_every
+    if every > 0 and not due(every, step):
+        check_replicas(job.engine, job.world, job.run, step=step, attempt=job.attempt)
     state = {
         "step": step,
         "tokens": job.tokens,

@@ -139,8 +139,11 @@ class Mirror:
         write_durably(saved.folder / MANIFEST, raw)
 
     def run_files_back(self) -> None:
-        """Copy what a resume reads besides into a run that was lost as a whole."""
-        for name in [name for name in self._store.names() if name in RUN_FILES]:
+        """Copy what a resume reads besides into a run that was lost as a whole. config.json comes
+        last: a run that has it has all.
+        """
+        names = [name for name in self._store.names() if name in RUN_FILES]
+        for name in sorted(names, key=lambda name: name == "config.json"):
             log.info("%s is copied back from the mirror %s", name, self.location)
             self._run.mkdir(parents=True, exist_ok=True)
             write_durably(self._run / name, b"".join(self._store.read(name)))

@@ -96,12 +96,12 @@ def own(
         folder.mkdir(parents=True, exist_ok=True)
     while True:
         newest = max(_numbers(run), default=0)
+        recorded = max((row["attempt"] for row in attempts(run)), default=0)
         if newest:
             _check_gone(run, newest, beat_seconds)
-        recorded = max((row["attempt"] for row in attempts(run)), default=0)
-        number = max(newest, recorded) + 1
-        if _create(run, number, slurm_job):
-            return Ownership(run, number, beat_seconds)
+        # Whoever has taken the run while the one before was watched makes this fail.
+        if _create(run, max(newest, recorded) + 1, slurm_job):
+            return Ownership(run, max(newest, recorded) + 1, beat_seconds)
 
 
 def check_idle(run: Path, *, beat_seconds: float = BEAT_SECONDS) -> None:

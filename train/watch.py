@@ -175,4 +175,7 @@ def _waits() -> bool:
 
 def _order(told: dict[str, Any]) -> tuple[bool, int, int, float]:
     """Those who wait come last; of two at the same place, the one that came later is behind."""
-    return told["waits"], told["step"], PHASES.index(told["phase"]), told["seconds"]
+    # What is no place for a fault, such as the last copy to a mirror, comes after all others.
+    phase = told["phase"]
+    place = PHASES.index(phase) if phase in PHASES else len(PHASES)
+    return told["waits"], told["step"], place, told["seconds"]

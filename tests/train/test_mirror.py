@@ -240,6 +240,19 @@ def test_a_copy_that_is_killed_does_not_exist_and_is_made_again(
     assert {path.name for path in (tmp_path / "far/run/step-000000020").iterdir()} == whole
 
 
+def test_a_run_that_comes_back_has_its_config_last(run: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(run, tmp_path / "mine" / run.name)
+    for name in ("config.json", "events.jsonl", "phases.jsonl"):
+        (mine / name).touch()
+    Mirror(str(tmp_path / "far"), mine).copy_out(10)
+    lost = tmp_path / "lost" / run.name
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.mirror.write_durably", lambda path, _: written.append(path.name))
+        Mirror(str(tmp_path / "far"), lost).run_files_back()
+    assert len(written) >= 3 and written[-1] == "config.json"
+
+
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataUsageError, match="https:// is only read; name a folder"):
         Mirror("https://host/a", tmp_path / "run")

@@ -123,6 +123,28 @@ def test_of_many_at_once_one_gets_the_run(tmp_path: Path) -> None:
             won[0].release()
 
 
+def test_who_waits_for_a_dead_owner_sees_the_one_that_came_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own(tmp_path).release()
+    elsewhere(tmp_path)
+    original, later = ownership._check_gone, []
+
+    def watched(*told: Any) -> None:
+        original(*told)
+        if not later:
+            later.append(1)
+            later.append(own(tmp_path, beat_seconds=BEAT))
+            begin = {"attempt": 2, "event": "start", "time": 0.0}
+            (tmp_path / "attempts.jsonl").write_text(json.dumps(begin) + "\n")
+
+    monkeypatch.setattr(ownership, "_check_gone", watched)
+    with pytest.raises(RunInUse, match=r"is being trained by attempt 2 "):
+        own(tmp_path, beat_seconds=BEAT)
+    later[1].check()
+    later[1].release()
+
+
 def stop_at(world: World, dataset: Path, run: Path, step: int) -> str:
     try:
         return pretrain_on(world, config(dataset), run, stop_at=step)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.ranks import RankFailure, run_ranks
-from tests.train.test_pretrain import config, train_run
+from tests.train.test_pretrain import config, losses, train_run
 from tests.train.toy import make_engine, run_steps
 from train import faults
+from train.checkpoint import committed
 from train.config import JobConfig, RunConfig
 from train.events import read_events
 from train.replicas import ReplicasDiffer, check_replicas
@@ -97,6 +98,17 @@ def test_a_run_ends_at_the_next_check_and_a_clean_one_does_not(
         run_ranks(2, flipping, made, tmp_path / "flipped", "optimizer:5:1:bitflip")
     (event,) = read_events(tmp_path / "flipped", "replicas differ")
     assert event["step"] == 6
+
+
+def test_what_differs_is_not_saved_and_a_resume_is_clean(dataset: Path, tmp_path: Path) -> None:
+    made = config(dataset, "zero.stage=0", "guard.check_every=4", "eval.samples=1")
+    assert run_ranks(2, train_run, made, tmp_path / "clean") == ["complete"] * 2
+    # Saved every 3 steps; the next check by itself would be behind that.
+    with pytest.raises(RankFailure, match=r"ReplicasDiffer: step 3: the ranks \[0, 1\] differ in"):
+        run_ranks(2, flipping, made, tmp_path / "flipped", "optimizer:2:1:bitflip")
+    assert committed(tmp_path / "flipped") == []
+    assert run_ranks(2, train_run, made, tmp_path / "flipped") == ["complete"] * 2
+    assert losses(tmp_path / "flipped") == losses(tmp_path / "clean")
 
 
 def alone(world: World, run: Path) -> str:
