@@ -29,8 +29,8 @@ from data.boundaries import (
     mask_parts,
     positions_in_documents,
 )
-from data.config import Boundaries, DataError, OnDamage
-from data.order import Ints, accumulation
+from data.config import Boundaries, DataError, OnDamage, accumulation
+from data.order import Ints
 from data.stream import SampleStream as SampleStream
 from data.stream import sample_hash as sample_hash
 from data.targets import NO_TARGET

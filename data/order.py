@@ -22,8 +22,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import accumulation as accumulation
-
 WINDOW_TOKENS = 2**27
 NUM_ROUNDS = 6
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from data.config import accumulation
 from data.loader import Batch, sample_hash
-from data.order import accumulation
 from data.targets import NO_TARGET, Tokenized
 
 # B examples of a micro-batch, T tokens of the longest one

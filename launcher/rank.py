@@ -73,8 +73,10 @@ def run_rank(train: Callable[[], str]) -> int:
         at("import")
         try:
             return 1 if train() == "failed" else 0
-        except Exception:
-            _outlast_rendezvous()
+        except Exception as error:
+            # What all ranks refuse alike is no death of a host.
+            if getattr(error, "exit_code", None) is None:
+                _outlast_rendezvous()
             raise
     if not folder.is_dir():
         # The launcher ended while this rank was still being started.

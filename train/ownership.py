@@ -99,9 +99,10 @@ def own(
         recorded = max((row["attempt"] for row in attempts(run)), default=0)
         if newest:
             _check_gone(run, newest, beat_seconds)
-        # Whoever has taken the run while the one before was watched makes this fail.
-        if _create(run, max(newest, recorded) + 1, slurm_job):
-            return Ownership(run, max(newest, recorded) + 1, beat_seconds)
+        number = max(newest, recorded) + 1
+        # Fails when somebody has taken the run while the owner before was watched.
+        if _create(run, number, slurm_job):
+            return Ownership(run, number, beat_seconds)
 
 
 def check_idle(run: Path, *, beat_seconds: float = BEAT_SECONDS) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from data.config import Boundaries, DataUsageError
+from data.config import accumulation as rounds
 from data.epochs import check_epochs, uses
 from data.loader import SampleStream, micro_batches
-from data.order import accumulation as rounds
 from data.phases import Phases, RunPhase
 from data.sources import data_of, open_datasets
 from data.verify import tokenizer_of

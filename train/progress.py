@@ -1,7 +1,7 @@
 """Where this rank is: the phase and step that its main thread has entered last, and when.
 
-The places are those where a fault can be let happen (train/faults.py). What the start of an attempt
-took, part by part, is kept until its first step is done. No torch here.
+What the start of an attempt took, part by part, is kept until its first step is done. No torch
+here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from train import faults
+
+PLACES = (*faults.PHASES, "mirror")
+"""In the order in which a rank comes to them. The last, where it waits for copies to be made, is no
+place for a fault (train/faults.py).
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ def here() -> Place:
 def at(phase: str, step: int = 0) -> None:
     """Enter a phase; main thread only. Whatever fault was asked for here happens."""
     global _here
+    assert phase in PLACES, phase
     _here = Place(phase, step, time.monotonic())
     if phase in faults.AT_START:
         starting(phase)

@@ -131,7 +131,8 @@ class GuardConfig(Table):
     skip_steps: tuple[PositiveInt, ...] = ()
     """Steps that are not taken: no forward pass, no update; their samples count as consumed."""
     check_every: NonNegativeInt = 100
-    """Optimizer steps between comparisons of what every rank should hold alike; 0 never compares.
+    """Optimizer steps between comparisons of what every rank should hold alike, which also come
+    before every checkpoint; 0 never compares.
     """
 
 

@@ -6,7 +6,8 @@ times are the device's own, read after the step. Every TIMED_STEPS steps the ran
 each.
 
 A slow link makes all ranks late alike and names nobody. It shows as a step that takes longer than
-the run's steps usually do, though no rank reads or computes longer: the cause is communication.
+the run's steps usually do, though no rank reads or computes longer, and is put down to
+communication.
 """
 
 from __future__ import annotations

@@ -29,9 +29,8 @@ from typing import Any
 
 from data.durable import StorageError, write_durably
 from train.attempts import end_attempt
-from train.faults import PHASES
 from train.ownership import FOLDER
-from train.progress import Place, here
+from train.progress import PLACES, Place, here
 
 EXIT_STALLED = 4
 GATHER_SECONDS = 2.0
@@ -175,7 +174,4 @@ def _waits() -> bool:
 
 def _order(told: dict[str, Any]) -> tuple[bool, int, int, float]:
     """Those who wait come last; of two at the same place, the one that came later is behind."""
-    # What is no place for a fault, such as the last copy to a mirror, comes after all others.
-    phase = told["phase"]
-    place = PHASES.index(phase) if phase in PHASES else len(PHASES)
-    return told["waits"], told["step"], place, told["seconds"]
+    return told["waits"], told["step"], PLACES.index(told["phase"]), told["seconds"]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from model.loss import token_loss_sum
 from train.build import build_engine
 from train.config import RunConfig
 from train.decode import load_config
-from train.engine import DTYPES, Batch
+from train.engine import DTYPES, Batch, Engine
 from train.metrics import matmul_flops_per_second
 from train.saver import Saver
 from train.world import World, join_world
@@ -110,7 +111,10 @@ def measure(case: str, *, saves: bool) -> dict[str, float]:
         return found | (_save(engine, world, config, step) if saves else {})
 
 
-def _save(engine, world: World, config: RunConfig, step) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _save(
+    engine: Engine, world: World, config: RunConfig, step: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds of two saves in the background."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=".") as name:
         saver = Saver(engine, world, Path(name), config=config.checkpoint)

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import DataError
+from data.config import DataError, accumulation
 from data.loader import Batch, SampleStream, micro_batches, sample_hash
 from data.manifest import read_manifest
-from data.order import accumulation
 from data.shard_index import index_path, read_index
 from tests.data.tiny import documents, flip_bit, write_dataset
 from tests.ranks import _context as processes

@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from data import shards
-from data.config import DataError, DataSource, DataUsageError
+from data.config import DataError, DataSource, DataUsageError, accumulation
 from data.durable import read_sealed, write_sealed
 from data.loader import Batch, SampleStream, micro_batches
 from data.lookup import look_up
 from data.manifest import read_manifest
-from data.order import accumulation
 from data.pack import finished_plan, pack_dataset
 from data.phases import Phases, first_phase
 from data.places import place_of

@@ -19,7 +19,8 @@ from train.attempts import attempts
 from train.checkpoint import committed
 from train.metrics import read_metrics
 
-SIZES = ("steps=400", "checkpoint.every=50", "eval.samples=2", "optim.lr=1e-3")
+STEPS = 400
+SIZES = (f"steps={STEPS}", "checkpoint.every=50", "eval.samples=2", "optim.lr=1e-3")
 pytestmark = pytest.mark.slurm
 
 
@@ -84,7 +85,7 @@ def submit(
 def check_equal(job: Pretraining, plain: Path) -> None:
     """Every number of the run, and nothing left on the nodes."""
     assert losses(job.run) == losses(plain)
-    assert committed(job.run)[0] == 400
+    assert committed(job.run)[0] == STEPS
     job.slurm.until(lambda: job.slurm.commands() == [], "end of all processes", seconds=30)
 
 
@@ -108,7 +109,7 @@ def test_a_job_that_is_told_its_time_is_over_saves_is_queued_again_and_goes_on(
     assert slurm.job(job.job)["Restarts"] == "1"
     # Nothing that was done was done again.
     steps = [row["step"] for row in _all_rows(job.run) if "loss" in row]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, STEPS + 1))
     check_equal(job, plain)
 
 
@@ -118,22 +119,14 @@ def test_a_job_that_makes_way_for_another_one_goes_on_after_it(
     job = submit(slurm, dataset, "preempted")
     job.reaches(120)
     other = slurm.run(
-        "sbatch",
-        "--parsable",
-        "-p",
-        "high",
-        "-N3",
-        "--exclusive",
-        "-o",
-        "/dev/null",
-        "--wrap",
-        "true",
-    )
+        "sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null",
+        "--wrap", "true",
+    )  # fmt: skip
     assert slurm.wait(other) == "COMPLETED"
     assert slurm.wait(job.job) == "COMPLETED", job.said()
     assert job.outcomes()[0][0] == "stopped", job.said()
     steps = [row["step"] for row in _all_rows(job.run) if "loss" in row]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, STEPS + 1))
     check_equal(job, plain)
 
 
@@ -171,7 +164,7 @@ def test_a_stop_file_ends_the_job_for_good(slurm: Cluster, dataset: Path, plain:
     assert slurm.wait(job.job) == "COMPLETED"
     assert "stopped by" in job.said()
     at = committed(job.run)[0]
-    assert 60 <= at < 400 and slurm.job(job.job)["Restarts"] == "0"
+    assert 60 <= at < STEPS and slurm.job(job.job)["Restarts"] == "0"
     again = submit(slurm, dataset, "stopped")
     assert slurm.wait(again.job) == "COMPLETED"
     assert "exists: not starting" in again.said() and committed(job.run)[0] == at

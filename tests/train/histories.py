@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from data.config import DataSource, DataUsageError
+from data.config import DataSource, DataUsageError, accumulation
 from data.mixture import NUM_SLOTS
-from data.order import accumulation
 from data.phases import Phases, RunPhase, standing
 from data.sources import Datasets, open_datasets
 from tests.data.test_order import _plain_permute as plain_permute
@@ -103,7 +102,7 @@ attempts = st.lists(
         lost=st.integers(1, 5),
         batch=st.one_of(st.none(), st.integers(1, 12)),
         mix=st.one_of(st.none(), st.integers(0, 3)),
-        seq_len=st.sampled_from((None, None, None, *LENGTHS)),
+        seq_len=st.sampled_from((None, *LENGTHS)),
     ),
     min_size=2,
     max_size=5,
@@ -147,8 +146,7 @@ def check_seen(seen: Sequence[Seen], count: int) -> None:
     """Enough of everything has happened."""
     assert len(seen) >= count
     assert sum(s.all_kinds for s in seen) >= len(seen) / 5, "few with resize, kill and change"
-    # A new length needs a history that comes to the end of a window, and short ones do not.
-    assert sum(s.new_length for s in seen) >= len(seen) / 10, "few with another length"
+    assert sum(s.new_length for s in seen) >= len(seen) / 5, "few with another length"
     assert sum(s.refused for s in seen) >= len(seen) / 5, "few changes inside a window"
 
 

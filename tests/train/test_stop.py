@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,23 @@ def test_a_stop_file_ends_the_run_and_keeps_it_ended_until_it_is_gone(
     assert [row[0] for row in losses(run)] == list(range(1, 9))
 
 
-def ask_while_validating(world: World, made: RunConfig, run: Path, step: int) -> str:
-    """Train; the last rank gets SIGTERM between two batches of the validation of a step."""
+def ask_while_validating(
+    world: World, made: RunConfig, run: Path, step: int, act: str = "TERM"
+) -> str:
+    """Train; between two batches of the validation of a step the last rank gets SIGTERM, or rank 0
+    makes a file.
+    """
     original = train.step.faults.point
     seen = []
 
     def point(phase: str, at: int = 0) -> None:
         if (phase, at) == ("evaluate", step):
             seen.append(1)
-            if len(seen) == 2 and world.rank == world.size - 1:
+            if len(seen) == 2 and act == "TERM" and world.rank == world.size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if len(seen) == 2 and act == "STOP" and world.is_main:
+                (run / act).touch()
+                time.sleep(1.1)  # files are looked for once a second
         original(phase, at)
 
     train.step.faults.point = point
@@ -116,3 +124,10 @@ def test_a_validation_gives_way_to_a_stop_and_is_made_up_for(
     num_rows = len((run / "metrics.jsonl").read_text().splitlines())
     assert run_ranks(2, train_run, made, run) == ["complete"] * 2
     assert len((run / "metrics.jsonl").read_text().splitlines()) == num_rows, "nothing was left"
+
+
+def test_a_validation_gives_way_to_a_stop_file(dataset: Path, tmp_path: Path) -> None:
+    made = config(dataset, "eval.samples=8", "eval.every=2", "micro_batch=1", "checkpoint.every=2")
+    assert run_ranks(2, ask_while_validating, made, tmp_path, 4, "STOP") == ["stopped"] * 2
+    validated = [row["step"] for row in read_metrics(tmp_path) if "val_loss" in row]
+    assert validated == [0, 2], "that of step 4 gave way"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from train.faults import PHASES
+from train.progress import PLACES
 from train.watch import verdict_of
 
 
@@ -24,7 +24,7 @@ def test_a_rank_that_tells_nothing_is_named() -> None:
     assert verdict_of([told(0, "reduce", waits=True)], 2).startswith("rank 1 no longer answers: ")
 
 
-@pytest.mark.parametrize("phase", [*PHASES, "mirror"])
+@pytest.mark.parametrize("phase", PLACES)
 def test_every_place_has_a_verdict(phase: str) -> None:
     said = verdict_of([told(0, phase), told(1, phase, step=8)], 2)
     assert said.startswith(f"rank 0 on n0 (process 100) stands still at {phase} of step 7")
