@@ -117,7 +117,16 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
             if work.phase is not None:
                 run_directory.record_phase(run, work.config, work.identity, work.phase)
     attempt = world.broadcast(owner and owner.number)
+    watch = Watch(
+        run,
+        attempt=attempt,
+        rank=world.rank,
+        num_ranks=world.size,
+        stall_seconds=work.config.stall_seconds,
+        reading=work.task.reading,
+    )
     try:
+        at("build")
         outcome, step = _train(world, run, work, stop, stop_at, attempt, owner)
     except BaseException as error:
         if world.is_main:
@@ -127,6 +136,7 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
                 run_directory.end_attempt(run, attempt, outcome="failed", step=None, reason=reason)
         raise
     finally:
+        watch.close()
         if owner is not None:
             owner.release()
     reason = stop.reason or ("--stop-at" if outcome == "stopped" else "")
@@ -157,7 +167,6 @@ def _train(
     owner: Ownership | None,
 ) -> tuple[Outcome, int]:
     """Collective. From the newest checkpoint to the outcome and the last completed step."""
-    at("build")
     engine = build_engine(
         work.module(),
         work.config,
@@ -206,14 +215,6 @@ def _train(
             rollbacks=world.broadcast(rollbacks_of(run) if world.is_main else None),
         ),
     )
-    watch = Watch(
-        run,
-        attempt=attempt,
-        rank=world.rank,
-        num_ranks=world.size,
-        stall_seconds=work.config.stall_seconds,
-        reading=work.task.reading,
-    )
     try:
         ended = train(job)
         if stop.reason is None:
@@ -222,7 +223,6 @@ def _train(
         tell_mirrored(job)
         return ended
     finally:
-        watch.close()
         job.saver.close()
         metrics.close()
 

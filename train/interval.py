@@ -20,6 +20,12 @@ from typing import Any
 PRIOR_HOURS = 50_000.0
 FIRST_SAVE_SECONDS = 10.0
 """What a save is taken to cost before one was measured."""
+FIRST_SECONDS = 600.0
+"""Of training, at most, before the first save of an attempt: until one was measured nobody knows what
+it costs, or that it works.
+"""
+LONGEST_SECONDS = 4 * 3600.0
+"""Of training between two saves, at most: where nothing has failed yet M is the prior alone."""
 RESTART_SECONDS = 120.0
 """Until a job that has failed takes its next step; it changes what is predicted, not the choice."""
 
@@ -77,9 +83,16 @@ class Interval:
     steps: int
     goodput: float
     costs: Costs
+    is_first: bool
+    """No save has been measured yet."""
 
     def __str__(self) -> str:
         costs = self.costs
+        if self.is_first:
+            return (
+                f"a first checkpoint after {self.steps} steps, to see what one costs: the interval "
+                "is chosen then"
+            )
         return (
             f"a checkpoint every {self.steps} steps: a save stops training for {costs.stall:.2f} s "
             f"and is on disk after {costs.lag:.1f} s, a failure is expected every "
@@ -88,7 +101,8 @@ class Interval:
         )
 
 
-def choose(costs: Costs, step_seconds: float) -> Interval:
-    """In whole steps."""
-    steps = max(1, round(best_interval(costs) / step_seconds))
-    return Interval(steps, goodput(steps * step_seconds, costs), costs)
+def choose(costs: Costs, step_seconds: float, *, is_first: bool = False) -> Interval:
+    """In whole steps. `is_first`: the costs of a save are assumed, none was measured."""
+    longest = max(FIRST_SECONDS if is_first else LONGEST_SECONDS, costs.lag)
+    steps = max(1, round(min(best_interval(costs), longest) / step_seconds))
+    return Interval(steps, goodput(steps * step_seconds, costs), costs, is_first)

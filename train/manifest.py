@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from data.durable import unsealed
 from train.inventory import Count, Parameter, sizes_of
+from train.patience import insisting
 from train.slices import ITEM_BYTES, CheckpointError, num_chunks
 from train.tables import LIMIT, Columns, columns
 
@@ -52,7 +53,7 @@ class _Manifest(_Strict):
 def read_manifest(path: Path) -> dict[str, Any]:
     """`parsed_manifest` of a file."""
     try:
-        raw = path.read_bytes()
+        raw = insisting(path.read_bytes)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     return parsed_manifest(raw, str(path))

@@ -95,4 +95,4 @@ class Pace:
                 attempts(self._run), num_devices=self._world.size, now=time.time()
             ),
         )
-        return choose(costs, step_seconds)
+        return choose(costs, step_seconds, is_first=saved is None)

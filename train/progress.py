@@ -12,9 +12,10 @@ from itertools import pairwise
 
 from train import faults
 
-PLACES = (*faults.PHASES, "mirror")
-"""In the order in which a rank comes to them. The last, where it waits for copies to be made, is no
-place for a fault (train/faults.py).
+PLACES = (*faults.PHASES, "disk", "peers", "mirror")
+"""In the order in which a rank comes to them. At the last ones, where it waits for its own file to
+be written, for those of others, and for copies to be made, no fault can be asked for
+(train/faults.py).
 """
 
 

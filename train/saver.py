@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from train.slices import Range, write_slices
 from train.world import RankError, World
 from train.zero_state import Flat
 
-MIRROR_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._buffers: dict[str, torch.Tensor] = {}
         self._pending: _Pending | None = None
+        self._num_pieces = 0
         self.mirror: MirrorThread | None = None
         """Rank 0's, where the config has a mirror."""
         if config.mirror and world.is_main:
@@ -131,9 +132,25 @@ class Saver:
         """Collective. Wait for the save in flight, if there is one, and commit it."""
         if self._pending is not None:
             begun = time.monotonic()
-            self._pending.written.exception()
+            self._wait(self._pending)
             self._pending.stall += time.monotonic() - begun
             self.commit()
+
+    def _wait(self, pending: _Pending) -> None:
+        """Collective. Until every rank has written. A disk that is slow is none that stands still:
+        a rank is at its disk since the last piece that was taken, and whoever waits for others
+        comes there anew as long as they answer.
+        """
+        num_pieces = -1
+        while True:
+            if pending.written.done():
+                at("peers", pending.step)
+            elif num_pieces != self._num_pieces:
+                num_pieces = self._num_pieces
+                at("disk", pending.step)
+            if not self._world.sum(torch.tensor(int(not pending.written.done()))):
+                return
+            wait([pending.written], POLL_SECONDS)
 
     def close(self) -> None:
         """Take no more; what is in flight is written to its end and stays uncommitted."""
@@ -199,7 +216,7 @@ class Saver:
         while self._world.sum(torch.tensor(int(self.mirror is not None and self.mirror.is_busy))):
             # No rank is taken for one that hangs, and none meets the timeout of another.
             at("mirror", step)
-            time.sleep(MIRROR_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _prune(self, step: int, guard: dict[str, Any]) -> None:
         rule = replace(self._config.retention(), before=trouble_began(guard))
@@ -219,8 +236,18 @@ class Saver:
         begun = time.monotonic()
         faults.point("write", step)
         folder = checkpoint.step_folder(self._run, step)
-        entry = write_slices(folder, self._world.rank, arrays, ranges, total_bytes=total_bytes)
+        entry = write_slices(
+            folder,
+            self._world.rank,
+            arrays,
+            ranges,
+            total_bytes=total_bytes,
+            goes_on=self._goes_on,
+        )
         return entry, time.monotonic() - begun
+
+    def _goes_on(self) -> None:
+        self._num_pieces += 1
 
     def _snapshot(
         self, flats: list[Flat], *, copied: bool

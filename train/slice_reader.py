@@ -9,7 +9,7 @@ call mostly begins in it. No torch here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from train.inventory import sizes_of
+from train.patience import insisting
 from train.slices import CheckpointError, Damage, num_chunks
 from train.tables import Tables
 
@@ -51,6 +52,8 @@ class SliceReader:
         """Bytes fetched from disk so far."""
         self.num_opened = 0
         """Files opened so far, every time counted."""
+        self.goes_on: Callable[[], None] = lambda: None
+        """Called before every piece that is read."""
 
     def has(self, name: str, key: str) -> bool:
         """Whether this state is stored for this parameter."""
@@ -80,6 +83,7 @@ class SliceReader:
         for index, of_one in groupby(jobs, key=lambda job: job[0]):
             with self._opened(index) as file:
                 for _, offset, target in of_one:
+                    self.goes_on()
                     file.read(offset, target)
         return arrays
 
@@ -112,7 +116,7 @@ class FileReader:
         self._descriptor = -1
         self.bytes_read = 0
         try:
-            found = path.stat().st_size
+            found = insisting(path.stat).st_size
         except FileNotFoundError:
             raise Damage(path, "is missing") from None
         except OSError as error:
@@ -129,7 +133,7 @@ class FileReader:
     def opened(self) -> Iterator[None]:
         """Around reads; Damage when the file cannot be opened. What is held stays."""
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._descriptor = insisting(lambda: os.open(self._path, os.O_RDONLY))
         except OSError as error:
             raise Damage(self._path, f"cannot be read: {error.strerror}") from error
         try:
@@ -169,7 +173,9 @@ class FileReader:
         size = self._chunk_bytes
         count = max(1, num_chunks(min(num_bytes, READ_BYTES), size))
         try:
-            data = memoryview(os.pread(self._descriptor, count * size, index * size))
+            data = memoryview(
+                insisting(lambda: os.pread(self._descriptor, count * size, index * size))
+            )
         except OSError as error:
             reason = f"chunk {index} (from byte {index * size}) cannot be read: {error.strerror}"
             raise Damage(self._path, reason, chunk=index) from error

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +31,10 @@ CHUNK_BYTES = 32 << 10
 NUM_CHUNKS = 1 << 20
 """Of a whole checkpoint, about, at most: 16 MiB of hashes in its manifest."""
 WRITE_BYTES = 16 << 20
+SYNC_BYTES = 1 << 30
+"""Written between two syncs: each takes seconds, where one of a whole file might take so long that
+nobody could tell a slow disk from one that no longer answers.
+"""
 ITEM_BYTES = 4  # fp32
 
 Range = tuple[str, int, int]
@@ -69,11 +73,13 @@ def write_slices(
     ranges: Mapping[str, Sequence[Range]],
     *,
     total_bytes: int = 0,
+    goes_on: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write one rank's file and return its manifest entry.
 
     `arrays[key]` are 1-D float32, and together the concatenation of `ranges[key]` in order.
-    `total_bytes` are those of all ranks' files. Chunks are hashed on their way out: what was meant
+    `total_bytes` are those of all ranks' files; `goes_on` is called whenever the disk has taken
+    something. Chunks are hashed on their way out: what was meant
     is what a reader is told to expect, whatever the disk made of it.
     """
     chunk_bytes = chunk_bytes_of(total_bytes)
@@ -90,9 +96,10 @@ def write_slices(
         writing(path),
         path.open("wb", buffering=0) as file,
     ):
-        added = [
-            hasher.submit(chunks.add, piece) for part in parts for piece in _written(file, part)
-        ]
+        added = []
+        for piece in _written(file, parts):
+            added.append(hasher.submit(chunks.add, piece))
+            goes_on()
         os.fsync(file.fileno())
     for one in added:
         one.result()
@@ -160,13 +167,19 @@ def _header(sizes: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:
     return header, {key: len(header) + place for key, place in places.items()}
 
 
-def _written(file: io.RawIOBase, part: memoryview) -> Iterator[memoryview]:
-    """Write a part; yields what was taken, piece by piece."""
-    while part:
-        # A file system may take less than it is given.
-        done = part[: file.write(part[:WRITE_BYTES])]
-        part = part[len(done) :]
-        yield done
+def _written(file: io.RawIOBase, parts: Iterable[memoryview]) -> Iterator[memoryview]:
+    """Write the parts; yields what was taken, piece by piece."""
+    unsynced = 0
+    for part in parts:
+        while part:
+            # A file system may take less than it is given.
+            done = part[: file.write(part[:WRITE_BYTES])]
+            part = part[len(done) :]
+            unsynced += len(done)
+            if unsynced >= SYNC_BYTES:
+                os.fdatasync(file.fileno())
+                unsynced = 0
+            yield done
 
 
 class _Hashes:

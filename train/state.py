@@ -19,6 +19,7 @@ from train.checkpoint import Checkpoint, open_checkpoint
 from train.choice import choose
 from train.engine import Engine
 from train.inventory import check_same
+from train.progress import at
 from train.slice_reader import SliceReader
 from train.world import RankError, World
 from train.zero_state import Flat
@@ -34,6 +35,8 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
     loaded: list[dict[str, np.ndarray]] = []
     with world.together(f"reading {saved.folder}"):
         check_same(saved.inventory, engine.inventory, str(saved.folder))
+        # Storage that is slow is none that stands still.
+        saved.reader.goes_on = lambda: at("load")
         loaded = _read(flats, saved.reader, saved.keys)
     with torch.no_grad():
         for flat, arrays in zip(flats, loaded, strict=True):

@@ -64,6 +64,7 @@ class Watch:
         self._num_ranks = num_ranks
         self._stall_seconds = stall_seconds
         self._reading = reading
+        self._begun = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -76,8 +77,9 @@ class Watch:
     def _look(self) -> None:
         period = min(1.0, self._stall_seconds / 10)
         while not self._closed.wait(period):
-            place = here()
-            if place.seconds > self._stall_seconds or any(self._told()):
+            # Whatever came before was nobody's to watch.
+            seconds = min(here().seconds, time.monotonic() - self._begun)
+            if seconds > self._stall_seconds or any(self._told()):
                 self._end()
 
     def _told(self) -> list[Path]:

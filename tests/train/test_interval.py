@@ -68,3 +68,16 @@ def test_the_choice_is_told_with_its_reasons() -> None:
     assert choice.steps == 42
     assert choice.goodput == pytest.approx(0.9654, abs=1e-3)
     assert str(choice).startswith("a checkpoint every 42 steps: a save stops training for 2.00 s")
+
+
+@pytest.mark.parametrize("step_seconds", [0.1, 7.0, 900.0])
+def test_the_first_save_of_an_attempt_does_not_wait_for_the_prior(step_seconds: float) -> None:
+    costs = Costs(stall=10.0, lag=10.0, restart=120.0, between_failures=PRIOR_HOURS * HOUR)
+    assert best_interval(costs) > 16 * HOUR
+    first = choose(costs, step_seconds, is_first=True)
+    assert first.steps == max(1, round(600 / step_seconds))
+    assert str(first).startswith(f"a first checkpoint after {first.steps} steps, to see what one ")
+    assert choose(costs, step_seconds).steps == round(4 * HOUR / step_seconds)
+    # What is on disk later than that is not asked for earlier.
+    slow = Costs(stall=10.0, lag=5 * HOUR, restart=120.0, between_failures=PRIOR_HOURS * HOUR)
+    assert choose(slow, step_seconds).steps == round(5 * HOUR / step_seconds)

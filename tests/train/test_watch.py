@@ -1,13 +1,20 @@
-"""Who is blamed when a run stands still."""
+"""Who is blamed when a run stands still, and that it is watched from its start."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.ranks import RankFailure, run_ranks
+from tests.train.test_pretrain import config, train_run
+from train import faults
+from train.config import RunConfig
 from train.progress import PLACES
 from train.watch import verdict_of
+from train.world import World
 
 
 def told(rank: int, phase: str, *, step: int = 7, waits: bool = False) -> dict[str, Any]:
@@ -28,3 +35,20 @@ def test_a_rank_that_tells_nothing_is_named() -> None:
 def test_every_place_has_a_verdict(phase: str) -> None:
     said = verdict_of([told(0, phase), told(1, phase, step=8)], 2)
     assert said.startswith(f"rank 0 on n0 (process 100) stands still at {phase} of step 7")
+
+
+def train_with(world: World, made: RunConfig, run: Path, fault: str) -> str:
+    faults.arm(fault, world.rank)
+    return train_run(world, made, run)
+
+
+@pytest.mark.parametrize("phase", ["build", "load"])
+def test_a_rank_that_never_comes_to_its_first_step_is_named(
+    dataset: Path, tmp_path: Path, phase: str
+) -> None:
+    made = config(dataset, "stall_seconds=4")
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(2, train_with, made, tmp_path, f"{phase}:0:1:hang")
+    report = json.loads((tmp_path / "attempts/000001.stall.json").read_bytes())
+    assert report["verdict"].startswith("rank 1 on ")
+    assert f"stands still at {phase} of step 0 for " in report["verdict"]
