@@ -21,7 +21,7 @@ import torch
 
 from data.durable import publish_folder
 from train import hf
-from train.attempt import Work, run_attempt
+from train.attempt import run_attempt
 from train.checkpoint import CheckpointError, committed, open_checkpoint
 from train.choice import newest_intact, retraining
 from train.config import ConfigError, FinetuneConfig
@@ -31,6 +31,7 @@ from train.examples_task import ExamplesTask
 from train.restore import restore_newer
 from train.run import Outcome
 from train.slices import writing_tensors
+from train.work import Work
 from train.world import World, join_world
 
 log = logging.getLogger(__name__)

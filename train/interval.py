@@ -21,8 +21,8 @@ PRIOR_HOURS = 50_000.0
 FIRST_SAVE_SECONDS = 10.0
 """What a save is taken to cost before one was measured."""
 FIRST_SECONDS = 600.0
-"""Of training, at most, before the first save of an attempt: until one was measured nobody knows what
-it costs, or that it works.
+"""Of training, at most, before the first save of an attempt: until then nobody knows what it costs,
+or that it works.
 """
 LONGEST_SECONDS = 4 * 3600.0
 """Of training between two saves, at most: where nothing has failed yet M is the prior alone."""

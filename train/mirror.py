@@ -9,6 +9,7 @@ in the run holds here, too. No torch here.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -36,7 +37,7 @@ from train.manifest import parsed_manifest
 from train.retention import Committed, Retention, retained
 from train.slice_reader import HASH_BYTES
 
-RUN_FILES = ("config.json", "phases.jsonl", "events.jsonl")
+RUN_FILES = ("config.json", "phases.jsonl", "events.jsonl", "attempts.jsonl")
 """What a resume reads besides a checkpoint."""
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,22 @@ class Mirror:
         self._store: Store = store_of(place)
         self.location = self._store.path("").rstrip("/")
         """What messages call it."""
+
+    def check_same_run(self) -> None:
+        """DataUsageError when the copies there are those of another run of this name: each would
+        take the other's for a history that was left.
+        """
+        if "config.json" not in self._store.names() or not (self._run / "config.json").is_file():
+            return
+        there = json.loads(b"".join(self._store.read("config.json"))).get("id")
+        here = json.loads((self._run / "config.json").read_bytes()).get("id")
+        if there != here:
+            raise DataUsageError(
+                f"the mirror {self.location} holds the checkpoints of another run that is called "
+                f"{self._run.absolute().name}, too (id {there} there, {here} in "
+                f"{self._run / 'config.json'}); name another folder with checkpoint.mirror=..., or "
+                "remove that one"
+            )
 
     def steps(self) -> list[int]:
         """Steps with a manifest, newest first; nothing is verified yet. CheckpointError when the
@@ -106,8 +123,9 @@ class Mirror:
 
     def copy_out(self, step: int) -> None:
         """Copy a checkpoint of the run, and what a resume reads besides. CheckpointError when it is
-        damaged, and whatever error the place has.
+        damaged, DataUsageError when the place is another run's, and whatever error the place has.
         """
+        self.check_same_run()
         saved = open_checkpoint(self._run, step)
         folder, source = saved.folder.name, FolderStore(saved.folder)
         self._remove(step)

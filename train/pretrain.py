@@ -21,13 +21,14 @@ from data.verify import tokenizer_of
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import IGNORED, token_loss_sum
-from train.attempt import Work, run_attempt
+from train.attempt import run_attempt
 from train.checkpoint import completed_steps
 from train.config import ConfigError, RunConfig, require_data
 from train.engine import Batch
 from train.phases import History, phases_of, read_phases
 from train.restore import restore_newer
 from train.run import Outcome
+from train.work import Work
 from train.world import World, join_world
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from train.attempt import Work
 from train.build import build_engine, settle
 from train.checkpoint import CheckpointError, committed, completed_steps, open_checkpoint
 from train.config import RunConfig
@@ -35,6 +34,7 @@ from train.saver import Saver
 from train.state import load_checkpoint
 from train.step import take_step
 from train.timing import Timing
+from train.work import Work
 from train.world import World, join_world
 
 log = logging.getLogger(__name__)

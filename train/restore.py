@@ -38,6 +38,8 @@ def restore_newer(world: World, run: Path, location: str) -> None:
                     # To begin anew would be to give up what may lie there.
                     raise
                 log.warning("%s; going on without it", error)
+            else:
+                mirror.check_same_run()
             if steps:
                 # A run that lives has what it needs.
                 check_idle(run)

@@ -12,6 +12,7 @@ is refused, unless it is one that a phase can bring and it was asked for.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,32 @@ what becomes of a sample that would have stopped the run. guard.* does change wh
 it is what somebody changes after trouble, and every step that was not taken says so in
 metrics.jsonl, so that the run remains explained."""
 
-MAY_BE_FIRST = {"logs", "config.json.tmp"}
+MAY_BE_FIRST = {"logs", "attempts", "config.json.tmp"}
 """What a run directory may hold before its config: a batch job's logs, a start that was killed."""
+
+
+def check_run(
+    run: Path,
+    config: JobConfig,
+    identity: Mapping[str, Any],
+    *,
+    allow_change: Sequence[str] = (),
+) -> None:
+    """Check that a run directory belongs to this config and data, but for what `allow_change`
+    names, or that a run may begin there. Nothing is written.
+
+    Raises ConfigError naming each key that differs, with its old and new value.
+    """
+    check_asked(allow_change)
+    path = run / "config.json"
+    if path.exists():
+        # Without a recorded phase there is nothing that a new one could go on from.
+        allowed = allow_change if read_phases(run) else ()
+        _compare(run, now(run, _read(path)), _content(config, identity), allowed)
+    elif run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
+        raise ConfigError(
+            f"{run} is not empty and no run of ours (it has no config.json); choose another --run"
+        )
 
 
 def open_run(
@@ -63,26 +88,15 @@ def open_run(
     *,
     allow_change: Sequence[str] = (),
 ) -> None:
-    """Create the run directory, or check that it belongs to this config and data, but for what
-    `allow_change` names. One rank only.
-
-    Raises ConfigError naming each key that differs, with its old and new value.
-    """
-    check_asked(allow_change)
+    """Check a run directory, and create the run that is not there yet. Its owner only."""
+    check_run(run, config, identity, allow_change=allow_change)
     path = run / "config.json"
-    content = _content(config, identity)
-    if path.exists():
-        # Without a recorded phase there is nothing that a new one could go on from.
-        allowed = allow_change if read_phases(run) else ()
-        _compare(run, now(run, _read(path)), content, allowed)
-        return
-    if run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
-        raise ConfigError(
-            f"{run} is not empty and no run of ours (it has no config.json); choose another --run"
-        )
-    with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    if not path.exists():
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+        # By its id a mirror tells this run from others of its name.
+        content = _content(config, identity) | {"id": secrets.token_hex(8)}
+        write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def record_phase(

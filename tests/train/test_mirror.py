@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import signal
@@ -242,7 +243,7 @@ def test_a_copy_that_is_killed_does_not_exist_and_is_made_again(
 
 def test_a_run_that_comes_back_has_its_config_last(run: Path, tmp_path: Path) -> None:
     mine = shutil.copytree(run, tmp_path / "mine" / run.name)
-    for name in ("config.json", "events.jsonl", "phases.jsonl"):
+    for name in ("events.jsonl", "phases.jsonl", "attempts.jsonl"):
         (mine / name).touch()
     Mirror(str(tmp_path / "far"), mine).copy_out(10)
     lost = tmp_path / "lost" / run.name
@@ -250,7 +251,24 @@ def test_a_run_that_comes_back_has_its_config_last(run: Path, tmp_path: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.mirror.write_durably", lambda path, _: written.append(path.name))
         Mirror(str(tmp_path / "far"), lost).run_files_back()
-    assert len(written) >= 3 and written[-1] == "config.json"
+    assert len(written) == 4 and written[-1] == "config.json"
+
+
+def test_two_runs_of_one_name_do_not_share_a_mirror(run: Path, place: str, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
+    for folder, name in ((run, "aa"), (other, "bb")):
+        (folder / "config.json").write_text(json.dumps({"id": name}))
+    Mirror(place, run).copy_out(10)
+    with pytest.raises(DataUsageError) as refused:
+        Mirror(place, other).copy_out(20)
+    assert str(refused.value).startswith(
+        f"the mirror {place}/run holds the checkpoints of another run that is called run, too (id "
+        f"aa there, bb in {other / 'config.json'}); name another folder with checkpoint.mirror="
+    )
+    assert Mirror(place, run).steps() == [10]
+    # A run that was lost knows no id, and gets its own back.
+    (other / "config.json").unlink()
+    Mirror(place, other).check_same_run()
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:

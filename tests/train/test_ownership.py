@@ -21,7 +21,7 @@ import pytest
 from data.durable import read_sealed, write_sealed
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config
-from train import attempt, ownership
+from train import opening, ownership
 from train.attempts import attempts, end_attempt
 from train.checkpoint import committed, step_folder
 from train.ownership import Ownership, RunInUse, own
@@ -167,6 +167,15 @@ def test_a_second_job_is_refused_and_leaves_no_trace(dataset: Path, tmp_path: Pa
     assert [row["attempt"] for row in attempts(run)] == [1, 1, 2, 3, 3]
 
 
+def test_a_first_start_that_is_refused_writes_no_config(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    owner = own(run)
+    (told,) = run_ranks(1, stop_at, dataset, run, 2)
+    assert told.startswith("2: ") and "is being trained by attempt 1" in told
+    assert [entry.name for entry in run.iterdir()] == ["attempts"]
+    owner.release()
+
+
 def lose_and_save(world: World, dataset: Path, run: Path, at: int) -> tuple[str, list[int]]:
     """Train; from look number `at` on the run belongs to somebody else, at step 9 already."""
     original = ownership.Ownership.check
@@ -210,7 +219,7 @@ def test_a_run_that_went_on_while_its_owner_was_waited_for_is_looked_at_again(
 
 def go_on_meanwhile(world: World, dataset: Path, run: Path) -> str:
     assert pretrain_on(world, config(dataset), run, stop_at=1) == "stopped"
-    original = attempt.own
+    original = opening.own
 
     def wait(*args: Any, **settings: Any) -> Ownership:
         shutil.copytree(step_folder(run, 1), step_folder(run, 3))
@@ -219,11 +228,11 @@ def go_on_meanwhile(world: World, dataset: Path, run: Path) -> str:
         write_sealed(manifest, {**content, "step": 3})
         return original(*args, **settings)
 
-    attempt.own = wait  # type: ignore[attr-defined]
+    opening.own = wait  # type: ignore[attr-defined]
     try:
         pretrain_on(world, config(dataset), run)
     except RankError as error:
         return str(error)
     finally:
-        attempt.own = original  # type: ignore[attr-defined]
+        opening.own = original  # type: ignore[attr-defined]
     return ""

@@ -135,7 +135,7 @@ def test_a_finished_run_on_read_only_or_full_storage_is_complete(
     fill(disk)
     assert run_ranks(1, train_run, config(dataset), run) == ["complete"]
     message = run_ranks(2, refused, config(dataset), disk / "new")[1]
-    assert "disk/new/config.json cannot be written: No space left on device" in message
+    assert "disk/new/attempts/000001.json cannot be written: No space left on device" in message
 
 
 def headrace(*argv: object) -> subprocess.CompletedProcess[str]:
