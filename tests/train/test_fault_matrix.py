@@ -2,12 +2,13 @@
 brings it to the same numbers.
 
 Ranks are real, with real DeepSpeed engines. Every phase and every kind happens at least once by
-default, all cells in soak. `import`, `rendezvous` and whatever the launcher answers to are in
-tests/launcher/test_faults.py.
+default, all cells in soak. `import`, `rendezvous` and `export`, which happen outside of a run, and
+what the launcher makes of ranks that stand still are in tests/launcher/test_faults.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -29,8 +30,9 @@ STEP, RANKS = 6, 2
 SETTINGS = ("eval.every=3", "eval.samples=4", "guard.max_skips=0")
 PHASES = ("build", "load", *IN_A_STEP, *IN_A_SAVE, "evaluate")
 ON_PURPOSE = ("term", "usr1")
-NEEDS_LAUNCHER = ("stop", "hang")
-"""Somebody must notice, and end the ranks."""
+STANDS_STILL = ("stop", "hang")
+STALL_SECONDS = 5
+"""After which the watch ends the others; a start takes less."""
 DEFAULT = {
     "build:0:1:raise",
     "load:0:0:eio",
@@ -55,8 +57,15 @@ def cells() -> list[str]:
     return [
         f"{phase}:{STEP if phase not in ('build', 'load') else 0}:{rank}:{kind}"
         for phase, kind, rank in product(PHASES, KINDS, range(RANKS))
-        if phase in ONLY_AT.get(kind, PHASES) and kind not in NEEDS_LAUNCHER
+        if not_applicable(phase, kind) is None
     ]
+
+
+def not_applicable(phase: str, kind: str) -> str | None:
+    """Why cells make no sense; None where they do."""
+    if phase not in ONLY_AT.get(kind, PHASES):
+        return "it changes a number, and none passes by there"
+    return None
 
 
 def train_to_the_fault(world: World, made: RunConfig, run: Path, text: str) -> str:
@@ -86,8 +95,11 @@ def test_a_run_that_met_a_fault_ends_as_declared_and_goes_on(
     dataset: Path, plain: Path, tmp_path: Path, text: str
 ) -> None:
     fault, run, made = faults.parse(text), tmp_path / "run", config(dataset, *SETTINGS)
+    watched = [f"stall_seconds={STALL_SECONDS}"] if fault.kind in STANDS_STILL else []
     try:
-        ended = run_ranks(RANKS, train_to_the_fault, made, run, text)
+        ended = run_ranks(
+            RANKS, train_to_the_fault, config(dataset, *SETTINGS, *watched), run, text
+        )
     except RankFailure as failure:
         ended = [str(failure)]
     check_end(fault, ended, run)
@@ -109,6 +121,9 @@ def check_end(fault: faults.Fault, ended: list[str], run: Path) -> None:
     elif fault.kind in ("slow", "bitflip"):
         # No run stops of a flipped bit at once: the replicas' hashes and `replay` tell.
         assert ended == ["complete"] * RANKS
+    elif fault.kind in STANDS_STILL:
+        told = json.loads((run / "attempts/000001.stall.json").read_bytes())["verdict"]
+        assert told.startswith(f"rank {fault.rank} "), told
     elif fault.kind == "nan":
         assert "NonFiniteLoss: step 6: loss nan" in text
     elif fault.kind in ("enospc", "eio"):
@@ -122,6 +137,14 @@ def check_end(fault: faults.Fault, ended: list[str], run: Path) -> None:
 def test_every_phase_and_kind_is_in_the_default_run() -> None:
     chosen = [faults.parse(text) for text in DEFAULT]
     assert {fault.phase for fault in chosen} == set(PHASES)
-    missing = set(KINDS) - {fault.kind for fault in chosen} - set(NEEDS_LAUNCHER)
+    missing = set(KINDS) - {fault.kind for fault in chosen} - set(STANDS_STILL)
     assert missing == {"bitflip"}, "that one is in tests/train/test_replay.py"
     assert set(cells()) >= DEFAULT
+
+
+def test_cells_that_make_no_sense_are_few_and_say_why() -> None:
+    every = list(product(PHASES, KINDS))
+    left_out = [cell for cell in every if not_applicable(*cell) is not None]
+    assert RANKS * (len(every) - len(left_out)) == len(cells())
+    assert {kind for _, kind in left_out} == set(ONLY_AT)
+    assert len(left_out) < len(every) / 6
