@@ -150,10 +150,12 @@ def _attend(
 
     Returns the failure that a rank has told and that was not the death of another rank.
     """
+    silent: list[int] = []
     while torchrun.poll() is None:
         number = stop.take()
         failure = mailbox.first_failure(folder)
-        if mailbox.silent_ranks(folder) or (failure and failure.exit_code is None):
+        silent = silent or mailbox.silent_ranks(folder)
+        if silent or (failure and failure.exit_code is None):
             # A rank that dies makes the others fail: torchrun knows which one was the first.
             time.sleep(NOTICE_SECONDS)
             if not mailbox.silent_ranks(folder):
@@ -165,9 +167,14 @@ def _attend(
         elif number is not None:
             _pass_on(number, folder, num_processes, torchrun)
         time.sleep(POLL_SECONDS)
-    told = mailbox.first_failure(folder)
-    refused = told is not None and told.exit_code is not None
-    return told if refused or not mailbox.last_words(folder) else None
+    told, words = mailbox.first_failure(folder), mailbox.last_words(folder)
+    if told is not None and told.exit_code is not None:
+        return told
+    if silent and words and not any(words.startswith(f"rank {rank} ") for rank in silent):
+        # torchrun takes a rank that leaves with 0 for one that is done, and tells of those that
+        # were ended because of it.
+        return Failure(silent[0], f"rank {silent[0]} left with 0, and nothing was done yet")
+    return None if words else told
 
 
 def _pass_on(

@@ -45,7 +45,7 @@ class Verdict:
     is_bad: bool
     """The step must not be taken."""
     is_high: bool
-    """The loss is no number, or above its bound."""
+    """Loss or gradient norm is no number, or above its bound."""
     reason: str
     """Why; empty for a good step."""
 
@@ -88,7 +88,7 @@ class Guard:
         norm_reason = self._above("gradient norm", grad_norm, self._norms)
         return Verdict(
             is_bad=self._config.outlier == "skip" and bool(loss_reason or norm_reason),
-            is_high=bool(loss_reason),
+            is_high=bool(loss_reason or norm_reason),
             reason=", ".join(filter(None, [loss_reason, norm_reason])),
         )
 

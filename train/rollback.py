@@ -75,9 +75,10 @@ def roll_back(
     before = world.broadcast([step for step in committed(run) if step < steps[0]])
     if not before:
         raise NoWayBack(
-            f"the loss spikes from step {steps[0]} to {steps[-1]}, and {run} has no checkpoint "
-            "from before it to go back to; start again with a smaller checkpoint.every or a larger "
-            f"checkpoint.keep, or with guard.skip_steps={list(steps)} and another --run"
+            f"loss or gradient norm spikes from step {steps[0]} to {steps[-1]}, and {run} has no "
+            "checkpoint from before it to go back to; start again with a smaller checkpoint.every "
+            "or a larger checkpoint.keep, or with "
+            f"guard.skip_steps={list(steps)} and another --run"
         )
     with world.together("recording the rollback"):
         if world.is_main:
@@ -96,8 +97,8 @@ def roll_back(
     guard.go_back(saved.state.get("guard", {}))
     if world.is_main:
         log.warning(
-            "the loss spiked at steps %d to %d: back to step %d, and those steps will be skipped "
-            "(rollback %d); see %s",
+            "loss or gradient norm spiked at steps %d to %d: back to step %d, and those steps will "
+            "be skipped (rollback %d); see %s",
             steps[0],
             steps[-1],
             saved.step,

@@ -123,11 +123,11 @@ class GuardConfig(Table):
     of the ordinary.
     """
     rollback: NonNegativeInt = 0
-    """Times that a run may go back to the checkpoint before a spike of the loss, and skip the
-    spike's steps; 0 switches it off.
+    """Times that a run may go back to the checkpoint before a spike of the loss or of the
+    gradient norm, and skip the spike's steps; 0 switches it off.
     """
     patience: PositiveInt = 4
-    """Steps in a row with a loss that is out of the ordinary: that is a spike."""
+    """Steps in a row with a loss or gradient norm that is out of the ordinary: that is a spike."""
     skip_steps: tuple[PositiveInt, ...] = ()
     """Steps that are not taken: no forward pass, no update; their samples count as consumed."""
     check_every: NonNegativeInt = 100

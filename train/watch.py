@@ -29,10 +29,15 @@ from typing import Any
 
 from data.durable import StorageError, write_durably
 from train.attempts import end_attempt
+from train.faults import AT_START
 from train.ownership import FOLDER
 from train.progress import PLACES, Place, here
 
 EXIT_STALLED = 4
+START_SECONDS = 60.0
+"""What a part of the start may take, however short `stall_seconds` is: libraries are loaded there,
+and kernels compiled.
+"""
 GATHER_SECONDS = 2.0
 """How long the report waits for ranks that have not told."""
 END_SECONDS = 10.0
@@ -77,9 +82,11 @@ class Watch:
     def _look(self) -> None:
         period = min(1.0, self._stall_seconds / 10)
         while not self._closed.wait(period):
+            place = here()
             # Whatever came before was nobody's to watch.
-            seconds = min(here().seconds, time.monotonic() - self._begun)
-            if seconds > self._stall_seconds or any(self._told()):
+            seconds = min(place.seconds, time.monotonic() - self._begun)
+            least = START_SECONDS if place.phase in AT_START else 0.0
+            if seconds > max(self._stall_seconds, least) or any(self._told()):
                 self._end()
 
     def _told(self) -> list[Path]:

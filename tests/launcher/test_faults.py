@@ -17,6 +17,22 @@ from tests.train.test_pretrain import RECIPE, config, train_run
 from train.attempts import attempts
 
 STALL_SECONDS = 6
+MESSAGES = {
+    "kill": "training failed: rank 1 ended with SIGKILL",
+    "term": "training failed: rank 1 ended with SIGTERM",
+    "usr1": "training failed: rank 1 ended with SIGUSR1",
+    "eio": "training failed: OSError: [Errno 5] Input/output error: 'HEADRACE_FAULT ",
+    "exit": "training failed: rank 1 left with 0, and nothing was done yet",
+    "raise": "training failed: RuntimeError: HEADRACE_FAULT ",
+    "stop": "training failed: DistStoreError: wait timeout after ",
+    "hang": "training failed: DistStoreError: wait timeout after ",
+}
+"""What is told of a rank that something happens to before it has met the others."""
+BEFORE_THEY_MEET = [
+    (f"{phase}:0:1:{kind}", message)
+    for phase in ("import", "rendezvous")
+    for kind, message in MESSAGES.items()
+]
 
 
 def headrace(argv: list[str], fault: str = "") -> subprocess.CompletedProcess[str]:
@@ -46,6 +62,8 @@ def pretrain(
     [
         ("import:0:1:kill", "training failed: rank 1 ended with SIGKILL"),
         ("rendezvous:0:0:raise", "training failed: RuntimeError: HEADRACE_FAULT rendezvous"),
+        ("import:0:1:exit", "training failed: rank 1 left with 0, and nothing was done yet"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in BEFORE_THEY_MEET),
     ],
 )
 def test_a_rank_that_dies_before_it_has_met_the_others_ends_all(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import train.watch
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from train import faults
@@ -32,7 +33,7 @@ PHASES = ("build", "load", *IN_A_STEP, *IN_A_SAVE, "evaluate")
 ON_PURPOSE = ("term", "usr1")
 STANDS_STILL = ("stop", "hang")
 STALL_SECONDS = 5
-"""After which the watch ends the others; a start takes less."""
+"""After which the watch ends the others."""
 DEFAULT = {
     "build:0:1:raise",
     "load:0:0:eio",
@@ -69,6 +70,8 @@ def not_applicable(phase: str, kind: str) -> str | None:
 
 
 def train_to_the_fault(world: World, made: RunConfig, run: Path, text: str) -> str:
+    if faults.parse(text).kind in STANDS_STILL:
+        train.watch.START_SECONDS = STALL_SECONDS
     faults.arm(text, world.rank)
     return train_run(world, made, run)
 

@@ -104,6 +104,12 @@ def test_a_spike_is_patience_high_losses_in_a_row_and_rolled_back_at_most_n_time
     assert {settled(guard, step, 9.0) for step in range(14, 30)} == {"step"}
 
 
+def test_a_gradient_norm_spikes_before_the_loss_does() -> None:
+    guard = fed(rollback=1, patience=3)
+    found = [settled(guard, step, 2.4, 5.0) for step in (8, 9, 10)]
+    assert found == ["step", "step", "roll back"] and list(guard.spike) == [8, 9, 10]
+
+
 def test_numbers_that_are_none_can_be_rolled_back_before_they_end_the_run() -> None:
     guard = fed(rollback=1, patience=9, max_skips=1)
     assert [settled(guard, step, math.nan) for step in (8, 9)] == ["skip", "roll back"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import train.watch
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, train_run
 from train import faults
@@ -38,6 +39,7 @@ def test_every_place_has_a_verdict(phase: str) -> None:
 
 
 def train_with(world: World, made: RunConfig, run: Path, fault: str) -> str:
+    train.watch.START_SECONDS = 4.0
     faults.arm(fault, world.rank)
     return train_run(world, made, run)
 
