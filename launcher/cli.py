@@ -23,6 +23,7 @@ from launcher import options, spawn
 from launcher.checkpoint_cli import checkpoint_app
 from launcher.cluster_cli import status
 from launcher.data_cli import data_app
+from launcher.plan_cli import plan
 from launcher.prepare_cli import prepare
 from launcher.recipes import Recipe, find_recipe
 from launcher.tokenizer_cli import tokenizer_app
@@ -104,27 +105,7 @@ def recipes(name: options.OneRecipe = None, as_json: options.AsJson = False) -> 
     show_recipes(name, as_json=as_json)
 
 
-@app.command()
-def plan(
-    recipe: options.RecipeName,
-    overrides: options.Overrides = None,
-    nodes: options.Nodes = 1,
-    gpus_per_node: options.GpusPerNode = 8,
-    gpu: options.GpuName = "h100",
-    mfu: options.Mfu = 0.4,
-    explain: options.Explain = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Say what a run needs and how long it takes, before any GPU is allocated."""
-    from launcher.plan import make_plan
-    from launcher.show import show_plan
-    from train.config import RunConfig
-    from train.decode import load_config
-
-    found = find_recipe(recipe, "pretrain")
-    config = load_config(RunConfig, found.text, overrides or (), name=found.name)
-    made = make_plan(config, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, mfu=mfu)
-    show_plan(made, explain=explain, as_json=as_json)
+app.command()(plan)
 
 
 @app.command()

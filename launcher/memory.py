@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from launcher.figures import Figure, counted, sized
+from launcher.gpus import GB
 from model.flops import activation_bytes, num_parameters
 from train.config import RunConfig
 
-GB = 10**9
 RESERVE_BYTES = 6 * GB
 BUCKET_ELEMENTS = 5 * 10**8
 """DeepSpeed's default reduce_bucket_size."""
@@ -24,18 +24,6 @@ LIVE_ELEMENTS = 10**9
 
 Change = Mapping[str, Any]
 """Dotted keys of a config with new values."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of a plan."""
-
-    key: str
-    value: float
-    text: str
-    """The value with its unit, for people."""
-    formula: str
-    """How it follows from the config, with the numbers filled in."""
 
 
 def batch_figures(config: RunConfig, ranks: int) -> Iterator[Figure]:
@@ -108,12 +96,12 @@ def advice(config: RunConfig, *, ranks: int, gpus_per_node: int, limit: int) -> 
     """
 
     def told(change: Change, on: int) -> str | None:
-        made = memory_per_gpu(_with(config, change), on)
+        made = memory_per_gpu(changed(config, change), on)
         if made > limit:
             return None
         gpus = [f"{on:,} GPUs"] if on != ranks else []
-        settings = [" ".join(_settings(change))] if change else []
-        return f"{' with '.join([*gpus, *settings])} ({made / GB:,.1f} GB)"
+        keys = [" ".join(settings(change))] if change else []
+        return f"{' with '.join([*gpus, *keys])} ({made / GB:,.1f} GB)"
 
     levers = list(_levers(config, ranks))
     alone = [
@@ -125,7 +113,7 @@ def advice(config: RunConfig, *, ranks: int, gpus_per_node: int, limit: int) -> 
     if not any(found):
         # On several ranks there is more to shard.
         least = _least(list(_levers(config, 2 * ranks)))
-        enough = _enough_gpus(_with(config, least), ranks, gpus_per_node, limit)
+        enough = _enough_gpus(changed(config, least), ranks, gpus_per_node, limit)
         found = [told(least, enough)]
     if not any(found):
         return "no number of these GPUs holds it: take one with more memory, or a smaller model"
@@ -162,7 +150,8 @@ def _enough_gpus(config: RunConfig, ranks: int, gpus_per_node: int, limit: int) 
     return nodes[first] * gpus_per_node if first < len(nodes) else ranks
 
 
-def _with(config: RunConfig, change: Change) -> RunConfig:
+def changed(config: RunConfig, change: Change) -> RunConfig:
+    """The run with some keys changed, without asking whether they go together."""
     for key, value in change.items():
         table, _, leaf = key.rpartition(".")
         if table:
@@ -173,24 +162,6 @@ def _with(config: RunConfig, change: Change) -> RunConfig:
     return config
 
 
-def _settings(change: Change) -> list[str]:
+def settings(change: Change) -> list[str]:
+    """A change as a command line takes it."""
     return [f"{key}={str(value).lower()}" for key, value in change.items()]
-
-
-def counted(key: str, value: int, formula: str) -> Figure:
-    """A figure that is a number of things."""
-    return Figure(key, value, f"{value:,}", formula)
-
-
-def sized(key: str, value: float, formula: str) -> Figure:
-    """A figure in bytes."""
-    return Figure(key, value, in_units(value, "B"), formula)
-
-
-def in_units(value: float, unit: str) -> str:
-    """A number with the largest of k, M, G, T, P in front of the unit that keeps it above 1."""
-    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        # GPUs are sold in GB: their memory stays in it.
-        if value >= 10**power and not (unit == "B" and power > 9):
-            return f"{value / 10**power:,.2f} {letter}{unit}"
-    return f"{value:,.0f} {unit}".rstrip()

@@ -317,7 +317,22 @@ Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs in each machine.")]
 GpusOrNone = Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0 for none.")]
 GpuName = Annotated[str, typer.Option(help="a100, h100 or h200.")]
-Mfu = Annotated[float, typer.Option(min=0.01, max=1, help="Assumed share of the peak FLOP/s.")]
+Fit = Annotated[
+    bool, typer.Option("--fit", help="Choose the fastest layout that fits, and print its keys.")
+]
+Mfu = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, max=1, help="Share of the peak FLOP/s, in place of the predicted time of a step."
+    ),
+]
+NodeMtbf = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="Hours between failures of one node; default: 50,000 / its GPUs."),
+]
+WriteRate = Annotated[
+    float, typer.Option(min=0.001, help="GB/s that one node writes to the disk of checkpoints.")
+]
 Explain = Annotated[bool, typer.Option("--explain", help="Show every formula.")]
 TimeLimit = Annotated[str, typer.Option(help="Time limit of one attempt, as Slurm writes it.")]
 SbatchOptions = Annotated[

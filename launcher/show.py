@@ -20,33 +20,10 @@ if TYPE_CHECKING:
     from data.lookup import Lookup
     from data.prepare import Summary, TaskSummary
     from data.verify import Verification
-    from launcher.plan import Plan
     from train.export import ExportSummary
 
 MAX_TEXT = 160
 """Characters of a document that are shown."""
-PLAN_LABELS = {
-    "num_parameters": "parameters",
-    "micro_batch": "sequences per GPU and pass",
-    "accumulation": "passes per step",
-    "dummy_waste": "share of a step spent on dummies",
-    "memory_weights": "memory: weights",
-    "memory_gradients": "memory: gradients",
-    "memory_optimizer": "memory: optimizer state",
-    "memory_buckets": "memory: buckets for reduction",
-    "memory_gathered": "memory: gathered weights",
-    "memory_activations": "memory: activations",
-    "memory_logits": "memory: logits",
-    "memory_reserve": "memory: reserve",
-    "memory_per_gpu": "memory needed per GPU",
-    "gpu_memory": "memory of the GPU",
-    "flops_per_token": "work per token",
-    "flops_per_step": "work per step",
-    "tokens_per_second": "speed",
-    "days": "time of the whole run",
-    "checkpoint_bytes": "size of a checkpoint",
-}
-"""Key of a figure -> what a person reads."""
 EVALUATION_LABELS = {
     "loss": ("loss", " nats per token"),
     "perplexity": ("perplexity", ""),
@@ -241,33 +218,6 @@ def show_export(summary: ExportSummary, *, as_json: bool) -> None:
         f"transformers {found.transformers} gives the same {found.num_logits:,} logits within "
         f"{found.max_logit_difference:.1e} and the same token ids for {found.num_texts:,} texts"
     )
-
-
-def show_plan(plan: Plan, *, explain: bool, as_json: bool) -> None:
-    """Print a plan on stdout, with every formula when `explain`."""
-    if as_json:
-        _print_json(plan.as_dict())
-        return
-    console = Console()
-    table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("what", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    if explain:
-        table.add_column("formula", overflow="fold")
-    for figure in plan.figures:
-        row = [_plan_label(figure.key), figure.text]
-        table.add_row(*row, *([figure.formula] if explain else []))
-    console.print(table)
-    for text in plan.assumptions:
-        console.print(f"assumed: {text}", soft_wrap=True, highlight=False)
-    for text in plan.warnings:
-        console.print(f"warning: {text}", soft_wrap=True, highlight=False, style="yellow")
-
-
-def _plan_label(key: str) -> str:
-    if key.startswith("epochs_"):
-        return f"epochs of source {escape(key.removeprefix('epochs_'))}"
-    return PLAN_LABELS.get(key, key.replace("_", " "))
 
 
 def show_evaluation(result: Mapping[str, Any], *, as_json: bool) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from model.config import ModelConfig, parameter_shapes
 
 
+@cache
 def num_parameters(config: ModelConfig, *, padded: bool = True) -> int:
     """Trainable values, tied ones once; `padded=False` leaves out what is cut at export."""
     total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
@@ -15,6 +17,12 @@ def num_parameters(config: ModelConfig, *, padded: bool = True) -> int:
     return total if padded else total - tables * spare_rows * config.hidden_size
 
 
+def num_tensors(config: ModelConfig) -> int:
+    """Parameter tensors, a tied one once."""
+    return len(parameter_shapes(config))
+
+
+@cache
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Forward and backward FLOPs per token: 6 N + 12 L D T (arXiv 2204.02311, appendix B).
 

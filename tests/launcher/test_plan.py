@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from data.manifest import read_manifest
-from launcher.memory import GB
-from launcher.plan import Plan, PlanError, make_plan
+from launcher.gpus import GB, GpuError
+from launcher.plan import NothingFits, Plan, PlanError, make_plan
 from launcher.recipes import find_recipe
-from launcher.show import show_plan
+from launcher.show_plan import show_plan
 from train.config import RunConfig
 from train.decode import load_config
+from train.interval import Costs, choose
 
 
 def config(recipe: str, *overrides: str) -> RunConfig:
@@ -94,7 +95,7 @@ def test_waste_is_what_the_dummies_take(
     assert any("spent on dummies" in text for text in plan.warnings) == (waste > 0.05)
 
 
-def test_time_follows_from_flops_and_mfu() -> None:
+def test_time_follows_from_flops_and_an_mfu_that_is_given() -> None:
     plan = make_plan(config("llama-7b"), nodes=32, gpus_per_node=8, gpu="h100", mfu=0.5)
     rate = 256 * 989.4e12 * 0.5 / plan["flops_per_token"]
     assert plan["tokens_per_second"] == pytest.approx(rate)
@@ -150,7 +151,8 @@ def test_advice_is_what_makes_the_run_fit(
         words = [f"{needed} GPUs"] * (needed != gpus) + [settings] * bool(settings)
         told.append(f"{' with '.join(words)} ({plan['memory_per_gpu'] / GB:,.1f} GB)")
     nothing = "no number of these GPUs holds it: take one with more memory, or a smaller model"
-    (warning,) = made("", 1).warnings
+    # Others may follow, about time.
+    warning = made("", 1).warnings[0]
     assert warning.split("; ")[1] == ("what fits: " + ", or ".join(told) if told else nothing)
 
 
@@ -187,12 +189,144 @@ def test_every_figure_is_explained_and_assumptions_are_said(
     shown = capsys.readouterr().out
     assert "2 B x parameters" in shown
     assert "assumed: vocabulary of 32,000 ids" in shown
-    assert "assumed: 40% of the peak FLOP/s (--mfu)" in shown
+    assert "assumed: times of a step from a roofline" in shown
+    assert "assumed: a node fails every 6,250 h (--node-mtbf)" in shown
+    assumed = make_plan(config("llama-7b"), nodes=32, gpus_per_node=8, gpu="h100", mfu=0.4)
+    assert "40% of the peak FLOP/s (--mfu)" in assumed.assumptions
     show_plan(plan, explain=False, as_json=True)
     assert json.loads(capsys.readouterr().out)["num_parameters"] == 6_738_415_616
 
 
 def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
     message = r"unknown GPU 'h20'; did you mean 'h200'\? known: a100, h100, h200"
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(GpuError, match=message):
         make_plan(config("llama-7b"), nodes=1, gpus_per_node=8, gpu="h20")
+
+
+def test_the_time_of_a_step_is_the_sum_of_its_parts() -> None:
+    plan = make_plan(config("llama-7b"), nodes=32, gpus_per_node=8, gpu="h100")
+    parts = [figure.value for figure in plan.figures if figure.key.startswith("time_")]
+    assert len(parts) == 7 and plan["step_seconds"] == pytest.approx(sum(parts))
+    flops = 256 * 989.4e12 * plan["mfu"] * plan["step_seconds"]
+    assert flops == pytest.approx(plan["flops_per_step"])
+    assert plan["days"] == pytest.approx(32_000 * plan["step_seconds"] / 86_400)
+
+
+def test_the_mfu_that_was_predicted_gives_the_same_time_when_it_is_given() -> None:
+    chosen = config("llama-7b")
+    predicted = make_plan(chosen, nodes=3, gpus_per_node=8, gpu="a100")
+    given = make_plan(chosen, nodes=3, gpus_per_node=8, gpu="a100", mfu=predicted["mfu"])
+    for key in ("step_seconds", "tokens_per_day", "wall_days", "energy_kwh"):
+        assert given[key] == pytest.approx(predicted[key])
+
+
+def test_energy_and_disk_by_hand() -> None:
+    chosen = config("llama-7b", "checkpoint.keep=2", "checkpoint.keep_every_steps=8000")
+    plan = make_plan(chosen, nodes=4, gpus_per_node=8, gpu="a100")
+    assert plan["gpu_hours"] == pytest.approx(32 * 24 * plan["wall_days"])
+    assert plan["energy_kwh"] == pytest.approx(0.4 * plan["gpu_hours"])
+    assert plan["disk_bytes"] == (2 + 1 + 4) * plan["checkpoint_bytes"]
+    assert plan["wall_days"] == pytest.approx(plan["days"] / plan["goodput_as_configured"])
+
+
+def test_the_interval_is_that_of_a_run_with_the_same_costs() -> None:
+    costs = Costs(
+        stall=12 * 6_738_415_616 / 32 / 24e9,
+        lag=12 * 6_738_415_616 * (1 / 32 / 24e9 + 1 / 4 / 2e9),
+        restart=120,
+        between_failures=1000 * 3600 / 4,
+    )
+    plan = make_plan(
+        config("llama-7b"),
+        nodes=4, gpus_per_node=8, gpu="a100", node_hours=1000, write_bytes=2e9,
+    )  # fmt: skip
+    found = choose(costs, plan["step_seconds"])
+    assert plan["checkpoint_interval"] == found.steps
+    assert plan["goodput"] == pytest.approx(found.goodput)
+
+
+def test_an_interval_that_loses_time_is_warned_about() -> None:
+    def warnings(*overrides: str) -> tuple[str, ...]:
+        chosen = config("llama-7b", *overrides)
+        return make_plan(chosen, nodes=32, gpus_per_node=8, gpu="h100", node_hours=100).warnings
+
+    (warning,) = warnings("checkpoint.every=2000")
+    assert re.fullmatch(
+        r"checkpoint\.every=2,000 is productive [\d.]+% of the time, a checkpoint every (\d+) "
+        r"steps [\d.]+%; write checkpoint\.every=\1, or auto to choose by what is measured",
+        warning,
+    )
+    assert warnings("checkpoint.every=auto") == ()
+    (warning,) = warnings("checkpoint.every=0")
+    assert warning == (
+        "checkpoint.every=0 saves at the end only, and a failure is expected every 3.1 h; write "
+        "checkpoint.every=auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "nodes", "gpu"),
+    [
+        ("llama-7b", (), 32, "h100"),
+        ("llama-7b", ("micro_batch=8", "zero.stage=3"), 1, "a100"),
+        ("llama-1b", ("precision=fp32",), 2, "h200"),
+        ("llama-7b", ("model.hidden_size=8192", "model.num_layers=64"), 8, "h100"),
+    ],
+)
+def test_fit_is_the_fastest_of_all_layouts_that_fit(
+    recipe: str, given: tuple[str, ...], nodes: int, gpu: str
+) -> None:
+    def made(*overrides: str, fit: bool = False) -> Plan:
+        chosen = config(recipe, *given, *overrides)
+        return make_plan(chosen, nodes=nodes, gpus_per_node=8, gpu=gpu, fit=fit)
+
+    fitted = made(fit=True)
+    again = made(*fitted.overrides)
+    assert fitted.fits and again.fits
+    assert again["step_seconds"] == fitted["step_seconds"]
+    for micro_batch in (1, 2, 4, 8):
+        for stage in (1, 2, 3):
+            for value in ("false", "true"):
+                other = made(
+                    f"micro_batch={micro_batch}",
+                    f"zero.stage={stage}",
+                    f"model.activation_checkpointing={value}",
+                )
+                assert not other.fits or other["step_seconds"] >= fitted["step_seconds"]
+
+
+def test_fit_keeps_what_a_reproducible_run_holds_fixed() -> None:
+    chosen = config(
+        "llama-1b", "train.reproducible=across_world_sizes", "zero.stage=0", "micro_batch=2"
+    )
+    fitted = make_plan(chosen, nodes=1, gpus_per_node=8, gpu="h200", fit=True)
+    assert fitted.overrides[:2] == ("micro_batch=2", "zero.stage=0")
+
+
+def test_fit_says_what_would_fit_when_nothing_does() -> None:
+    message = r"no layout fits 1 x 1 GPUs of 80 GB; what fits: 2 GPUs \(\d+\.\d GB\)"
+    with pytest.raises(NothingFits, match=message) as caught:
+        make_plan(config("llama-7b"), nodes=1, gpus_per_node=1, gpu="a100", fit=True)
+    assert caught.value.exit_code == 1
+
+
+def test_fit_and_an_assumed_mfu_contradict_each_other() -> None:
+    message = r"--fit chooses by the predicted time of a step, and --mfu 0\.4 assumes one; leave"
+    with pytest.raises(PlanError, match=message):
+        make_plan(config("llama-7b"), nodes=1, gpus_per_node=8, gpu="h100", mfu=0.4, fit=True)
+
+
+def test_every_world_size_has_a_layout_or_says_that_nothing_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = config("llama-7b", "model.hidden_size=8192", "model.num_layers=64")
+    plan = make_plan(chosen, nodes=12, gpus_per_node=8, gpu="h100")
+    assert [nodes for nodes, _ in plan.sizes] == [1, 2, 4, 8, 12]
+    first, last = plan.sizes[0][1], plan.sizes[-1][1]
+    assert first is None and last is not None
+    assert last.memory_bytes <= 80 * GB
+    show_plan(plan, explain=False, as_json=False)
+    assert "nothing fits" in capsys.readouterr().out
+    told = plan.as_dict()["sizes"]
+    assert told[0] == {"nodes": 1, "fits": False}
+    assert told[-1]["overrides"] == last.overrides()
