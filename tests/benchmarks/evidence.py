@@ -237,6 +237,12 @@ def _summary(name: str, figures: dict[str, Any]) -> str:
             f"(planned {row['planned_gb']:.1f})"
             for case, row in figures.items()
         )
+    if name == "published_runs":
+        return "time of a step, predicted: " + "; ".join(
+            f"{group}: {found['runs']} runs, off by {found['median_absolute_error']:.1%} (median), "
+            f"from {found['smallest_error']:+.0%} to {found['largest_error']:+.0%} of the speed"
+            for group, found in figures["summary"].items()
+        )
     if name == "quickstart":
         numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
         return "; ".join(f"{key} {value:.2f}" for key, value in numbers.items())
