@@ -1,8 +1,11 @@
 """What every GPU of a run must hold, and what would make it fit.
 
-Weights, gradients and optimizer state are known; activations are counted from what one forward pass
-keeps; the reserve for CUDA, NCCL and fragmentation is assumed. Advice is never general: what is
-named has been tried on the same arithmetic, and fits.
+Weights, gradients and optimizer state are those of ZeRO (arXiv 1910.02054), activations what one
+forward pass keeps, buckets DeepSpeed's; the reserve for CUDA, NCCL and fragmentation is assumed.
+Without it the sum is the allocator's peak within 1 % on one H200 (docs/evidence/gpu_speed.json, by
+which it was corrected), and within 10 % at every stage on two ranks of a CPU (tests/launcher/
+test_memory.py). Advice is never general: what is named has been tried on the same arithmetic, and
+fits.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from train.config import RunConfig
 
 RESERVE_BYTES = 6 * GB
 BUCKET_ELEMENTS = 5 * 10**8
-"""DeepSpeed's default reduce_bucket_size."""
+"""DeepSpeed's default reduce_bucket_size, and that of its bf16 stage 1 and stage 0 in any case."""
 LIVE_ELEMENTS = 10**9
 """DeepSpeed's default stage3_max_live_parameters."""
 
@@ -47,41 +50,132 @@ def batch_figures(config: RunConfig, ranks: int) -> Iterator[Figure]:
 
 
 def memory_figures(config: RunConfig, ranks: int, micro_batch: int) -> Iterator[Figure]:
-    """Bytes per GPU by component (arXiv 1910.02054 counts weights, gradients, optimizer state)."""
-    count, stage = num_parameters(config.model), config.zero.stage
-    width = 4 if config.precision == "fp32" else 2
-
-    def share(from_stage: int) -> tuple[int, str]:
-        return (ranks, f" / {ranks:,} ranks") if stage >= from_stage else (1, "")
-
-    divisor, by = share(3)
-    yield sized("memory_weights", width * count / divisor, f"{width} B x parameters{by}")
-    divisor, by = share(2)
-    yield sized("memory_gradients", 4 * count / divisor, f"4 B (fp32) x parameters{by}")
-    divisor, by = share(1)
+    """Bytes per GPU by component, at the moment when most are held: in the backward pass of the
+    loss, unless buckets need more than the activations that have gone by then.
+    """
+    count, width = num_parameters(config.model), 4 if config.precision == "fp32" else 2
+    stage = config.zero.stage
+    weights, by = _shared(width * count, ranks, stage >= 3)
+    yield sized("memory_weights", weights, f"{width} B x parameters{by}")
+    gradients, later, formula = _gradients(config, ranks, micro_batch)
+    yield sized("memory_gradients", gradients, formula)
     # DeepSpeed keeps an fp32 copy of its partition even when the weights are fp32 already.
     state = 12 if stage >= 1 or width == 2 else 8
     parts = "4 master + 8 moments" if state == 12 else "8 moments"
-    yield sized("memory_optimizer", state * count / divisor, f"({parts}) B x parameters{by}")
-    if stage >= 1:
-        bucket = 4 * min(count, BUCKET_ELEMENTS)
-        yield sized("memory_buckets", bucket, "4 B x min(parameters, 5e8 of reduce_bucket_size)")
+    optimizer, by = _shared(state * count, ranks, stage >= 1)
+    yield sized("memory_optimizer", optimizer, f"({parts}) B x parameters{by}")
+    if stage == 3 and ranks > 1:
+        elements = _zero_option(config, "stage3_max_live_parameters", LIVE_ELEMENTS)
+        live = width * min(count, elements)
+        yield sized("memory_gathered", live, f"{width} B x min(parameters, {elements:.3g} live)")
+    activations = list(_activation_figures(config, micro_batch, width))
+    yield from activations
+    yield _buckets(
+        config,
+        ranks,
+        later=later,
+        room=sum(f.value for f in activations),
+        tokens=micro_batch * config.seq_len,
+    )
+    yield sized(
+        "memory_reserve",
+        RESERVE_BYTES,
+        "assumed: CUDA, NCCL, fragmentation; the allocator of one H200 held 2.5 to 4.5 GB more "
+        "than it had given out",
+    )
+
+
+def _shared(size: int, ranks: int, is_shared: bool) -> tuple[float, str]:
+    """Bytes per rank, and how to say so."""
+    return (size / ranks, f" / {ranks:,} ranks") if is_shared else (size, "")
+
+
+def _gradients(config: RunConfig, ranks: int, micro_batch: int) -> tuple[float, float, str]:
+    """Bytes held during the backward pass of the loss; bytes at the end of the backward pass beyond
+    those; the formula of the first.
+
+    What one pass hands to the next lies there all the time. In a step of one pass, gradients come
+    while activations go. DeepSpeed's bf16 stage 1 has fp32 ones at all times, and keeps the bf16
+    ones of the pass before; stage 3 has its fp32 partition at all times.
+    """
+    count, stage = num_parameters(config.model), config.zero.stage
+    accumulates = config.batch_samples > ranks * micro_batch
+    whole, by = _shared(4 * count, ranks, stage >= 2)
+    told = f"4 B (fp32) x parameters{by}"
     if stage == 3:
-        live = width * min(count, LIVE_ELEMENTS)
-        yield sized("memory_gathered", live, f"{width} B x min(parameters, 1e9 live ones)")
+        return whole, 0.0, told
+    if stage == 1 and config.precision != "fp32":
+        narrow = 2 * count
+        if accumulates:
+            return whole + narrow, 0.0, "(4 B fp32 + 2 B of the pass before) x parameters"
+        return whole, narrow, told
+    if accumulates:
+        return whole, 0.0, told
+    return 0.0, whole, f"one pass per step: {told}, while activations go"
+
+
+def _activation_figures(config: RunConfig, micro_batch: int, width: int) -> Iterator[Figure]:
+    """Activations, masks and the tensors of the loss."""
     model, tokens = config.model, micro_batch * config.seq_len
+    kept = activation_bytes(
+        model, micro_batch=micro_batch, seq_len=config.seq_len, value_bytes=width
+    )
     yield sized(
         "memory_activations",
-        activation_bytes(model, micro_batch=micro_batch, seq_len=config.seq_len, value_bytes=width),
+        kept,
         f"{tokens:,} tokens x (layers x (6 hidden + 2 kv + 3 feed-forward) x {width} B + fp32 log-"
         f"probabilities){', one layer kept whole' if model.activation_checkpointing else ''}",
     )
-    yield sized(
-        "memory_logits",
-        (width + 4) * tokens * model.vocab_size,
-        f"({width} logits + 4 gradient) B x {tokens:,} tokens x {model.vocab_size:,} ids",
-    )
-    yield sized("memory_reserve", RESERVE_BYTES, "assumed: CUDA, NCCL, fragmentation")
+    if config.data.boundaries == "attention":
+        # torch makes a bias of the compute type of it in every layer, and keeps that.
+        layers = 1 if model.activation_checkpointing else model.num_layers
+        yield sized(
+            "memory_masks",
+            (layers * width + 1) * tokens * config.seq_len,
+            f"({layers} layers x {width} B + 1 B) x {tokens:,} tokens x seq_len",
+        )
+    # Two gradients in fp32: of the log-probabilities and, as torch widens bf16 logits before their
+    # log_softmax, of the wide logits.
+    logits = 8 * tokens * model.vocab_size
+    told = f"8 B (two fp32 gradients) x {tokens:,} tokens x {model.vocab_size:,} ids"
+    if model.activation_checkpointing:
+        shapes = {"micro_batch": micro_batch, "seq_len": config.seq_len, "value_bytes": width}
+        one, two = (
+            activation_bytes(
+                model.model_copy(update={"num_layers": n, "activation_checkpointing": False}),
+                **shapes,
+            )
+            for n in (1, 2)
+        )
+        logits = max(0, logits - (two - one))
+        told += ", less the layer that is kept whole when these are gone"
+    yield sized("memory_logits", logits, told)
+
+
+def _buckets(config: RunConfig, ranks: int, *, later: float, room: float, tokens: int) -> Figure:
+    """What gradients and their buckets need beyond the `room` that activations leave them."""
+    count, stage = num_parameters(config.model), config.zero.stage
+    elements = _zero_option(config, "reduce_bucket_size", BUCKET_ELEMENTS)
+    if stage == 3:
+        return sized("memory_buckets", 4 * elements, f"4 B x {elements:.3g} of reduce_bucket_size")
+    if stage == 2 or (stage == 1 and config.precision == "fp32"):
+        # Allocated when the loss has freed its log-probabilities and their gradients.
+        width = 4 if config.precision == "fp32" else 2
+        size, left = width * elements, 12 * tokens * config.model.vocab_size
+        told = f"{width} B x {elements:.3g} of reduce_bucket_size"
+        extra = max(size - left, size + later - room)
+        where = "beyond what the loss has freed"
+    else:
+        size = 4 * min(count, BUCKET_ELEMENTS) if ranks > 1 else 0
+        told = f"4 B x min(parameters, {BUCKET_ELEMENTS:.3g}) at the end of the step"
+        extra = size + later - room
+        where = "beyond what activations and loss have freed"
+    return sized("memory_buckets", max(0.0, extra), f"{told}, {where}")
+
+
+def _zero_option(config: RunConfig, name: str, default: int) -> int:
+    """A size in the raw [deepspeed] table, or DeepSpeed's default."""
+    return int(config.deepspeed.get("zero_optimization", {}).get(name, default))
 
 
 def memory_per_gpu(config: RunConfig, ranks: int) -> float:
