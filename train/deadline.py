@@ -21,12 +21,15 @@ log = logging.getLogger(__name__)
 
 
 def parse_time_left(text: str) -> float | None:
-    """Seconds in squeue's [DAYS-][HOURS:]MINUTES:SECONDS; None for UNLIMITED, and for no time."""
-    match = _TIME_LEFT.fullmatch(text.strip())
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    """Seconds in squeue's [DAYS-][HOURS:]MINUTES:SECONDS, the fewest where a job has several parts;
+    None for UNLIMITED, and for no time.
+    """
+    found = []
+    for line in text.splitlines():
+        if match := _TIME_LEFT.fullmatch(line.strip()):
+            days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+            found.append(float(((days * 24 + hours) * 60 + minutes) * 60 + seconds))
+    return min(found, default=None)
 
 
 def ask_slurm(job: str) -> str:
@@ -59,7 +62,9 @@ class Deadline:
         while True:
             asked = time.monotonic()
             answer = ask_slurm(self._job)
-            if answer.strip():
-                left = parse_time_left(answer)
-                self._end = None if left is None else asked + left
+            left = parse_time_left(answer)
+            if left is not None:
+                self._end = asked + left
+            elif "UNLIMITED" in answer:
+                self._end = None
             time.sleep(ASK_SECONDS)

@@ -19,6 +19,7 @@ from train.world import slurm_deadline
         ("3:04:05", 11_045),
         ("04:05", 245),
         ("0:00", 0),
+        ("1:00:00\n04:05\nUNLIMITED\n", 245),
         ("UNLIMITED", None),
         ("INVALID", None),
         ("NOT_SET", None),
