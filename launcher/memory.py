@@ -25,6 +25,9 @@ BUCKET_ELEMENTS = 5 * 10**8
 LIVE_ELEMENTS = 10**9
 """DeepSpeed's default stage3_max_live_parameters."""
 
+PREFETCH_ELEMENTS = 5 * 10**7
+"""DeepSpeed's default stage3_prefetch_bucket_size."""
+
 Change = Mapping[str, Any]
 """Dotted keys of a config with new values."""
 
@@ -65,9 +68,7 @@ def memory_figures(config: RunConfig, ranks: int, micro_batch: int) -> Iterator[
     optimizer, by = _shared(state * count, ranks, stage >= 1)
     yield sized("memory_optimizer", optimizer, f"({parts}) B x parameters{by}")
     if stage == 3 and ranks > 1:
-        elements = _zero_option(config, "stage3_max_live_parameters", LIVE_ELEMENTS)
-        live = width * min(count, elements)
-        yield sized("memory_gathered", live, f"{width} B x min(parameters, {elements:.3g} live)")
+        yield _gathered(config, width)
     activations = list(_activation_figures(config, micro_batch, width))
     yield from activations
     yield _buckets(
@@ -82,6 +83,18 @@ def memory_figures(config: RunConfig, ranks: int, micro_batch: int) -> Iterator[
         RESERVE_BYTES,
         "assumed: CUDA, NCCL, fragmentation; the allocator of one H200 held 2.5 to 4.5 GB more "
         "than it had given out",
+    )
+
+
+def _gathered(config: RunConfig, width: int) -> Figure:
+    """Whole weights of stage 3: those in use, and the flat buffer that the next ones arrive in."""
+    count = num_parameters(config.model)
+    live = _zero_option(config, "stage3_max_live_parameters", LIVE_ELEMENTS)
+    ahead = _zero_option(config, "stage3_prefetch_bucket_size", PREFETCH_ELEMENTS)
+    return sized(
+        "memory_gathered",
+        width * (min(count, live) + min(count, ahead)),
+        f"{width} B x (min(parameters, {live:.3g} live) + min(parameters, {ahead:.3g} prefetched))",
     )
 
 
