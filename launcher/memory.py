@@ -1,11 +1,11 @@
 """What every GPU of a run must hold, and what would make it fit.
 
 Weights, gradients and optimizer state are those of ZeRO (arXiv 1910.02054), activations what one
-forward pass keeps, buckets DeepSpeed's; the reserve for CUDA, NCCL and fragmentation is assumed.
-Without it the sum is the allocator's peak within 1 % on one H200 (docs/evidence/gpu_speed.json, by
-which it was corrected), and within 10 % at every stage on two ranks of a CPU (tests/launcher/
-test_memory.py). Advice is never general: what is named has been tried on the same arithmetic, and
-fits.
+forward pass keeps, buckets DeepSpeed's; the margins for fragmentation, CUDA and NCCL are flat.
+Without them the sum is the allocator's peak within 1 % on one H200, by which it was corrected
+(docs/evidence/gpu_speed.json), and within 10 % at every stage on two ranks of a CPU (tests/
+launcher/test_memory.py). Advice is never general: what is named has been tried on the same
+arithmetic, and fits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from launcher.gpus import GB
 from model.flops import activation_bytes, num_parameters
 from train.config import RunConfig
 
-RESERVE_BYTES = 6 * GB
+RESERVE_BYTES = 3 * GB // 2
+"""Assumed, for the CUDA context and NCCL."""
+FRAGMENTATION_BYTES = 9 * GB // 2
+"""The most that the allocator of one H200 held beyond what it had given out: reserved_gb less
+peak_gb in docs/evidence/gpu_speed.json.
+"""
+MARGINS = ("memory_fragmentation", "memory_reserve")
+"""Figures that are no tensors."""
 BUCKET_ELEMENTS = 5 * 10**8
 """DeepSpeed's default reduce_bucket_size, and that of its bf16 stage 1 and stage 0 in any case."""
 LIVE_ELEMENTS = 10**9
@@ -79,11 +86,11 @@ def memory_figures(config: RunConfig, ranks: int, micro_batch: int) -> Iterator[
         tokens=micro_batch * config.seq_len,
     )
     yield sized(
-        "memory_reserve",
-        RESERVE_BYTES,
-        "assumed: CUDA, NCCL, fragmentation; the allocator of one H200 held 2.5 to 4.5 GB more "
-        "than it had given out",
+        "memory_fragmentation",
+        FRAGMENTATION_BYTES,
+        "the most that the allocator of one H200 held beyond what it had given out",
     )
+    yield sized("memory_reserve", RESERVE_BYTES, "assumed: CUDA context, NCCL")
 
 
 def _gathered(config: RunConfig, width: int) -> Figure:

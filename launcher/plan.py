@@ -174,8 +174,8 @@ def _assumed(cluster: Cluster, mfu: float | None) -> Iterator[str]:
         yield f"{mfu:.0%} of the peak FLOP/s (--mfu)"
     else:
         yield (
-            "times of a step from a roofline fitted to one H200 and one A100 run, traffic from "
-            "data sheets; --mfu X takes the place of both"
+            "time of a step from a roofline fitted to one H200 and one A100 run, traffic from data "
+            "sheets and measured on no cluster; --mfu X takes the place of both"
         )
     yield (
         f"a node fails every {cluster.node_hours:,.0f} h (--node-mtbf), and writes "

@@ -43,8 +43,10 @@ PREFETCH_ELEMENTS = 5 * 10**7
 """DeepSpeed's default stage3_prefetch_bucket_size."""
 BACKWARD_ATTENTION = 2.5
 """Products of the attention kernel's backward pass, in forward passes: it computes scores again."""
-LOSS_BYTES = 24
-"""Per logit, forward and backward: cut out of the padded ones, log_softmax in fp32, nll_loss."""
+LOSS_BYTES = 36
+"""Per logit, forward and backward, in fp32 but for the first read and the last write: widened,
+log_softmax, their gradients, narrowed.
+"""
 ACCUMULATE_BYTES = 12
 """Per parameter and micro-batch: the gradient written, and added in fp32."""
 UPDATE_BYTES = 50

@@ -2,7 +2,7 @@
 
 Each case trains a few steps of a recipe's model in a fresh process, on random tokens: an engine as
 training builds it, four micro-batches per step. Memory is what CUDA's allocator held at its peak;
-beside it stands what `headrace plan` says without its reserve. `save` is the stall of a checkpoint
+beside it stands what `headrace plan` says without its margins. `save` is the stall of a checkpoint
 in the background, second one (the first fills its pinned buffers), and the rate of the write.
 
     python -m tests.benchmarks.gpu_speed [--json FILE]       needs CUDA; about three minutes
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from launcher.memory import memory_figures
+from launcher.memory import MARGINS, memory_figures
 from launcher.recipes import find_recipe
 from model.flops import flops_per_token
 from model.gpt import GPT
@@ -105,7 +105,7 @@ def measure(case: str, *, saves: bool) -> dict[str, float]:
             "matmul_fraction": flops / peak,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
             "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-            "planned_gb": sum(f.value for f in planned if f.key != "memory_reserve") / 1e9,
+            "planned_gb": sum(f.value for f in planned if f.key not in MARGINS) / 1e9,
             "loss": loss,
         }
         return found | (_save(engine, world, config, step) if saves else {})

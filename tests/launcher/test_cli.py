@@ -103,6 +103,10 @@ def test_plan_prints_results_on_stdout_and_json_for_programs(tmp_path: Path) -> 
     assert "tokens per day" in done.stdout
     found = json.loads(headrace(*argv, "--json", cwd=tmp_path).stdout)
     assert found["dummy_waste"] == 0.0
+    fitted = headrace(*argv, "--fit", cwd=tmp_path).stdout.splitlines()[-1]
+    assert fitted.startswith("fits: micro_batch=")
+    again = json.loads(headrace(*argv, *fitted.split()[1:], "--json", cwd=tmp_path).stdout)
+    assert again["fits"] and again["step_seconds"] <= found["step_seconds"]
 
 
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_every_figure_is_explained_and_assumptions_are_said(
     shown = capsys.readouterr().out
     assert "2 B x parameters" in shown
     assert "assumed: vocabulary of 32,000 ids" in shown
-    assert "assumed: times of a step from a roofline" in shown
+    assert "assumed: time of a step from a roofline" in shown
     assert "assumed: a node fails every 6,250 h (--node-mtbf)" in shown
     assumed = make_plan(config("llama-7b"), nodes=32, gpus_per_node=8, gpu="h100", mfu=0.4)
     assert "40% of the peak FLOP/s (--mfu)" in assumed.assumptions
