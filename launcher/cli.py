@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from data.durable import told
 from launcher import options, spawn
 from launcher.checkpoint_cli import checkpoint_app
-from launcher.cluster_cli import status
+from launcher.cluster_cli import preflight, status
 from launcher.data_cli import data_app
 from launcher.plan_cli import plan
 from launcher.prepare_cli import prepare
@@ -106,6 +106,9 @@ def recipes(name: options.OneRecipe = None, as_json: options.AsJson = False) -> 
 
 
 app.command()(plan)
+
+
+app.command()(preflight)
 
 
 @app.command()

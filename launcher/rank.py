@@ -62,6 +62,19 @@ def rank_of(environ: Mapping[str, str]) -> int:
     return int(environ["RANK" if role is Role.TORCHRUN_RANK else "SLURM_PROCID"])
 
 
+def place_of(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """Global rank, number of ranks, and rank on this machine; (0, 1, 0) for the launcher."""
+    role = recognise(environ)
+    if role is Role.LAUNCHER:
+        return 0, 1, 0
+    if role is Role.TORCHRUN_RANK:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    else:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    rank, size, local_rank = (int(environ.get(name, "0")) for name in names)
+    return rank, size, local_rank
+
+
 def run_rank(train: Callable[[], str]) -> int:
     """Train as the rank that this process is; returns its exit code."""
     role, rank = recognise(os.environ), rank_of(os.environ)

@@ -137,6 +137,20 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def hosts_of(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The hosts of the allocation that this process is in; none where there is none, or nobody to
+    ask.
+    """
+    if "SLURM_JOB_NODELIST" not in environ:
+        return ()
+    try:
+        return tuple(
+            _call(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]).split()
+        )
+    except SlurmError:
+        return ()
+
+
 def _check(job: Job) -> None:
     if not re.fullmatch(r"\d+|(\d+-)?\d+:\d\d(:\d\d)?", job.time):
         raise SlurmUsageError(

@@ -99,11 +99,12 @@ def _recorded(world: World, run: Path, attempt: int, owner: Ownership | None) ->
 
 @contextmanager
 def _watched(world: World, run: Path, work: Work, attempt: int) -> Iterator[None]:
+    """Collective. Around the training: a rank that stands still ends it."""
     watch = Watch(
         run,
         attempt=attempt,
         rank=world.rank,
-        num_ranks=world.size,
+        hosts=world.gather(world.host),
         stall_seconds=work.config.stall_seconds,
         reading=work.task.reading,
     )

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import xxhash
 
+from data.durable import StorageError
 from train.engine import Engine
 from train.events import record
+from train.exclusion import exclude, minority
 from train.world import World
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,10 @@ def check_replicas(engine: Engine, world: World, run: Path, *, step: int, attemp
         if world.is_main:
             record(run, EVENT, step=step, attempt=attempt, ranks=culprits, names=names)
     hosts = world.gather(world.host)
+    if world.is_main and len(culprits) < world.size:
+        # A disk that is full must not hide what was found.
+        with suppress(OSError, StorageError):
+            exclude(run, minority((hosts[rank] for rank in culprits), hosts))
     where = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in culprits)
     raise ReplicasDiffer(
         f"step {step}: {told} ({where}): memory or arithmetic of that machine has failed silently. "

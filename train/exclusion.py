@@ -1,0 +1,50 @@
+"""RUN/logs/exclude: hosts that a run is not to start on again, one name a line. No torch here.
+
+Preflight adds those that are not fit, the watch those whose ranks no longer answer;
+slurm/pretrain.sbatch hands the list to Slurm. A host that was mended is taken out by hand.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from data.durable import write_durably, writing
+
+
+def exclusion_file(run: Path) -> Path:
+    """Where the list is."""
+    return run / "logs" / "exclude"
+
+
+def excluded(run: Path) -> list[str]:
+    """The hosts on the list."""
+    path = exclusion_file(run)
+    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+
+
+def exclude(run: Path, hosts: Iterable[str]) -> None:
+    """Put hosts on the list. One process only."""
+    listed = excluded(run)
+    new = [host for host in dict.fromkeys(hosts) if host not in listed]
+    if not new:
+        return
+    path = exclusion_file(run)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, "".join(f"{host}\n" for host in [*listed, *new]).encode())
+
+
+def minority(bad: Iterable[str], hosts: Iterable[str]) -> list[str]:
+    """The bad ones among these hosts; none when they are more than half, as where there is only
+    one: then it is hardly the hosts.
+    """
+    everyone = set(hosts)
+    found = sorted(set(bad) & everyone)
+    return found if 2 * len(found) <= len(everyone) else []
+
+
+def host_name(environ: Mapping[str, str]) -> str:
+    """This machine as Slurm calls it, which need not be its own name, or by its own name."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
