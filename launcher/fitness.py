@@ -207,11 +207,11 @@ def _odd(
 
 
 def _gpus(facts: Sequence[Facts]) -> Iterator[Finding]:
-    wanted = any(one.num_gpus or one.promised_gpus for one in facts)
+    has_gpus = any(one.num_gpus for one in facts)
     for host, ranks in nodes_of(facts).items():
-        needed = max(len(ranks), ranks[0].promised_gpus)
+        needed = max(len(ranks) if has_gpus else 0, ranks[0].promised_gpus)
         known = [one.num_gpus for one in ranks if one.import_seconds is not None]
-        if wanted and known and min(known) < needed:
+        if known and min(known) < needed:
             yield Finding(
                 "gpus", (host,), f"{min(known)} GPUs are visible, {needed} are needed",
                 "see `nvidia-smi` and CUDA_VISIBLE_DEVICES there, and that torch is a CUDA build",
