@@ -166,6 +166,27 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
 
+    def stop_ranks(self, name: str, command: str) -> int:
+        """Stop the processes of a node whose command is this one of ours, as a machine does whose
+        GPU hangs; how many there were.
+        """
+        words = f"-m launcher {command} "
+        ranks = [pid for pid in self.processes(name) if words in " ".join(_command(pid))]
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        return len(ranks)
+
+    @contextmanager
+    def covered(self, name: str, path: Path, by: Path) -> Iterator[None]:
+        """Inside, a node finds another file or folder at this path."""
+        # umount asks /proc, which is the node's own.
+        enter = ["nsenter", "-t", str(self._init(name)), "-m", "-p"]
+        subprocess.run([*enter, "mount", "--bind", str(by), str(path)], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*enter, "umount", "--lazy", str(path)], check=True)
+
     def restart_controller(self) -> None:
         """kill -9 slurmctld, and start it again."""
         for pid in _below(self._init()):
