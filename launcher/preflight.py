@@ -103,6 +103,8 @@ def _alone(
     said = f"{type(error).__name__}: {error}".splitlines()[0]
     presence.tell(failure=said)
     time.sleep(GRACE_SECONDS)
+    # A network file system lists a folder anew when something was written to it.
+    presence.tell()
     # Who began this preflight has given a beat since; what is older is of another one.
     found = left_by_ranks(run, since=presence.began - seconds)
     facts = [one for one in found if one.size == presence.facts.size]

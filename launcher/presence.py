@@ -68,8 +68,10 @@ def left_by_ranks(run: Path, *, since: float = 0.0) -> list[Facts]:
     """What ranks have told in files, without those whose last beat was before `since`."""
     found = {}
     for path in sorted(folder_of(run).glob("[0-9]*-*.json")):
-        with suppress(OSError, ValueError, TypeError):
-            found[path] = path.stat().st_mtime, Facts(**json.loads(path.read_text()))
+        with suppress(OSError, ValueError, TypeError), path.open(encoding="utf-8") as file:
+            # Of the open file: a network file system looks a time up anew only when it opens.
+            beat = os.fstat(file.fileno()).st_mtime
+            found[path] = beat, Facts(**json.loads(file.read()))
     recent = [(beat, facts) for beat, facts in found.values() if beat >= since]
     newest = max((beat for beat, _ in recent), default=0.0)
     return [replace(facts, silent_seconds=newest - beat) for beat, facts in recent]

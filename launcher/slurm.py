@@ -138,15 +138,14 @@ def rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def hosts_of(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The hosts of the allocation that this process is in; none where there is none, or nobody to
-    ask.
+    """The hosts of the step that this process is in, or of the allocation; none where there is
+    none, or nobody to ask.
     """
-    if "SLURM_JOB_NODELIST" not in environ:
+    listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not listed:
         return ()
     try:
-        return tuple(
-            _call(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]).split()
-        )
+        return tuple(_call(["scontrol", "show", "hostnames", listed]).split())
     except SlurmError:
         return ()
 

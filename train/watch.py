@@ -95,27 +95,17 @@ class Watch:
 
     def _end(self) -> None:
         """Tell, have one rank report, and leave. Does not return."""
-        with suppress(OSError, StorageError):
-            write_durably(
-                self._prefix.with_name(f"{self._prefix.name}-{self._rank:05d}.json"),
-                json.dumps(self._own()).encode(),
-            )
+        name, own = f"-{self._rank:05d}.json", json.dumps(self._own())
+        self._write(name, own)
         deadline = time.monotonic() + GATHER_SECONDS
         while len(self._told()) < len(self._hosts) and time.monotonic() < deadline:
             time.sleep(0.1)
+        # A network file system lists a folder anew when something was written to it, and who has
+        # told must not be taken for silent.
+        self._write(name, own)
         found = [json.loads(path.read_bytes()) for path in self._told()]
         if found and found[0]["rank"] == self._rank:
-            report = self._prefix.with_name(f"{self._prefix.name}.json")
-            verdict = verdict_of(found, self._hosts)
-            message = f"{verdict}; stacks of all ranks: {report}"
-            out = minority(
-                (self._hosts[rank] for rank in silent_ranks(found, self._hosts)), self._hosts
-            )
-            with suppress(OSError, StorageError):
-                content = {"verdict": verdict, "exclude": out, "ranks": found}
-                write_durably(report, (json.dumps(content, indent=1) + "\n").encode())
-            with suppress(OSError, StorageError):
-                exclude(self._run, out)
+            message = self._report(found)
             log.error("%s", message)
             if tell is not None:
                 tell(message)
@@ -127,6 +117,23 @@ class Watch:
                 os._exit(EXIT_STALLED)
         time.sleep(END_SECONDS)
         os._exit(EXIT_STALLED)
+
+    def _report(self, found: Sequence[dict[str, Any]]) -> str:
+        """Write the report, and put hosts on the run's list; what to say."""
+        verdict = verdict_of(found, self._hosts)
+        silent = [self._hosts[rank] for rank in silent_ranks(found, self._hosts)]
+        out = minority(silent, self._hosts)
+        content = {"verdict": verdict, "exclude": out, "ranks": found}
+        report = self._write(".json", json.dumps(content, indent=1) + "\n")
+        with suppress(OSError, StorageError):
+            exclude(self._run, out)
+        return f"{verdict}; stacks of all ranks: {report}"
+
+    def _write(self, ending: str, content: str) -> Path:
+        path = self._prefix.with_name(self._prefix.name + ending)
+        with suppress(OSError, StorageError):
+            write_durably(path, content.encode())
+        return path
 
     def _own(self) -> dict[str, Any]:
         place = here()

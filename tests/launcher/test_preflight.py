@@ -69,7 +69,9 @@ def test_what_a_person_reads(dataset: Path, tmp_path: Path) -> None:
     )
 
 
-def start(dataset: Path, run: Path, rank: int, port: int, seconds: int) -> subprocess.Popen[str]:
+def start(
+    dataset: Path, run: Path, rank: int, port: int, seconds: int, **more: str
+) -> subprocess.Popen[str]:
     """One of two ranks, on a host of its own name, as srun starts it."""
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"}
     own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURMD_NODENAME": f"n{rank + 1}"}
@@ -78,7 +80,7 @@ def start(dataset: Path, run: Path, rank: int, port: int, seconds: int) -> subpr
     return subprocess.Popen(
         [sys.executable, "-m", "launcher", *argv],
         cwd=ROOT,
-        env=os.environ | step | own | meet,
+        env=os.environ | step | own | meet | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -134,6 +136,27 @@ def test_a_rank_that_never_comes_is_missed_and_read_says_it_again(
         "preflight", "tiny-cpu", f"data={dataset}", "--run", run, "--read", cwd=tmp_path
     )
     assert read.returncode == 1 and said in read.stdout, read.stdout + read.stderr
+
+
+def test_a_node_with_another_library_is_told(dataset: Path, tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    other = tmp_path / "other" / "numpy-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9\n")
+    with (
+        start(dataset, run, 0, port, 30) as first,
+        start(dataset, run, 1, port, 30, PYTHONPATH=str(other.parent)) as second,
+    ):
+        out, err = first.communicate(timeout=90)
+        second.communicate(timeout=90)
+    assert (first.returncode, second.returncode) == (1, 0), out + err
+    found = [line for line in out.splitlines() if line.startswith("unfit: ")]
+    assert found[0].startswith("unfit: n1, n2: versions: numpy differs: ") and len(found) == 1
+    assert ", 9.9 on rank 1; nobody can say which is right; install the same" in found[0]
+    # Each has been tried with the other.
+    told = json.loads((run / "logs/preflight/verdict.json").read_bytes())
+    assert [list(one["pairs"]) for one in told["ranks"]] == [["n2"], ["n1"]]
+    assert excluded(run) == []
 
 
 def test_a_port_that_somebody_holds_is_named(dataset: Path, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
         f"--output={cluster.run}/logs/attempt-0-node-%n.log",
     ]  # fmt: skip
     assert argv[4:6] == ["bash", "-c"]
-    assert argv[6].startswith('trap "" USR1; exec "$PYTHON" -m torch.distributed.run')
+    assert argv[6].startswith('trap "" USR1; ulimit -c 0; exec "$PYTHON" -m torch.distributed.run')
     assert argv[7:] == [
         "_", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
         "--master-port=23456", "-m", "--", "launcher", "pretrain", "llama-7b",
