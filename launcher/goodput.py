@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from launcher.figures import Figure, counted, sized, timed
+from launcher.figures import Figure, counted, duration, sized, timed
 from launcher.gpus import Gpu
 from model.flops import num_parameters
 from train.config import RunConfig
@@ -25,6 +26,16 @@ WRITE_BYTES = 1e9
 """Bytes/s per node to disk: 0.9e9 on the disk of that machine."""
 POWER_SHARE = 1.0
 """Of the TDP, drawn on the average; the model cards of Llama 2 and 3 count so, too."""
+
+
+MOST_INTERVALS = 20
+"""Times that an interval may be longer than the time between failures: beyond, one in e^20 ends."""
+
+
+class GoodputError(ValueError):
+    """A run that would lose all its steps."""
+
+    exit_code: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ def checkpoint_figures(
 ) -> Iterator[Figure]:
     """Size, seconds, interval and goodput; then days, GPU-hours and energy with failures."""
     size, costs = checkpoint_bytes(config), save_costs(config, cluster)
+    _check(config, costs, step_seconds)
     best = choose(costs, step_seconds)
     yield sized("checkpoint_bytes", size, "(4 weights + 8 moments) B x parameters, in fp32")
     rate = f"{cluster.nodes:,} nodes x {cluster.write_bytes / 1e9:g} GB/s (--write-rate)"
@@ -116,6 +128,23 @@ def checkpoint_figures(
             f"the same with checkpoint.every={every:,}",
         )
     yield from _whole_run(config, cluster, step_seconds / share)
+
+
+def _check(config: RunConfig, costs: Costs, step_seconds: float) -> None:
+    """GoodputError when hardly any checkpoint would ever be on disk before the next failure."""
+    failure = f"a failure is expected every {duration(costs.between_failures)}"
+    if costs.lag > MOST_INTERVALS * costs.between_failures:
+        raise GoodputError(
+            f"a checkpoint takes {duration(costs.lag)} to disk, and {failure}: no step would be "
+            "kept; take fewer nodes, or say that they write faster (--write-rate) or fail less "
+            "often (--node-mtbf)"
+        )
+    every = config.checkpoint.every
+    if isinstance(every, int) and every * step_seconds > MOST_INTERVALS * costs.between_failures:
+        raise GoodputError(
+            f"checkpoint.every={every:,} saves every {duration(every * step_seconds)}, and "
+            f"{failure}: the run would not end; write checkpoint.every=auto"
+        )
 
 
 def _disk(config: RunConfig, size: int, step_seconds: float) -> Figure:

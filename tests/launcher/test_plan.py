@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.manifest import read_manifest
+from launcher.goodput import GoodputError
 from launcher.gpus import GB, GpuError
 from launcher.plan import NothingFits, Plan, PlanError, make_plan
 from launcher.recipes import find_recipe
@@ -262,6 +263,30 @@ def test_an_interval_that_loses_time_is_warned_about() -> None:
         "checkpoint.every=0 saves at the end only, and a failure is expected every 3.1 h; write "
         "checkpoint.every=auto"
     )
+
+
+def test_a_run_that_would_never_end_is_refused() -> None:
+    def plan(*overrides: str, node_hours: float, write_bytes: float = 1e9) -> None:
+        chosen = config("llama-7b", *overrides)
+        make_plan(
+            chosen,
+            nodes=32, gpus_per_node=8, gpu="h100", node_hours=node_hours, write_bytes=write_bytes,
+        )  # fmt: skip
+
+    message = (
+        r"a checkpoint takes 42\.1 minutes to disk, and a failure is expected every 112 "
+        r"seconds: no step would be kept; take fewer nodes, or say that they write faster "
+        r"\(--write-rate\) or fail less often \(--node-mtbf\)"
+    )
+    with pytest.raises(GoodputError, match=message):
+        plan(node_hours=1, write_bytes=1e6)
+    message = (
+        r"checkpoint\.every=2,000 saves every [\d.]+ (minutes|hours), and a failure is expected "
+        r"every 112 seconds: the run would not end; write checkpoint\.every=auto"
+    )
+    with pytest.raises(GoodputError, match=message):
+        plan("checkpoint.every=2000", node_hours=1)
+    plan("checkpoint.every=auto", node_hours=1)
 
 
 @pytest.mark.parametrize(
