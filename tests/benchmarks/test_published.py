@@ -9,7 +9,8 @@ import json
 
 import pytest
 
-from tests.benchmarks.published import EVIDENCE, RUNS, Run, summary
+from tests.benchmarks.published import EVIDENCE, summary
+from tests.benchmarks.published_runs import RUNS, Run
 
 
 def test_the_evidence_is_what_the_model_predicts_today() -> None:
