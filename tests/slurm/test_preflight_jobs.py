@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launcher.presence import left_by_ranks
 from tests.ranks import run_ranks
 from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.test_pretrain_jobs import SIZES, STEPS, Pretraining, submit
@@ -80,6 +81,22 @@ def test_a_node_that_cannot_start_python_is_left_out(
     assert "unfit: n2: presence: never came: nothing of it has reached the run's folder" in (
         job.said()
     )
+    check_went_on_without_n2(job, plain)
+
+
+def test_a_node_whose_ranks_hang_in_the_preflight_is_left_out(
+    slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, "stuck", PREFLIGHT="1", PREFLIGHT_SECONDS="10")
+    on_its_way = ("dataset", "rendezvous", "matmul")
+    slurm.until(
+        lambda: any(f.host == "n2" and f.phase in on_its_way for f in left_by_ranks(job.run)),
+        "rank 1 on its way",
+    )
+    assert slurm.stop_ranks("n2", "preflight") == 1
+    assert slurm.wait(job.job) == "COMPLETED", job.said()
+    assert "unfit: n2: presence: rank 1 no longer answers at " in job.said()
+    assert job.outcomes() == [("complete", "")]
     check_went_on_without_n2(job, plain)
 
 
