@@ -18,6 +18,7 @@ from data.config import COMMAND, AccessError, DataUsageError
 
 PLACE = "{path}"
 """What stands for the file, relative to the dataset."""
+_SHELL = ("|", "||", "&&", ";", "&", "<", ">", ">>", "2>&1")
 _READ_BYTES = 2**20
 _STDERR_CHARACTERS = 500
 # A command may hand it to a shell, here or (ssh) elsewhere: names that a manifest made up must not
@@ -118,4 +119,9 @@ def _split(command: str, named: str) -> list[str]:
         raise DataUsageError(f"{named} cannot be split into words: {error}") from None
     if not words:
         raise DataUsageError(f"{named} names no command")
+    if marks := [word for word in words if word in _SHELL]:
+        raise DataUsageError(
+            f"{named} is run without a shell, and {marks[0]} would be a word for {words[0]}; write "
+            f"sh -c {shlex.quote(command)} for what a shell does"
+        )
     return words

@@ -82,8 +82,7 @@ def prepare(
                     with suppress(OSError):
                         output.rmdir()
             raise
-    manifest = read_manifest(output)
-    return Summary(output, manifest, False, tuple(manifest.preparation["warnings"]))
+    return finished(output)
 
 
 def _run(
@@ -127,6 +126,12 @@ class TaskSummary:
     """Its jobs, all of them done now; none where the stage has fewer jobs than tasks."""
     is_complete: bool
     """The dataset is finished."""
+
+
+def finished(output: Path, *, was_complete: bool = False) -> Summary:
+    """What a dataset that is complete says of its preparation."""
+    manifest = read_manifest(output)
+    return Summary(output, manifest, was_complete, tuple(manifest.preparation.get("warnings", ())))
 
 
 def prepare_task(
@@ -270,4 +275,4 @@ def _complete(
         check_same(output, claim, work)
     # Left by a kill after the manifest was written.
     remove_work(output)
-    return Summary(output, read_manifest(output), True, ())
+    return finished(output, was_complete=True)

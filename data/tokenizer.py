@@ -22,6 +22,7 @@ from data.config import DataError, DataUsageError
 from data.piece_model import PieceModel, read_piece_model
 from data.tokenizer_json import CONFIG_FILE, JSON_FILE, MODEL_FILE, special_token_names
 from data.tokenizer_json import copy_tokenizer as copy_tokenizer
+from data.tokenizer_json import export_problem as export_problem
 from data.tokenizer_json import write_huggingface_tokenizer as write_huggingface_tokenizer
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3

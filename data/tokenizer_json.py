@@ -97,6 +97,16 @@ def special_token_names(path: Path) -> dict[str, str]:
     return found
 
 
+def export_problem(file: Path) -> str:
+    """Why no model that was trained with this tokenizer can be exported; empty when it can."""
+    try:
+        if file.suffix != ".json":
+            check_has_twin(read_piece_model(file.read_bytes()), str(file))
+    except DataUsageError as error:
+        return f"models trained with it cannot be exported: {error}"
+    return ""
+
+
 def check_has_twin(model: PieceModel, name: str) -> None:
     """Raise DataUsageError when no tokenizer.json can yield the ids of this model."""
     why = ""
@@ -111,7 +121,8 @@ def check_has_twin(model: PieceModel, name: str) -> None:
     if why:
         raise DataUsageError(
             f"{name} cannot be exported as a Hugging Face tokenizer with the same ids: {why}; "
-            "give its tokenizer.json instead, or train one here with --vocab-size"
+            "give its tokenizer.json instead, or train one here with --vocab-size and without "
+            "--tokenizer-type unigram, before a model is trained with it"
         )
 
 

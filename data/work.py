@@ -72,6 +72,8 @@ class Request:
     ) -> Request:
         """Raises DataUsageError for a tokenizer or evaluation files that cannot be used."""
         cleaner = Cleaner(config.clean, evaluation_files(tuple(decontaminate)))
+        if tokenizer is not None and tokenizer.is_dir():
+            tokenizer = tokenizer_file(tokenizer)
         given = tokenizer and vocabulary.tokenizer_identity(tokenizer, config)
         content: dict[str, Any] = {"config": config.model_dump(mode="json"), "tokenizer": given}
         if decontaminate:

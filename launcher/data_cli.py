@@ -5,13 +5,31 @@ What a command needs is imported inside it, as in launcher/cli.py.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from launcher import options
 
 data_app = typer.Typer(help="Look into a dataset.", no_args_is_help=True)
+
+
+def _local(value: str | Path) -> Path:
+    """A dataset that is written to."""
+    from data.places import is_url
+
+    if is_url(str(value)):
+        raise typer.BadParameter(
+            f"{value} is no folder, and this writes into one; name the dataset that it was copied "
+            "from, and copy what is new there"
+        )
+    return Path(value)
+
+
+LocalDataset = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="Dataset directory.", parser=_local)
+]
 
 
 @data_app.command()
@@ -77,7 +95,7 @@ def stats(
 
 @data_app.command()
 def pack(
-    dataset: options.DatasetDirectory,
+    dataset: LocalDataset,
     seq_len: options.PackedLen,
     workers: options.Workers = 0,
     as_json: options.AsJson = False,

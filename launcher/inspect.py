@@ -94,7 +94,14 @@ def inspect_sample(
 ) -> Inspection:
     """One sample with its documents, under the step that trains on it."""
     subject = open_subject(dataset, run=run, recipe=recipe, overrides=overrides)
-    return _inspect(subject, subject.phases.step_of(sample), sample, sample + 1)
+    step = subject.phases.step_of(sample)
+    if step > subject.steps:
+        last = subject.phases.samples(subject.steps)[1] - 1
+        raise InspectUsageError(
+            f"sample {sample} comes after the last step of {subject.name}, {subject.steps}, which "
+            f"ends with sample {last}"
+        )
+    return _inspect(subject, step, sample, sample + 1)
 
 
 def find_document(

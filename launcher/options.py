@@ -93,9 +93,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DatasetPlace = Annotated[
     Any, typer.Argument(metavar="DATASET", help="Dataset: directory or URL.", parser=_dataset)
 ]
-DatasetDirectory = Annotated[
-    Path, typer.Argument(metavar="DATASET", help="Dataset directory.", parser=_named)
-]
 ModelFolder = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Hugging Face folder.", parser=_named)
 ]
@@ -122,7 +119,10 @@ TokenizerFile = Annotated[
 ]
 TokenizerType = Annotated[
     Literal["bpe", "unigram"] | None,
-    typer.Option(help="Algorithm of the trained tokenizer.", show_default="bpe"),
+    typer.Option(
+        help="Algorithm of the trained tokenizer; models of a unigram one cannot be exported.",
+        show_default="bpe",
+    ),
 ]
 UserSymbols = Annotated[
     list[str] | None, typer.Option("--symbol", help="String that is always one piece; repeatable.")

@@ -97,7 +97,7 @@ def _prepare(
 ) -> None:
     """Prepare a dataset, or do a task of it, and print what came out."""
     from data import jobs
-    from data.prepare import prepare, prepare_task
+    from data.prepare import finished, prepare, prepare_task
     from launcher.show import show_preparation, show_task, stage_progress
 
     if stage is None and task is not None:
@@ -119,8 +119,10 @@ def _prepare(
             )
     if stage is None:
         show_preparation(summary, as_json=as_json)
-    else:
-        show_task(done, as_json=as_json)
+        return
+    show_task(done, as_json=as_json)
+    if done.is_complete and not as_json:
+        show_preparation(finished(output), as_json=False)
 
 
 def _command(stage: str, task: str) -> str:

@@ -82,6 +82,12 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
         print("without text: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
     for count in clean["stages"] if clean else ():
         print(_cleaned(count))
+    for file in clean.get("evaluation", ()) if clean else ():
+        if file["too_short"]:
+            print(
+                f"  {file['too_short']:,} of {file['texts']:,} texts of {file['name']} have fewer "
+                "than 13 words in a row: nothing is dropped for those"
+            )
     print(
         f"{summary.output}{' was complete' if summary.was_complete else ''}: "
         f"{tokens['train']:,} training and {tokens['val']:,} validation tokens, vocabulary "
@@ -128,8 +134,15 @@ def show_verification(result: Verification, *, as_json: bool) -> None:
     for problem in result.problems:
         where = f"{problem.file}: chunk {problem.chunk}" if problem.chunk else problem.file
         print(f"damaged: {where}: {problem.message}")
+    if not result.ok:
+        count = len(result.problems)
+        print(
+            f"{result.dataset}: {count} problem{'s' * (count > 1)} in {result.num_shards} shards; "
+            "restore what is named from a copy, or prepare the dataset again"
+        )
+        return
     print(
-        f"{result.dataset}: {'ok' if result.ok else f'{len(result.problems)} problems'}, "
+        f"{result.dataset}: ok, "
         f"{'every byte' if result.full else 'every index and chunk'} of {result.num_shards} shards "
         f"read: {result.tokens:,} tokens in {result.documents:,} documents, "
         f"fingerprint {result.fingerprint[:16]}"

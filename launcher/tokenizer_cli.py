@@ -58,7 +58,9 @@ def evaluate(
     text_field: options.TextField = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Bytes per token, documents changed by decoding, unknown characters and speed, per source."""
+    """Bytes per token, documents changed by decoding, tokens that are a lone byte of a character
+    or unknown, and speed, per source.
+    """
     from data.tokenizer_eval import evaluate_tokenizers
 
     scores = evaluate_tokenizers(tokenizers, data, text_field=text_field or "text")
@@ -80,7 +82,7 @@ def show_scores(scores: list[Score]) -> None:
         console.print(escape(source), soft_wrap=True, highlight=False)
         table = Table(box=None, pad_edge=False)
         table.add_column("tokenizer", overflow="fold")
-        for name in ("ids", "bytes/token", "changed", "unknown", "MB/CPU-s"):
+        for name in ("ids", "bytes/token", "changed", "by byte", "MB/CPU-s"):
             table.add_column(name, justify="right", no_wrap=True)
         for score in scores:
             if score.source == source:

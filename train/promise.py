@@ -14,6 +14,8 @@ from train.settings import TrainConfig
 ADDITIONS = ("world_size", "micro_batch", "zero.", "deepspeed.")
 KERNELS = ("device", "threads", "python", "torch", "deepspeed", "numpy", "headrace", "train.")
 
+PHASES = ("data.sources", "batch_tokens", "seq_len")
+
 
 def promise(train: TrainConfig, changed: Sequence[str], *, device: str) -> str:
     """For `KEY: OLD -> NEW` of what differs from the attempt before (train/attempts.py)."""
@@ -26,7 +28,10 @@ def promise(train: TrainConfig, changed: Sequence[str], *, device: str) -> str:
             f"differ in their last digits, because of {'; '.join(matter)}"
         )
     if device == "cpu" or train.repeats:
-        return "every number is, to the last bit, that of a run that was not interrupted"
+        same = ""
+        if any(change.startswith(PHASES) for change in changed):
+            same = "with the same phases "
+        return f"every number is, to the last bit, that of a run {same}that was not interrupted"
     return (
         "the samples and their order are those of a run that was not interrupted; losses may "
         "differ in their last digits, as GPU kernels do without train.deterministic=true"

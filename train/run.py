@@ -12,6 +12,7 @@ is refused, unless it is one that a phase can bring and it was asked for.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from train.attempts import is_complete as is_complete
 from train.config import ConfigError, FinetuneConfig, JobConfig, RunConfig
 from train.decode import decode, flat_keys
 from train.phases import allowing, append_phase, check_asked, now, read_phases
+
+log = logging.getLogger(__name__)
 
 FREE = (
     "zero.",
@@ -126,6 +129,8 @@ def copy_tokenizer(source: Path, run: Path) -> None:
     if not (run / file.name).exists():
         # With the names of its special tokens, which a tokenizer.json does not hold.
         data.tokenizer.copy_tokenizer(file, run)
+        if problem := data.tokenizer.export_problem(file):
+            log.warning("%s", problem)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -95,11 +95,11 @@ def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Ba
     own = sum(int((batch["labels"] != IGNORED).sum()) for batch in found)
     num_valid = int(job.world.sum(torch.tensor(own)))
     if num_valid == 0:
+        first, last = job.task.samples(step)
         raise DataError(
-            f"step {step}: samples {list(job.task.samples(step))} hold no target; every document "
-            "in them is empty, or every one touches damage. Look at them: headrace data inspect "
-            "DATASET "
-            f"--step {step} --run {job.run}"
+            f"step {step}: samples [{first}, {last}) hold no target; every document in them is "
+            "empty, or every one touches damage: restore what the log names. Look at them: "
+            f"headrace data inspect --step {step} --run {job.run}"
         )
     return iter(found), num_valid
 

@@ -51,7 +51,7 @@ def test_damage_is_listed_before_the_summary(capsys: pytest.CaptureFixture[str])
     assert first == (
         "damaged: train/main/shard-000000.tar: chunk 000000-00001: a token was changed"
     )
-    assert second.startswith("DATASET: 1 problems, every index and chunk of 1 shards read")
+    assert second.startswith("DATASET: 1 problem in 1 shards; restore what is named from a copy")
 
 
 def test_progress_is_silent_where_stderr_is_a_file(capsys: pytest.CaptureFixture[str]) -> None:

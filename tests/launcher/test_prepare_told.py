@@ -1,0 +1,56 @@
+"""What `headrace prepare` and its relatives tell whoever uses them for the first time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.config import DataUsageError
+from data.manifest import read_manifest
+from launcher.cli import run_command
+
+
+def prepare(corpus: Path | str, output: Path, *options: str) -> None:
+    argv = ["prepare", "--input", str(corpus), "--output", str(output), "--val-fraction", "0.1"]
+    run_command([*argv, *options], standalone=False)
+
+
+def test_a_warning_is_told_again_by_a_command_that_finds_its_work_done(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--vocab-size", "400", "--tokenizer-type", "unigram", "--workers", "1")
+    told = []
+    for _ in range(2):
+        prepare(corpus, tmp_path / "out", *options)
+        told.append(
+            [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        )
+    assert told[0] == told[1] and "cannot be exported" in "".join(told[0])
+    assert "without --tokenizer-type unigram" in "".join(told[0])
+
+
+def test_a_tokenizer_may_be_the_folder_that_holds_it(
+    corpus: Path, dataset: Path, tmp_path: Path
+) -> None:
+    prepare(corpus, tmp_path / "out", "--tokenizer", str(dataset), "--workers", "1")
+    theirs, ours = (read_manifest(place).tokenizer_sha256 for place in (dataset, tmp_path / "out"))
+    assert theirs == ours
+
+
+def test_what_a_shell_would_do_is_not_handed_to_a_program_as_a_word(tmp_path: Path) -> None:
+    with pytest.raises(DataUsageError) as refused:
+        prepare("pipe:.jsonl:cat a.jsonl | head -5", tmp_path / "out")
+    assert "is run without a shell, and | would be a word for cat; write sh -c " in str(
+        refused.value
+    )
+
+
+def test_texts_that_protect_nothing_are_counted(
+    corpus: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "eval.jsonl"
+    long = " ".join(f"word{number}" for number in range(20))
+    held_out.write_text('{"q": "too short"}\n' * 3 + f'{{"q": "{long}"}}\n')
+    prepare(corpus, tmp_path / "out", "--tokenizer", str(dataset), "--decontaminate", str(held_out))
+    assert "3 of 4 texts of eval.jsonl have fewer than 13 words in a row" in capsys.readouterr().out
