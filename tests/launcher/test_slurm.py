@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm import TEMPLATE, Job, SlurmError, SlurmUsageError, render, rendezvous, submit
+from launcher.cli import run_command
+from launcher.jobs import Job, render, submit
+from launcher.site import Site
+from launcher.slurm import rendezvous
+from launcher.template import FOLDER, SlurmError, SlurmUsageError
 from train.config import RunConfig
 from train.run import open_run
+
+TEMPLATE = FOLDER / "pretrain.sbatch"
 
 
 def job(run: Path, **changes: object) -> Job:
@@ -69,11 +75,17 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
         ({"options": ("-N 5",)}, r"--sbatch=-N 5: the script sets --nodes itself"),
         ({"options": ("-t10",)}, r"--sbatch=-t10: the script sets --time itself"),
         ({"options": ("--chdir /tmp",)}, r"the script sets --chdir itself"),
-        ({"options": ("--signal=USR1@60",)}, r"sets --signal itself; leave it out, or edit /"),
+        ({"options": ("--signal=USR1@60",)}, r"sets --signal itself; leave it out: write --lead$"),
+        ({"options": ("--mem=1G",)}, r"sets --mem itself; leave it out, or edit /"),
         ({"time": "1"}, r"--time 1 is 60 s: the job is asked to save and stop 300 s before its "
-                        r"limit and needs about 60 s to start, .* at least --time 7$"),
-        ({"time": "6:00"}, r"--time 6:00 is 360 s"),
-        ({"time": "00:05:30"}, r"--time 00:05:30 is 330 s"),
+                        r"limit, which is more than a third of it, .* at least --time 15, or "
+                        r"--lead SECONDS if a save takes less$"),
+        ({"time": "14:59"}, r"--time 14:59 is 899 s"),
+        ({"time": "00:10:30"}, r"--time 00:10:30 is 630 s"),
+        ({"time": "20", "lead_seconds": 401}, r"401 s before its limit, .* at least --time 21,"),
+        ({"folder": Path("/shared/a\nb")}, r"'/shared/a\\nb' holds a line break or another"),
+        ({"overrides": ("data=x", "log.wandb_project=\x1b")}, r"holds a line break or another"),
+        ({"kind": "finetune", "num_nodes": 2}, r"nodes = 2: fine-tuning runs on one node; write 1"),
     ],
 )  # fmt: skip
 def test_a_job_that_slurm_would_refuse_is_refused_here(
@@ -84,7 +96,7 @@ def test_a_job_that_slurm_would_refuse_is_refused_here(
     assert refused.value.exit_code == 2
 
 
-@pytest.mark.parametrize("time", ["7", "6:01", "00:06:01", "1-0:00", "1-00:00:00", "0"])
+@pytest.mark.parametrize("time", ["15", "15:00", "00:15:01", "1-0", "1-0:00", "1-00:00:00", "0"])
 def test_a_limit_that_leaves_time_to_train_is_taken(time: str, tmp_path: Path) -> None:
     assert f"#SBATCH --time={time}\n" in render(job(tmp_path, time=time))
 
@@ -122,6 +134,30 @@ def test_submit_hands_the_script_to_sbatch(
     script = cluster.run / "logs" / "pretrain.sbatch"
     assert (cluster.state / "sbatch").read_text() == f"--parsable {script}\n"
     assert script.read_text() == render(job(cluster.run))
+
+
+def test_test_only_prints_what_slurm_says(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", cluster.path)
+    cluster.command("sbatch", 'cat >"$STATE/text"; echo "sbatch: Job 7 to start at noon" >&2')
+    argv = ["submit", "tiny-cpu", "data=x", "--run", str(cluster.run), "--test-only"]
+    run_command(argv, standalone=False)
+    assert capsys.readouterr().out == "sbatch: Job 7 to start at noon\n"
+    assert "#SBATCH --job-name=headrace-run\n" in (cluster.state / "text").read_text()
+    assert list(cluster.run.iterdir()) == []
+    cluster.command("sbatch", 'echo "invalid partition" >&2; exit 1')
+    with pytest.raises(SlurmError, match=r"`sbatch --test-only` left with 1: invalid partition"):
+        run_command(argv, standalone=False)
+
+
+def test_a_job_leaves_nothing_on_the_disk_of_a_node(cluster: Cluster) -> None:
+    local = cluster.state / "local" / "headrace-123456"
+    site = Site(scratch=str(local.parent))
+    cluster.command("srun", f'mkdir -p "$TRITON_CACHE_DIR"; [ $TRITON_CACHE_DIR = {local}/triton ]')
+    for count in range(3):  # queued again, and given up
+        cluster.submitted(site=site, SLURM_RESTART_COUNT=str(count))
+        assert local.parent.exists() and not local.exists()
 
 
 def test_the_logs_of_a_job_do_not_keep_its_run_from_starting(tmp_path: Path) -> None:
@@ -164,6 +200,8 @@ class Cluster:
     def command(self, name: str, body: str) -> None:
         """Put a shell script called `name` first in PATH."""
         path = self._bin / name
+        if name == "srun":
+            body = 'if [[ $* == *rm\\ -rf* ]]; then exec rm -rf "${@: -1}"; fi\n' + body
         path.write_text(f"#!/bin/bash\n{body}\n".replace("\\n", "\n"))
         path.chmod(0o755)
 
@@ -178,10 +216,12 @@ class Cluster:
             body += f"; mkdir -p {folder}; touch {folder}/manifest.json"
         self.command("srun", f"{body}; exit {code}")
 
-    def submitted(self, **environ: str) -> subprocess.CompletedProcess[str]:
+    def submitted(
+        self, site: Site | None = None, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run the script as slurmd would."""
         script = self.run.parent / "script"
-        script.write_text(render(job(self.run)))
+        script.write_text(render(job(self.run, site=site or Site())))
         settings = {
             "PATH": self.path, "STATE": str(self.state), "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
@@ -219,15 +259,15 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
         f"--output={cluster.run}/logs/attempt-0-node-%n.log",
     ]  # fmt: skip
     assert argv[4:6] == ["bash", "-c"]
-    assert argv[6].startswith('trap "" USR1; exec "$PYTHON" -m torch.distributed.run')
+    assert argv[6] == 'trap "" USR1; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"'
     assert argv[7:] == [
-        "_", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
+        "_", sys.executable, "-m", "torch.distributed.run",
+        "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
         "--master-port=23456", "-m", "--", "launcher", "pretrain", "llama-7b",
         "data=/data/books and more", "optim.lr=1e-4", "--run", str(cluster.run),
     ]  # fmt: skip
     environ = (cluster.state / "environment").read_text()
     assert "OMP_NUM_THREADS=8\n" in environ
-    assert f"PYTHON={sys.executable}\n" in environ
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Training jobs: from what was asked for to the text of a batch script."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from launcher import slurm
+from launcher.site import Site, shell_lines
+from launcher.template import SlurmUsageError, filename_pattern, fill
+
+LEAD_SECONDS = 300
+"""Time to save before the limit, where nobody has measured a save of the run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job."""
+
+    recipe: str
+    """Name of a built-in recipe, or an absolute path."""
+    overrides: tuple[str, ...]
+    """key=value, as typed."""
+    run: Path
+    """Run directory on a file system that all nodes share."""
+    num_nodes: int
+    gpus_per_node: int
+    """0 on a cluster without GPUs: one rank per node."""
+    time: str
+    """Time limit as Slurm writes it: MINUTES, HH:MM:SS or D-HH:MM:SS."""
+    options: tuple[str, ...] = ()
+    """Further sbatch options, such as --nodelist=n[1-4]."""
+    site: Site = field(default_factory=Site)
+    lead_seconds: int = LEAD_SECONDS
+    """How long before the limit the job is asked to save."""
+    kind: Literal["pretrain", "finetune"] = "pretrain"
+    folder: Path = field(default_factory=Path.cwd)
+    """Where the job runs."""
+    python: str = sys.executable
+
+
+def render(job: Job) -> str:
+    """The batch script of a job: the template with its settings filled in."""
+    _check(job)
+    directives = {
+        "job-name": f"headrace-{job.run.name}",
+        "nodes": str(job.num_nodes),
+        "gpus-per-node": str(job.gpus_per_node) if job.gpus_per_node else None,
+        "time": job.time,
+        "signal": f"B:USR1@{job.lead_seconds}",
+        "chdir": str(job.folder),
+        **job.site.directives,
+        "output": filename_pattern(job.run) + "/logs/slurm-%j.out",
+    }
+    if job.kind == "finetune":
+        # That one is written for a single node.
+        del directives["nodes"]
+    has_container = job.site.container.runtime != "none"
+    lines = [
+        f"RUN={shlex.quote(str(job.run))}",
+        f"PYTHON={shlex.quote(job.site.container.python if has_container else job.python)}",
+        *shell_lines(job.site, job.folder, job.run, gpus=job.gpus_per_node > 0),
+        f"set -- {shlex.join([job.recipe, *job.overrides])}",
+    ]
+    return fill(f"{job.kind}.sbatch", directives, lines, options=job.options)
+
+
+def submit(job: Job, *datasets: Path) -> str:
+    """Write the script into RUN/logs, hand it to sbatch and return the job id.
+
+    SlurmUsageError when one of `datasets` is none: better here than after hours in the queue.
+    """
+    text = render(job)
+    missing = [path for path in datasets if not (path / "manifest.json").is_file()]
+    if missing:
+        raise SlurmUsageError(
+            f"no dataset at {missing[0]} (it has no manifest.json); write data=DATASET, a "
+            "directory made by `headrace prepare`, or add --dry-run to print the script"
+        )
+    return slurm.sbatch(text, job.run / "logs" / f"{job.kind}.sbatch")
+
+
+def check_time(limit: str) -> None:
+    """SlurmUsageError for what is no time limit."""
+    if not re.fullmatch(r"\d+|\d+-\d+|(\d+-)?\d+:\d\d(:\d\d)?", limit):
+        raise SlurmUsageError(
+            f"--time {limit!r} is no Slurm time; write MINUTES, HH:MM:SS or D-HH:MM:SS, "
+            "such as --time 24:00:00"
+        )
+
+
+def _check(job: Job) -> None:
+    check_time(job.time)
+    if job.num_nodes < 1 or job.gpus_per_node < 0:
+        raise SlurmUsageError(
+            f"--nodes {job.num_nodes} --gpus-per-node {job.gpus_per_node}: "
+            "a job needs at least one node and no negative number of GPUs"
+        )
+    if job.kind == "finetune" and job.num_nodes > 1:
+        raise SlurmUsageError(f"nodes = {job.num_nodes}: fine-tuning runs on one node; write 1")
+    _check_lead(job.time, job.lead_seconds)
+
+
+def _check_lead(limit: str, lead: int) -> None:
+    """SlurmUsageError where the request to save leaves less than two thirds of the time."""
+    seconds = seconds_of(limit)
+    # 0 is no limit at all.
+    if 0 < seconds < 3 * lead:
+        raise SlurmUsageError(
+            f"--time {limit} is {seconds} s: the job is asked to save and stop {lead} s before its "
+            "limit, which is more than a third of it, and the start takes its part, too; write at "
+            f"least --time {-(-3 * lead // 60)}, or --lead SECONDS if a save takes less"
+        )
+
+
+def seconds_of(limit: str) -> int:
+    """MINUTES, MINUTES:SECONDS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS in seconds."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = 0, *(*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
