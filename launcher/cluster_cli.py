@@ -5,13 +5,17 @@ What a command needs is imported inside it, as in launcher/cli.py.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher import options
 from launcher.recipes import find_recipe
+
+if TYPE_CHECKING:
+    from launcher.site import Site
 
 GpusOrNone = Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0 for none.")]
 TimeLimit = Annotated[str, typer.Option(help="Time limit of one attempt, as Slurm writes it.")]
@@ -47,8 +51,23 @@ TestOnly = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script, submit nothing.")]
 
 
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|LIFECYCLE.toml",
+        help="A recipe, as of `headrace pretrain`, or a file of stages: slurm/lifecycle.toml.",
+    ),
+]
+OF_A_RUN = (
+    *("overrides", "run", "nodes", "gpus_per_node", "time", "partition", "account", "lead"),
+    *("sbatch", "test_only"),
+)
+"""Parameters that a life cycle has in its file, for each stage."""
+
+
 def submit(
-    recipe: options.RecipeName,
+    context: typer.Context,
+    recipe: Recipe,
     overrides: options.Overrides = None,
     run: options.RunFolder = None,
     nodes: options.Nodes = 1,
@@ -62,16 +81,27 @@ def submit(
     sbatch: SbatchOptions = None,
     test_only: TestOnly = False,
     dry_run: DryRun = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Hand a pretraining run to Slurm as one readable batch script."""
+    """Hand a pretraining run, or a whole life cycle as a chain of jobs, to Slurm.
+
+    Every job is one readable batch script. Of a life cycle, stages whose settings and inputs are
+    those that their output was made from are skipped.
+    """
     from data.places import is_url
     from launcher import jobs, slurm
+    from launcher.lifecycle import is_lifecycle
     from launcher.site import load_site
     from train.config import RunConfig, require_data
     from train.decode import load_config
 
     if test_only and dry_run:
         raise typer.BadParameter("--test-only asks Slurm and --dry-run does not; leave one out")
+    cluster = load_site(site).within(container)
+    if is_lifecycle(recipe):
+        _refuse_options_of_a_run(context, recipe)
+        _submit_lifecycle(Path(recipe), cluster, dry_run=dry_run, as_json=as_json)
+        return
     found = find_recipe(recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides or (), name=found.name)
     require_data(config)
@@ -83,7 +113,7 @@ def submit(
         gpus_per_node=gpus_per_node,
         time=time,
         options=tuple(sbatch or ()),
-        site=load_site(site).but(partition=partition, account=account).within(container),
+        site=cluster.but(partition=partition, account=account),
         lead_seconds=lead or jobs.LEAD_SECONDS,
     )
     if dry_run:
@@ -93,7 +123,33 @@ def submit(
     else:
         # What lies elsewhere is asked for by the job; this machine may not even reach it.
         local = [Path(path) for path in config.data.paths if not is_url(path)]
-        print(jobs.submit(job, *local))
+        number = jobs.submit(job, *local)
+        print(json.dumps({"job": number, "run": str(job.run)}) if as_json else number)
+
+
+def _refuse_options_of_a_run(context: typer.Context, file: str) -> None:
+    """A usage error for what a life cycle says by itself."""
+    for name in OF_A_RUN:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"{file} is a life cycle, in which each stage has its own "
+                f"{'--' + name.replace('_', '-') if name != 'overrides' else 'key=value'}: "
+                "write it there"
+            )
+
+
+def _submit_lifecycle(file: Path, site: Site, *, dry_run: bool, as_json: bool) -> None:
+    from launcher.chain import planned, refuse_other_outputs, submit_chain
+    from launcher.lifecycle import load_lifecycle
+    from launcher.show_chain import show_chain
+    from launcher.stages import resolve
+
+    stages = resolve(load_lifecycle(file), site)
+    if dry_run:
+        refuse_other_outputs(stages)
+    links = planned(stages) if dry_run else submit_chain(stages)
+    show_chain(links, {stage.name: stage.script for stage in stages} if dry_run else {}, as_json)
 
 
 def status(

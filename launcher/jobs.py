@@ -41,6 +41,8 @@ class Job:
     folder: Path = field(default_factory=Path.cwd)
     """Where the job runs."""
     python: str = sys.executable
+    record: Path | None = None
+    """What the script copies when the run is complete (launcher/keys.py)."""
 
 
 def render(job: Job) -> str:
@@ -63,6 +65,7 @@ def render(job: Job) -> str:
     lines = [
         f"RUN={shlex.quote(str(job.run))}",
         f"PYTHON={shlex.quote(job.site.container.python if has_container else job.python)}",
+        f"RECORD={shlex.quote(str(job.record or ''))}",
         *shell_lines(job.site, job.folder, job.run, gpus=job.gpus_per_node > 0),
         f"set -- {shlex.join([job.recipe, *job.overrides])}",
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,17 @@ def sbatch(text: str, script: Path, *options: str) -> str:
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(text, encoding="utf-8")
     return _call(["sbatch", "--parsable", *options, str(script)]).stdout.strip().split(";")[0]
+
+
+def run_script(text: str, script: Path) -> str:
+    """Write a script that submits its own jobs and run it here; the last job that it names."""
+    if shutil.which("sbatch") is None:
+        _call(["sbatch"])
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(text, encoding="utf-8")
+    told = _call(["bash", str(script)]).stdout
+    found: list[str] = re.findall(r": job (\d+), \d+ tasks$", told, re.MULTILINE)
+    return found[-1]
 
 
 def forecast(text: str) -> str:
