@@ -83,6 +83,7 @@ def refuse_other_outputs(stages: Iterable[Stage]) -> None:
 def _submit(stage: Stage, after: str) -> str:
     """Hand a stage to Slurm; its job."""
     keys.write_record(stage.output, stage.origin)
+    stage.code.write()
     if stage.name == "prepare":
         # Arrays behind each other, which the script submits by itself.
         job = slurm.run_script(stage.script, stage.script_path)

@@ -38,8 +38,11 @@ Lead = Annotated[
     typer.Option(
         min=1,
         help="Seconds before the limit at which the job is asked to save and stop.",
-        show_default="300",
+        show_default="what a step and a save of RUN took, twice; 300 before the first",
     ),
+]
+CopyCode = Annotated[
+    bool, typer.Option("--stage", help="Copy the code to every node's own disk first, by sbcast.")
 ]
 SbatchOptions = Annotated[
     list[str] | None,
@@ -60,7 +63,7 @@ Recipe = Annotated[
 ]
 OF_A_RUN = (
     *("overrides", "run", "nodes", "gpus_per_node", "time", "partition", "account", "lead"),
-    *("sbatch", "test_only"),
+    *("stage", "sbatch", "test_only"),
 )
 """Parameters that a life cycle has in its file, for each stage."""
 
@@ -78,6 +81,7 @@ def submit(
     container: Image = "",
     site: SiteFile = None,
     lead: Lead = None,
+    stage: CopyCode = False,
     sbatch: SbatchOptions = None,
     test_only: TestOnly = False,
     dry_run: DryRun = False,
@@ -90,8 +94,10 @@ def submit(
     """
     from data.places import is_url
     from launcher import jobs, slurm
+    from launcher.lead import lead_of
     from launcher.lifecycle import is_lifecycle
     from launcher.site import load_site
+    from launcher.snapshot import take
     from train.config import RunConfig, require_data
     from train.decode import load_config
 
@@ -105,16 +111,19 @@ def submit(
     found = find_recipe(recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides or (), name=found.name)
     require_data(config)
+    folder = (run or Path("runs") / found.name).resolve()
     job = jobs.Job(
         recipe=str(found.path.resolve()) if found.is_file else recipe,
         overrides=tuple(overrides or ()),
-        run=(run or Path("runs") / found.name).resolve(),
+        run=folder,
         num_nodes=nodes,
         gpus_per_node=gpus_per_node,
         time=time,
         options=tuple(sbatch or ()),
         site=cluster.but(partition=partition, account=account),
-        lead_seconds=lead or jobs.LEAD_SECONDS,
+        lead=lead_of(folder, lead),
+        code=take(folder / "code", found.path.resolve() if found.is_file else None),
+        copies_code=stage,
     )
     if dry_run:
         print(jobs.render(job), end="")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from launcher import slurm
+from launcher.lead import DEFAULT_SECONDS, Lead
 from launcher.site import Site, shell_lines
+from launcher.snapshot import Snapshot
 from launcher.template import SlurmUsageError, filename_pattern, fill
-
-LEAD_SECONDS = 300
-"""Time to save before the limit, where nobody has measured a save of the run."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,16 @@ class Job:
     options: tuple[str, ...] = ()
     """Further sbatch options, such as --nodelist=n[1-4]."""
     site: Site = field(default_factory=Site)
-    lead_seconds: int = LEAD_SECONDS
+    lead: Lead = field(default_factory=lambda: Lead(DEFAULT_SECONDS))
     """How long before the limit the job is asked to save."""
     kind: Literal["pretrain", "finetune"] = "pretrain"
     folder: Path = field(default_factory=Path.cwd)
     """Where the job runs."""
     python: str = sys.executable
+    code: Snapshot | None = None
+    """What the job runs from; None: what is installed."""
+    copies_code: bool = False
+    """Whether every node gets the code on its own disk first."""
     record: Path | None = None
     """What the script copies when the run is complete (launcher/keys.py)."""
 
@@ -53,7 +56,7 @@ def render(job: Job) -> str:
         "nodes": str(job.num_nodes),
         "gpus-per-node": str(job.gpus_per_node) if job.gpus_per_node else None,
         "time": job.time,
-        "signal": f"B:USR1@{job.lead_seconds}",
+        "signal": f"B:USR1@{job.lead.seconds}",
         "chdir": str(job.folder),
         **job.site.directives,
         "output": filename_pattern(job.run) + "/logs/slurm-%j.out",
@@ -62,12 +65,16 @@ def render(job: Job) -> str:
         # That one is written for a single node.
         del directives["nodes"]
     has_container = job.site.container.runtime != "none"
+    copied = job.code.recipe_path if job.code else None
+    recipe = str(copied or job.recipe)
     lines = [
         f"RUN={shlex.quote(str(job.run))}",
         f"PYTHON={shlex.quote(job.site.container.python if has_container else job.python)}",
+        f"CODE={shlex.quote(str(job.code.folder if job.code else ''))}",
+        f"COPY_CODE={'yes' if job.copies_code else ''}",
         f"RECORD={shlex.quote(str(job.record or ''))}",
         *shell_lines(job.site, job.folder, job.run, gpus=job.gpus_per_node > 0),
-        f"set -- {shlex.join([job.recipe, *job.overrides])}",
+        f"set -- {shlex.join([recipe, *job.overrides])}",
     ]
     return fill(f"{job.kind}.sbatch", directives, lines, options=job.options)
 
@@ -84,6 +91,8 @@ def submit(job: Job, *datasets: Path) -> str:
             f"no dataset at {missing[0]} (it has no manifest.json); write data=DATASET, a "
             "directory made by `headrace prepare`, or add --dry-run to print the script"
         )
+    if job.code:
+        job.code.write()
     return slurm.sbatch(text, job.run / "logs" / f"{job.kind}.sbatch")
 
 
@@ -105,18 +114,19 @@ def _check(job: Job) -> None:
         )
     if job.kind == "finetune" and job.num_nodes > 1:
         raise SlurmUsageError(f"nodes = {job.num_nodes}: fine-tuning runs on one node; write 1")
-    _check_lead(job.time, job.lead_seconds)
+    _check_lead(job.time, job.lead)
 
 
-def _check_lead(limit: str, lead: int) -> None:
+def _check_lead(limit: str, lead: Lead) -> None:
     """SlurmUsageError where the request to save leaves less than two thirds of the time."""
     seconds = seconds_of(limit)
     # 0 is no limit at all.
-    if 0 < seconds < 3 * lead:
+    if 0 < seconds < 3 * lead.seconds:
         raise SlurmUsageError(
-            f"--time {limit} is {seconds} s: the job is asked to save and stop {lead} s before its "
-            "limit, which is more than a third of it, and the start takes its part, too; write at "
-            f"least --time {-(-3 * lead // 60)}, or --lead SECONDS if a save takes less"
+            f"--time {limit} is {seconds} s: the job is asked to save and stop {lead.seconds} s "
+            f"before its limit{f' ({lead.reason})' if lead.reason else ''}, which is more than a "
+            "third of it, and the start takes its part, too; write at least --time "
+            f"{-(-3 * lead.seconds // 60)}, or --lead SECONDS if a save takes less"
         )
 
 

@@ -41,6 +41,8 @@ class Resources(Table):
     """Time limit, as Slurm writes it."""
     lead: PositiveInt | None = None
     """Seconds before the limit at which training is asked to save."""
+    stage_code: bool = False
+    """Copy the code of training to every node's own disk first, by sbcast."""
     partition: str = ""
     """In place of the site's."""
     account: str = ""

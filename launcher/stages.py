@@ -12,11 +12,13 @@ from typing import Any
 from data.inputs import find_files
 from data.places import is_url
 from launcher import keys
-from launcher.jobs import LEAD_SECONDS, Job, check_time, render
+from launcher.jobs import Job, check_time, render
 from launcher.keys import Origin
+from launcher.lead import lead_of
 from launcher.lifecycle import Evaluate, Export, Finetune, Prepare, Pretrain, StageTable
-from launcher.recipes import find_recipe
+from launcher.recipes import Recipe, find_recipe
 from launcher.site import Site, shell_lines
+from launcher.snapshot import Snapshot, take
 from launcher.template import SlurmUsageError, filename_pattern, fill
 from train.attempts import attempts
 from train.config import FinetuneConfig, RunConfig, require_data
@@ -31,6 +33,8 @@ class Stage:
     output: Path
     origin: Origin
     script: str
+    code: Snapshot
+    """What the script runs from."""
 
     @property
     def record(self) -> Path:
@@ -88,7 +92,7 @@ def _prepare(table: Prepare, site: Site, earlier: Earlier) -> Stage:
     words = [word for named in table.inputs for word in ("--input", named)]
     words += ["--output", str(output), *table.options]
     lines = [f"TASKS={table.tasks}", f"set -- {shlex.join(words)}"]
-    return Stage("prepare", output, origin, _script(table, site, origin, lines))
+    return _script(table, site, origin, lines)
 
 
 def _corpus(named: str) -> dict[str, str]:
@@ -106,7 +110,6 @@ def _corpus(named: str) -> dict[str, str]:
 
 
 def _pretrain(table: Pretrain, site: Site, earlier: Earlier) -> Stage:
-    output = Path(table.output).resolve()
     overrides = list(table.overrides)
     if "prepare" in earlier and not any(o.startswith("data") for o in overrides):
         overrides.insert(0, f"data={earlier['prepare'].output}")
@@ -116,8 +119,7 @@ def _pretrain(table: Pretrain, site: Site, earlier: Earlier) -> Stage:
     places = [str(path) for path in config.data.paths if not is_url(path)]
     _require([f"{place}/manifest.json" for place in places], "[pretrain] data", earlier)
     origin = _origin("pretrain", _numbers(config), places, earlier)
-    recipe = str(found.path.resolve()) if found.is_file else table.recipe
-    return Stage("pretrain", output, origin, _job(table, site, origin, recipe, overrides))
+    return _job(table, site, origin, found, overrides)
 
 
 def _export(table: Export, site: Site, earlier: Earlier) -> Stage:
@@ -127,11 +129,10 @@ def _export(table: Export, site: Site, earlier: Earlier) -> Stage:
     origin = _with_source(origin, run, earlier, ("config.json", "attempts.jsonl"))
     words = ["RUN=" + shlex.quote(str(run)), "OUT=" + shlex.quote(str(output))]
     lines = [*words, f"set -- {shlex.join(table.options)}"]
-    return Stage("export", output, origin, _script(table, site, origin, lines))
+    return _script(table, site, origin, lines)
 
 
 def _finetune(table: Finetune, site: Site, earlier: Earlier) -> Stage:
-    output = Path(table.output).resolve()
     model = _source(table.model, "export", "", earlier, "[finetune] model")
     data = Path(table.data).resolve()
     _require([str(data)], "[finetune] data", earlier)
@@ -143,8 +144,7 @@ def _finetune(table: Finetune, site: Site, earlier: Earlier) -> Stage:
     files = [str(data), *([config.data.val] if config.data.val else [])]
     origin = _origin("finetune", settings, files, earlier)
     origin = _with_source(origin, model, earlier, ("",))
-    recipe = str(found.path.resolve()) if found.is_file else table.recipe
-    return Stage("finetune", output, origin, _job(table, site, origin, recipe, overrides))
+    return _job(table, site, origin, found, overrides)
 
 
 def _evaluate(table: Evaluate, site: Site, earlier: Earlier) -> Stage:
@@ -158,7 +158,7 @@ def _evaluate(table: Evaluate, site: Site, earlier: Earlier) -> Stage:
     origin = _with_source(origin, model, earlier, ("",))
     words = [str(model), "--data", str(data), *table.options]
     lines = [f"OUT={shlex.quote(str(output))}", f"set -- {shlex.join(words)}"]
-    return Stage("evaluate", output, origin, _script(table, site, origin, lines))
+    return _script(table, site, origin, lines)
 
 
 def _source(named: str, stage: str, inside: str, earlier: Earlier, key: str) -> Path:
@@ -215,28 +215,31 @@ def _numbers(config: RunConfig | FinetuneConfig) -> dict[str, Any]:
 
 
 def _job(
-    table: Pretrain | Finetune, site: Site, origin: Origin, recipe: str, overrides: Sequence[str]
-) -> str:
+    table: Pretrain | Finetune, site: Site, origin: Origin, recipe: Recipe, overrides: Sequence[str]
+) -> Stage:
+    """A stage that trains."""
     asked, output = table.slurm, Path(table.output).resolve()
-    return render(
-        Job(
-            kind="pretrain" if origin.stage == "pretrain" else "finetune",
-            recipe=recipe,
-            overrides=tuple(overrides),
-            run=output,
-            num_nodes=asked.nodes,
-            gpus_per_node=8 if asked.gpus_per_node is None else asked.gpus_per_node,
-            time=asked.time or "24:00:00",
-            options=asked.options,
-            site=site,
-            lead_seconds=asked.lead or LEAD_SECONDS,
-            record=keys.record_of(output, origin),
-        )
+    code = take(output / "code", recipe.path.resolve() if recipe.is_file else None)
+    job = Job(
+        kind="pretrain" if origin.stage == "pretrain" else "finetune",
+        recipe=table.recipe,
+        overrides=tuple(overrides),
+        run=output,
+        num_nodes=asked.nodes,
+        gpus_per_node=8 if asked.gpus_per_node is None else asked.gpus_per_node,
+        time=asked.time or "24:00:00",
+        options=asked.options,
+        site=site,
+        lead=lead_of(output, asked.lead),
+        code=code,
+        copies_code=asked.stage_code,
+        record=keys.record_of(output, origin),
     )
+    return Stage(origin.stage, output, origin, render(job), code)
 
 
-def _script(table: StageTable, site: Site, origin: Origin, lines: Sequence[str]) -> str:
-    """The script of a stage that does not train."""
+def _script(table: StageTable, site: Site, origin: Origin, lines: Sequence[str]) -> Stage:
+    """A stage that does not train."""
     asked, output, name = table.slurm, Path(table.output).resolve(), origin.stage
     if asked.time:
         check_time(asked.time)
@@ -247,14 +250,18 @@ def _script(table: StageTable, site: Site, origin: Origin, lines: Sequence[str])
         directives["cpus-per-task"] = str(asked.cpus_per_task)
     told = {"mem-per-cpu": asked.mem_per_cpu, "time": asked.time}
     directives |= {option: value for option, value in told.items() if value}
-    log = "%x-%A_%a.out" if name == "prepare" else "slurm-%j.out"
     directives |= site.directives
-    directives["output"] = f"{filename_pattern(keys.folder_of(output))}/{log}"
+    folder = keys.folder_of(output)
+    log = "%x-%A_%a.out" if name == "prepare" else "slurm-%j.out"
+    directives["output"] = f"{filename_pattern(folder)}/{log}"
+    code = take(folder / "code")
     has_container = site.container.runtime != "none"
     block = [
         f"PYTHON={shlex.quote(site.container.python if has_container else sys.executable)}",
+        f"CODE={shlex.quote(str(code.folder))}",
         f"RECORD={shlex.quote(str(keys.record_of(output, origin)))}",
         *shell_lines(site, Path.cwd(), output.parent, gpus=bool(asked.gpus_per_node)),
         *lines,
     ]
-    return fill(f"{name}.sbatch", directives, block, options=asked.options)
+    script = fill(f"{name}.sbatch", directives, block, options=asked.options)
+    return Stage(name, output, origin, script, code)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from launcher.jobs import Job, render
+from launcher.lead import Lead
 from launcher.site import Site, load_site
+from launcher.snapshot import Snapshot
 from launcher.template import FOLDER
 from tests.launcher.test_site import FULL
 
@@ -25,6 +27,7 @@ def job(**changes: object) -> Job:
     values = {
         "recipe": "llama-7b", "overrides": ("data=/data/books and more", "optim.lr=1e-4"),
         "run": Path("/shared/runs/7b"), "num_nodes": 4, "gpus_per_node": 8, "time": "1-12:00:00",
+        "code": Snapshot(Path("/shared/runs/7b/code/0123456789abcdef"), {}),
         "folder": Path("/shared/project"), "python": "/shared/venv/bin/python",
     }  # fmt: skip
     return Job(**(values | changes))  # type: ignore[arg-type]
@@ -37,9 +40,10 @@ def scripts(folder: Path) -> dict[str, str]:
     apptainer = Site.model_validate({"container": APPTAINER})
     return {
         "pretrain": render(job()),
-        "pretrain-pyxis": render(job(site=pyxis, options=("--nodelist=n[1-4]",))),
+        "pretrain-pyxis": render(job(site=pyxis, options=("--nodelist=n[1-4]",), copies_code=True)),
         "pretrain-apptainer": render(job(site=apptainer)),
-        "pretrain-cpu": render(job(gpus_per_node=0, num_nodes=2, time="60", lead_seconds=60)),
+        "finetune": render(job(kind="finetune", num_nodes=1, recipe="classify")),
+        "pretrain-cpu": render(job(gpus_per_node=0, num_nodes=2, time="60", lead=Lead(60))),
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.cli import run_command
 from launcher.jobs import render, submit
+from launcher.lead import Lead
 from launcher.site import Site
 from launcher.slurm import rendezvous
 from launcher.template import FOLDER, SlurmError, SlurmUsageError
@@ -69,7 +70,7 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
                         r"--lead SECONDS if a save takes less$"),
         ({"time": "14:59"}, r"--time 14:59 is 899 s"),
         ({"time": "00:10:30"}, r"--time 00:10:30 is 630 s"),
-        ({"time": "20", "lead_seconds": 401}, r"401 s before its limit, .* at least --time 21,"),
+        ({"time": "20", "lead": Lead(401, "why")}, r"401 s before its limit \(why\), .* --time 21"),
         ({"folder": Path("/shared/a\nb")}, r"'/shared/a\\nb' holds a line break or another"),
         ({"overrides": ("data=x", "log.wandb_project=\x1b")}, r"holds a line break or another"),
         ({"kind": "finetune", "num_nodes": 2}, r"nodes = 2: fine-tuning runs on one node; write 1"),
