@@ -46,11 +46,11 @@ class Cluster:
         path.write_text(f"#!/bin/bash\n{body}\n".replace("\\n", "\n"))
         path.chmod(0o755)
 
-    def ends(self, code: int, *, outcome: str = "", checkpoint: str = "") -> None:
+    def ends(self, code: int, *, outcome: str = "", checkpoint: str = "", reason: str = "") -> None:
         """Let srun leave with `code` after writing what a run leaves behind."""
         body = 'printf "%s\\0" "$@" >"$STATE/srun"; env >"$STATE/environment"'
         if outcome:
-            row = f'{{"attempt": 1, "outcome": "{outcome}", "step": 3}}'
+            row = f'{{"attempt": 1, "outcome": "{outcome}", "step": 3, "reason": "{reason}"}}'
             body += f"; echo '{row}' >>{self.run}/attempts.jsonl"
         if checkpoint:
             folder = self.run / "checkpoints" / checkpoint

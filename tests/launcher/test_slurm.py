@@ -215,6 +215,14 @@ def test_the_job_goes_back_into_the_queue_after_a_failure_alone(
     assert (done.returncode, cluster.requeued) == (left, requeued), done.stdout + done.stderr
 
 
+def test_a_run_that_was_ahead_of_the_signal_goes_on(cluster: Cluster) -> None:
+    """It has seen the limit by itself; only --stop-at and RUN/STOP end the job."""
+    cluster.ends(0, outcome="stopped", reason="42 s before the end of the Slurm job")
+    done = cluster.submitted()
+    assert (done.returncode, cluster.requeued) == (0, True), done.stdout + done.stderr
+    assert not (cluster.run / "logs" / "failures-123456").exists()
+
+
 def test_an_older_outcome_does_not_hide_a_failure(cluster: Cluster) -> None:
     (cluster.run / "attempts.jsonl").write_text('{"outcome": "complete"}\n')
     cluster.ends(1)
