@@ -63,7 +63,7 @@ class Site(Table):
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables of every job."""
     scratch: str = ""
-    """Folder on each node's own disk, for caches; empty: /tmp."""
+    """Folder on each node's own disk, for caches; empty: TMPDIR, or /tmp."""
     container: Container = Container()
     """What ranks run in."""
 
@@ -137,7 +137,10 @@ def load_site(path: Path | None = None) -> Site:
 def shell_lines(site: Site, *folders: Path, gpus: bool) -> list[str]:
     """Lines of bash that bring these settings into a script; `folders` are seen in a container."""
     refuse_control_characters([*site.modules, *site.environment.values()])
-    lines = [f"NODE_LOCAL={shlex.quote(site.scratch or '/tmp')}"]
+    runtime = site.container.runtime
+    # What a container sees is decided here, before there is a TMPDIR to ask for.
+    scratch = site.scratch or ("" if runtime == "none" else "/tmp")
+    lines = [f"NODE_LOCAL={shlex.quote(scratch) if scratch else '${TMPDIR:-/tmp}'}"]
     if site.modules:
         # The function is the site's own, and seldom written for `set -u`.
         lines.append(f"set +u; module load {shlex.join(site.modules)} || exit 1; set -u")
@@ -146,7 +149,6 @@ def shell_lines(site: Site, *folders: Path, gpus: bool) -> list[str]:
         names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
         variables |= dict.fromkeys(names, site.network_interface)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    runtime = site.container.runtime
     mounts = ",".join(_mounts(site, *folders)) if runtime != "none" else ""
     options, command = [], []
     if runtime == "pyxis":

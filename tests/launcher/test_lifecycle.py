@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,13 @@ def test_a_dry_run_prints_every_script_and_the_chain(
         ["finetune", "afterok:export"], ["evaluate", "afterok:finetune"],
     ]  # fmt: skip
     assert not (chain.folder / "work").exists()
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck: apt-get install shellcheck")
+    for row in rows:
+        checked = subprocess.run(
+            ["shellcheck", "-"], input=row["script"], capture_output=True, text=True
+        )
+        assert checked.returncode == 0, row["stage"] + checked.stdout
 
 
 @pytest.mark.parametrize(

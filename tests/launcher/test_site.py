@@ -133,6 +133,22 @@ def test_what_comes_from_data_stays_data(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize(
+    ("site", "told"),
+    [
+        (Site(), "/job/tmp"),
+        (Site(scratch="/local"), "/local"),
+        (Site().within("a.sif"), "/tmp"),  # what the container sees
+    ],
+)
+def test_caches_go_where_the_site_or_the_job_has_its_disk(site: Site, told: str) -> None:
+    lines = [*shell_lines(site, gpus=False), 'printf %s "$NODE_LOCAL"']
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], env={"TMPDIR": "/job/tmp"}, capture_output=True, text=True
+    )
+    assert done.stdout == told
+
+
 def test_modules_are_loaded_by_the_function_of_the_site(tmp_path: Path) -> None:
     site = Site(modules=("cuda/12.4", "a; false"))
     loaded = "module() { printf '%s|' $UNSET \"$@\"; }; set -u; "

@@ -149,8 +149,9 @@ def test_a_job_leaves_nothing_on_the_disk_of_a_node(cluster: Cluster) -> None:
 
 
 def test_the_logs_of_a_job_do_not_keep_its_run_from_starting(tmp_path: Path) -> None:
-    """Slurm opens them before the first rank does anything."""
+    """Slurm opens them, and the code is there, before the first rank does anything."""
     (tmp_path / "logs").mkdir()
+    (tmp_path / "code").mkdir()
     open_run(tmp_path, RunConfig(), {})
     assert (tmp_path / "config.json").exists()
 
