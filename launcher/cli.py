@@ -21,9 +21,10 @@ from typer.core import TyperGroup
 from data.durable import told
 from launcher import options, spawn
 from launcher.checkpoint_cli import checkpoint_app
-from launcher.cluster_cli import preflight, status
+from launcher.cluster_cli import status, submit
 from launcher.data_cli import data_app
 from launcher.plan_cli import plan
+from launcher.preflight_cli import preflight
 from launcher.prepare_cli import prepare
 from launcher.recipes import Recipe, find_recipe
 from launcher.tokenizer_cli import tokenizer_app
@@ -169,43 +170,7 @@ def guard(
     show_hindsight(hindsight(run, config.guard), as_json=as_json)
 
 
-@app.command()
-def submit(
-    recipe: options.RecipeName,
-    overrides: options.Overrides = None,
-    run: options.RunFolder = None,
-    nodes: options.Nodes = 1,
-    gpus_per_node: options.GpusOrNone = 8,
-    time: options.TimeLimit = "24:00:00",
-    sbatch: options.SbatchOptions = None,
-    dry_run: options.DryRun = False,
-) -> None:
-    """Hand a pretraining run to Slurm as one readable batch script."""
-    from data.places import is_url
-    from launcher import slurm
-    from train.config import RunConfig, require_data
-    from train.decode import load_config
-
-    found = find_recipe(recipe, "pretrain")
-    config = load_config(RunConfig, found.text, overrides or (), name=found.name)
-    require_data(config)
-    job = slurm.Job(
-        recipe=str(found.path.resolve()) if found.is_file else recipe,
-        overrides=tuple(overrides or ()),
-        run=(run or Path("runs") / found.name).resolve(),
-        num_nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        time=time,
-        options=tuple(sbatch or ()),
-    )
-    if dry_run:
-        print(slurm.render(job), end="")
-    else:
-        # What lies elsewhere is asked for by the job; this machine may not even reach it.
-        local = [Path(path) for path in config.data.paths if not is_url(path)]
-        print(slurm.submit(job, *local))
-
-
+app.command()(submit)
 app.command()(status)
 
 

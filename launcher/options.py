@@ -315,7 +315,6 @@ Seed = Annotated[int, typer.Option(min=0, help="Makes the sample repeatable.")]
 
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs in each machine.")]
-GpusOrNone = Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0 for none.")]
 GpuName = Annotated[str, typer.Option(help="a100, h100 or h200.")]
 Fit = Annotated[
     bool, typer.Option("--fit", help="Choose the fastest layout that fits, and print its keys.")
@@ -334,10 +333,4 @@ WriteRate = Annotated[
     float, typer.Option(min=0.001, help="GB/s that one node writes to the disk of checkpoints.")
 ]
 Explain = Annotated[bool, typer.Option("--explain", help="Show every formula.")]
-TimeLimit = Annotated[str, typer.Option(help="Time limit of one attempt, as Slurm writes it.")]
-SbatchOptions = Annotated[
-    list[str] | None,
-    typer.Option("--sbatch", help="Further sbatch option, such as --sbatch=--partition=batch."),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script, submit nothing.")]
 Workdir = Annotated[Path, typer.Option(help="Where everything is written.", **FOLDER)]

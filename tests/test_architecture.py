@@ -47,6 +47,7 @@ VENDORS = {
         "launcher/cluster_cli.py",
         "launcher/data_cli.py",
         "launcher/options.py",
+        "launcher/preflight_cli.py",
         "launcher/tokenizer_cli.py",
         "launcher/usage.py",
     },

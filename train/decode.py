@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from train.config import ConfigError, FinetuneConfig, RunConfig
 
-Config = TypeVar("Config", RunConfig, FinetuneConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 OTHER_NAMES = {
     "optim.lr": "learning_rate max_lr peak_lr",
@@ -138,14 +138,14 @@ def _value(text: str) -> Any:
 def _explain(kind: type[BaseModel], item: Any, name: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{name}: unknown key {key!r}; {_hint(key, list(known_keys(kind)))}"
+        return f"{name}: unknown key {key!r}; {_hint(key, list(known_keys(kind)), kind)}"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{name}: {key + ': ' if key else ''}{message}"
     return f"{name}: {key} = {item['input']!r}: {item['msg']}"
 
 
-def _hint(key: str, keys: Sequence[str]) -> str:
+def _hint(key: str, keys: Sequence[str], kind: type[BaseModel]) -> str:
     """What was probably meant: by its last part, by another name for it, by likeness."""
     *tables, leaf = key.split(".")
     meant = [known for known in keys if known.split(".")[-1] == leaf] or [
@@ -157,4 +157,6 @@ def _hint(key: str, keys: Sequence[str]) -> str:
     near = near or difflib.get_close_matches(leaf, keys, n=1, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
-    return "`headrace recipes NAME` lists the keys of a recipe"
+    if kind in (RunConfig, FinetuneConfig):
+        return "`headrace recipes NAME` lists the keys of a recipe"
+    return f"there are {', '.join(keys)}"

@@ -56,8 +56,10 @@ what becomes of a sample that would have stopped the run. guard.* does change wh
 it is what somebody changes after trouble, and every step that was not taken says so in
 metrics.jsonl, so that the run remains explained."""
 
-MAY_BE_FIRST = {"logs", "attempts", "config.json.tmp"}
-"""What a run directory may hold before its config: a batch job's logs, a start that was killed."""
+MAY_BE_FIRST = {"logs", "code", "attempts", "config.json.tmp"}
+"""What a run directory may hold before its config: a batch job's logs and code, a start that was
+killed or refused.
+"""
 
 
 def check_run(

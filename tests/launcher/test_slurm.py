@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launcher.slurm import TEMPLATE, Job, SlurmError, SlurmUsageError, render, rendezvous, submit
+from launcher.cli import run_command
+from launcher.jobs import render, submit
+from launcher.lead import Lead
+from launcher.site import Site
+from launcher.slurm import rendezvous
+from launcher.template import FOLDER, SlurmError, SlurmUsageError
+from tests.launcher.slurm_stand_ins import Cluster, job
 from train.config import RunConfig
 from train.run import open_run
 
-
-def job(run: Path, **changes: object) -> Job:
-    """A job of 4 nodes with 8 GPUs."""
-    values = {
-        "recipe": "llama-7b",
-        "overrides": ("data=/data/books and more", "optim.lr=1e-4"),
-        "run": run,
-        "num_nodes": 4,
-        "gpus_per_node": 8,
-        "time": "1-12:00:00",
-    }
-    return Job(**(values | changes))  # type: ignore[arg-type]
+TEMPLATE = FOLDER / "pretrain.sbatch"
 
 
 def test_the_script_is_the_template_with_the_settings_filled_in(tmp_path: Path) -> None:
@@ -69,11 +63,17 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
         ({"options": ("-N 5",)}, r"--sbatch=-N 5: the script sets --nodes itself"),
         ({"options": ("-t10",)}, r"--sbatch=-t10: the script sets --time itself"),
         ({"options": ("--chdir /tmp",)}, r"the script sets --chdir itself"),
-        ({"options": ("--signal=USR1@60",)}, r"sets --signal itself; leave it out, or edit /"),
+        ({"options": ("--signal=USR1@60",)}, r"sets --signal itself; leave it out: write --lead$"),
+        ({"options": ("--mem=1G",)}, r"sets --mem itself; leave it out, or edit /"),
         ({"time": "1"}, r"--time 1 is 60 s: the job is asked to save and stop 300 s before its "
-                        r"limit and needs about 60 s to start, .* at least --time 7$"),
-        ({"time": "6:00"}, r"--time 6:00 is 360 s"),
-        ({"time": "00:05:30"}, r"--time 00:05:30 is 330 s"),
+                        r"limit, which is more than a third of it, .* at least --time 15, or "
+                        r"--lead SECONDS if a save takes less$"),
+        ({"time": "14:59"}, r"--time 14:59 is 899 s"),
+        ({"time": "00:10:30"}, r"--time 00:10:30 is 630 s"),
+        ({"time": "20", "lead": Lead(401, "why")}, r"401 s before its limit \(why\), .* --time 21"),
+        ({"folder": Path("/shared/a\nb")}, r"'/shared/a\\nb' holds a line break or another"),
+        ({"overrides": ("data=x", "log.wandb_project=\x1b")}, r"holds a line break or another"),
+        ({"kind": "finetune", "num_nodes": 2}, r"nodes = 2: fine-tuning runs on one node; write 1"),
     ],
 )  # fmt: skip
 def test_a_job_that_slurm_would_refuse_is_refused_here(
@@ -84,7 +84,7 @@ def test_a_job_that_slurm_would_refuse_is_refused_here(
     assert refused.value.exit_code == 2
 
 
-@pytest.mark.parametrize("time", ["7", "6:01", "00:06:01", "1-0:00", "1-00:00:00", "0"])
+@pytest.mark.parametrize("time", ["15", "15:00", "00:15:01", "1-0", "1-0:00", "1-00:00:00", "0"])
 def test_a_limit_that_leaves_time_to_train_is_taken(time: str, tmp_path: Path) -> None:
     assert f"#SBATCH --time={time}\n" in render(job(tmp_path, time=time))
 
@@ -124,9 +124,34 @@ def test_submit_hands_the_script_to_sbatch(
     assert script.read_text() == render(job(cluster.run))
 
 
+def test_test_only_prints_what_slurm_says(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", cluster.path)
+    cluster.command("sbatch", 'cat >"$STATE/text"; echo "sbatch: Job 7 to start at noon" >&2')
+    argv = ["submit", "tiny-cpu", "data=x", "--run", str(cluster.run), "--test-only"]
+    run_command(argv, standalone=False)
+    assert capsys.readouterr().out == "sbatch: Job 7 to start at noon\n"
+    assert "#SBATCH --job-name=headrace-run\n" in (cluster.state / "text").read_text()
+    assert list(cluster.run.iterdir()) == []
+    cluster.command("sbatch", 'echo "invalid partition" >&2; exit 1')
+    with pytest.raises(SlurmError, match=r"`sbatch --test-only` left with 1: invalid partition"):
+        run_command(argv, standalone=False)
+
+
+def test_a_job_leaves_nothing_on_the_disk_of_a_node(cluster: Cluster) -> None:
+    local = cluster.state / "local" / "headrace-123456"
+    site = Site(scratch=str(local.parent))
+    cluster.command("srun", f'mkdir -p "$TRITON_CACHE_DIR"; [ $TRITON_CACHE_DIR = {local}/triton ]')
+    for count in range(3):  # queued again, and given up
+        cluster.submitted(site=site, SLURM_RESTART_COUNT=str(count))
+        assert local.parent.exists() and not local.exists()
+
+
 def test_the_logs_of_a_job_do_not_keep_its_run_from_starting(tmp_path: Path) -> None:
-    """Slurm opens them before the first rank does anything."""
+    """Slurm opens them, and the code is there, before the first rank does anything."""
     (tmp_path / "logs").mkdir()
+    (tmp_path / "code").mkdir()
     open_run(tmp_path, RunConfig(), {})
     assert (tmp_path / "config.json").exists()
 
@@ -146,62 +171,6 @@ def dataset_in(folder: Path) -> Path:
     return folder
 
 
-class Cluster:
-    """Stand-ins for Slurm's commands in a PATH, and a run directory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.run, self.state = folder / "run", folder / "state"
-        self._bin = folder / "bin"
-        for path in (self.run, self.state, self._bin):
-            path.mkdir()
-        self.path = f"{self._bin}:/usr/bin:/bin"
-        self.command(
-            "scontrol", 'echo "$*" >>"$STATE/scontrol"; [ "$1" = requeue ] || echo "n1\nn2"'
-        )
-        self.command("sleep", "exit 0")
-        os.environ["STATE"] = str(self.state)
-
-    def command(self, name: str, body: str) -> None:
-        """Put a shell script called `name` first in PATH."""
-        path = self._bin / name
-        path.write_text(f"#!/bin/bash\n{body}\n".replace("\\n", "\n"))
-        path.chmod(0o755)
-
-    def ends(self, code: int, *, outcome: str = "", checkpoint: str = "") -> None:
-        """Let srun leave with `code` after writing what a run leaves behind."""
-        body = 'printf "%s\\0" "$@" >"$STATE/srun"; env >"$STATE/environment"'
-        if outcome:
-            row = f'{{"attempt": 1, "outcome": "{outcome}", "step": 3}}'
-            body += f"; echo '{row}' >>{self.run}/attempts.jsonl"
-        if checkpoint:
-            folder = self.run / "checkpoints" / checkpoint
-            body += f"; mkdir -p {folder}; touch {folder}/manifest.json"
-        self.command("srun", f"{body}; exit {code}")
-
-    def submitted(self, **environ: str) -> subprocess.CompletedProcess[str]:
-        """Run the script as slurmd would."""
-        script = self.run.parent / "script"
-        script.write_text(render(job(self.run)))
-        settings = {
-            "PATH": self.path, "STATE": str(self.state), "SLURM_JOB_ID": "123456",
-            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
-            "SLURM_CPUS_ON_NODE": "64",
-        }  # fmt: skip
-        return subprocess.run(
-            ["bash", str(script)],
-            env=settings | environ,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-
-    @property
-    def requeued(self) -> bool:
-        """Whether the job was put back into the queue."""
-        path = self.state / "scontrol"
-        return path.exists() and "requeue 123456" in path.read_text()
-
-
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """A cluster of stand-ins."""
@@ -219,15 +188,15 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
         f"--output={cluster.run}/logs/attempt-0-node-%n.log",
     ]  # fmt: skip
     assert argv[4:6] == ["bash", "-c"]
-    assert argv[6].startswith('trap "" USR1; ulimit -c 0; exec "$PYTHON" -m torch.distributed.run')
+    assert argv[6] == ('trap "" USR1; ulimit -c 0; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"')
     assert argv[7:] == [
-        "_", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
+        "_", sys.executable, "-m", "torch.distributed.run",
+        "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
         "--master-port=23456", "-m", "--", "launcher", "pretrain", "llama-7b",
         "data=/data/books and more", "optim.lr=1e-4", "--run", str(cluster.run),
     ]  # fmt: skip
     environ = (cluster.state / "environment").read_text()
     assert "OMP_NUM_THREADS=8\n" in environ
-    assert f"PYTHON={sys.executable}\n" in environ
 
 
 @pytest.mark.parametrize(
@@ -245,6 +214,14 @@ def test_the_job_goes_back_into_the_queue_after_a_failure_alone(
     cluster.ends(code, outcome=outcome)
     done = cluster.submitted()
     assert (done.returncode, cluster.requeued) == (left, requeued), done.stdout + done.stderr
+
+
+def test_a_run_that_was_ahead_of_the_signal_goes_on(cluster: Cluster) -> None:
+    """It has seen the limit by itself; only --stop-at and RUN/STOP end the job."""
+    cluster.ends(0, outcome="stopped", reason="42 s before the end of the Slurm job")
+    done = cluster.submitted()
+    assert (done.returncode, cluster.requeued) == (0, True), done.stdout + done.stderr
+    assert not (cluster.run / "logs" / "failures-123456").exists()
 
 
 def test_an_older_outcome_does_not_hide_a_failure(cluster: Cluster) -> None:

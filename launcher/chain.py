@@ -1,0 +1,107 @@
+"""A life cycle as a chain of jobs: each starts when the one before it has ended well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import keys, slurm
+from launcher.queue import QueuedJob, jobs
+from launcher.stages import Stage, is_whole
+from launcher.template import SlurmUsageError
+
+
+@dataclass(frozen=True)
+class Link:
+    """What became of a stage."""
+
+    stage: str
+    state: str
+    """submitted, queued (by an earlier call), skipped or, where nothing was asked, planned."""
+    job: str
+    folder: str
+
+
+def submit_chain(stages: Sequence[Stage]) -> list[Link]:
+    """Submit what is not done, each stage behind the one before it."""
+    refuse_other_outputs(stages)
+    queued = jobs()
+    links: list[Link] = []
+    after = ""
+    for stage in stages:
+        if is_unchanged(stage):
+            links.append(Link(stage.name, "skipped", "", str(stage.output)))
+            continue
+        state, job = "queued", _job_of(stage, queued)
+        if not job:
+            state, job = "submitted", _submit(stage, after)
+        links.append(Link(stage.name, state, job, str(stage.output)))
+        after = job
+    return links
+
+
+def planned(stages: Sequence[Stage]) -> list[Link]:
+    """What `submit_chain` would do, without asking anybody."""
+    return [
+        Link(stage.name, "skipped" if is_unchanged(stage) else "planned", "", str(stage.output))
+        for stage in stages
+    ]
+
+
+def is_unchanged(stage: Stage) -> bool:
+    """Whether the output is whole and made from the same."""
+    made = keys.complete_origin(stage.output)
+    return made is not None and made.get("key") == stage.origin.key and is_whole(stage)
+
+
+def refuse_other_outputs(stages: Iterable[Stage]) -> None:
+    """SlurmUsageError for outputs that hold something else, all of them at once.
+
+    Scores are written anew; the rest took long to make, and the commands themselves would refuse,
+    hours later.
+    """
+    told = []
+    for stage in stages:
+        made = keys.complete_origin(stage.output)
+        if stage.name == "evaluate" or not stage.output.exists():
+            continue
+        if made is not None and made.get("key") != stage.origin.key:
+            differences = "\n".join(f"    {line}" for line in stage.origin.differences(made))
+            told.append(f"  {stage.name}: {stage.output}\n{differences}")
+        elif made is None and stage.name == "export" and any(stage.output.iterdir()):
+            told.append(f"  export: {stage.output}\n    was not made by a life cycle")
+    if told:
+        raise SlurmUsageError(
+            "these outputs were made from something else:\n"
+            + "\n".join(told)
+            + "\nname other outputs, or remove the folders (with their .stage) to make them again"
+        )
+
+
+def _submit(stage: Stage, after: str) -> str:
+    """Hand a stage to Slurm; its job."""
+    keys.write_record(stage.output, stage.origin)
+    stage.code.write()
+    if stage.name == "prepare":
+        # Arrays behind each other, which the script submits by itself.
+        job = slurm.run_script(stage.script, stage.script_path)
+    else:
+        order = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        job = slurm.sbatch(stage.script, stage.script_path, *order)
+    _job_file(stage).write_text(f"{job}\n", encoding="utf-8")
+    return job
+
+
+def _job_of(stage: Stage, queued: Sequence[QueuedJob]) -> str:
+    """The job that makes a stage already; empty where there is none."""
+    with suppress(OSError):
+        job = _job_file(stage).read_text(encoding="utf-8").strip()
+        if any(job == known.id for known in queued):
+            return job
+    return ""
+
+
+def _job_file(stage: Stage) -> Path:
+    return stage.record.with_suffix(".job")

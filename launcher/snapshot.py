@@ -1,0 +1,75 @@
+"""The code and the recipe of a job as they were when it was submitted.
+
+    RUN/code/HASH/launcher, train, model, data    the packages
+    RUN/code/HASH/recipe/NAME.toml                the recipe, where it is somebody's own file
+
+The job runs from there: editing the clone while it waits, or between two attempts, does not change
+the run. HASH is that of the content, and a folder is written once, so that an earlier job keeps
+its own. About 1.5 MB each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from data.durable import write_durably
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("launcher", "train", "model", "data")
+SUFFIXES = (".py", ".toml")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files by their relative paths, and the folder that holds them, or will."""
+
+    folder: Path
+    files: Mapping[str, bytes]
+    recipe: str = ""
+    """Relative path of the recipe."""
+
+    @property
+    def recipe_path(self) -> Path | None:
+        """The recipe, where it was taken along."""
+        return self.folder / self.recipe if self.recipe else None
+
+    def write(self) -> None:
+        """Write the folder, unless it is there: whole, or not at all."""
+        if self.folder.exists():
+            return
+        temporary = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.tmp")
+        for name, content in self.files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
+        write_durably(temporary / "complete", b"")
+        try:
+            temporary.rename(self.folder)
+        except OSError:
+            # Another submission was faster, with the same content.
+            shutil.rmtree(temporary)
+            if not self.folder.exists():
+                raise
+
+
+def take(folder: Path, recipe: Path | None = None) -> Snapshot:
+    """The sources that run here, for a folder FOLDER/HASH; nothing is written yet."""
+    paths = [
+        path
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*"))
+        if path.suffix in SUFFIXES and path.is_file()
+    ]
+    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths}
+    name = f"recipe/{recipe.name}" if recipe is not None else ""
+    if recipe is not None:
+        files[name] = recipe.read_bytes()
+    digest = xxhash.xxh3_64()
+    for path_name, content in sorted(files.items()):
+        digest.update(f"{path_name}\0{len(content)}\0".encode() + content)
+    return Snapshot(folder / digest.hexdigest(), files, name)

@@ -1,0 +1,299 @@
+"""A life cycle as a chain: what is submitted, in which order, and what is left out the second time.
+
+Stand-ins play Slurm and the commands: each job runs when it is submitted, and leaves behind what
+its command would write last. tests/slurm/test_lifecycle_jobs.py does it in earnest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from launcher.cli import run_command
+from launcher.lifecycle import STAGES
+from launcher.template import FOLDER
+
+LIFECYCLE = """
+[prepare]
+inputs = ["corpus"]
+output = "work/dataset"
+options = ["--vocab-size=400"]
+tasks = 2
+slurm = { time = "30", partition = "cpu", cpus_per_task = 1, mem_per_cpu = "1G" }
+[pretrain]
+recipe = "tiny-cpu"
+output = "work/run"
+overrides = ["steps=8", "schedule.warmup_steps=1"]
+slurm = { nodes = 2, gpus_per_node = 0, time = "30", options = ["--nodelist=n[1-4]"] }
+[export]
+output = "work/model"
+[finetune]
+recipe = "classify"
+data = "labelled.csv"
+output = "work/tuned"
+slurm = { gpus_per_node = 0, time = "30", lead = 60 }
+[evaluate]
+data = "labelled.csv"
+output = "work/scores"
+options = ["--split=val"]
+slurm = { gpus_per_node = 0 }
+"""
+SBATCH = """
+while [[ $1 == --* ]]; do
+  case $1 in
+    --array=0-*) export SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=$((${1#--array=0-} + 1)) ;;
+    --export=ALL,STAGE=*) export STAGE=${1#--export=ALL,STAGE=} ;;
+    --dependency=afterok:*) after=${1#--dependency=afterok:} ;;
+  esac
+  shift
+done
+job=$(($(cat "$STATE/job") + 1)); echo "$job" >"$STATE/job"
+echo "$job ${1##*/} ${STAGE:-} after ${after:-none}" >>"$STATE/submitted"
+export SLURM_JOB_ID=$job SLURM_JOB_NODELIST=n SLURM_JOB_NUM_NODES=1 SLURM_CPUS_ON_NODE=1
+[ ! -e "$STATE/wait" ] || { echo "$job"; exit; }
+bash "$@" >&2 || exit 1
+echo "$job"
+"""
+SRUN = """
+case "$*" in
+  *"launcher prepare"*"--stage commit"*)
+    mkdir -p work/dataset; echo made >work/dataset/manifest.json ;;
+  *"launcher pretrain"*) echo '{"outcome": "complete"}' >>work/run/attempts.jsonl ;;
+  *"launcher export"*) mkdir -p work/model; echo "{}" >work/model/headrace.json ;;
+  *"launcher finetune"*) mkdir -p work/tuned/hf; echo "{}" >work/tuned/hf/headrace.json
+    echo '{"outcome": "complete"}' >>work/tuned/attempts.jsonl ;;
+  *"launcher evaluate"*) echo "{}" ;;
+esac
+"""
+
+
+class Chain:
+    """A folder with a life cycle, and stand-ins for Slurm."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._capsys = folder, capsys
+        self.state = folder / "state"
+        for name in ("state", "bin", "corpus"):
+            (folder / name).mkdir()
+        (self.state / "job").write_text("0\n")
+        (folder / "corpus" / "a.txt").write_text("some text")
+        (folder / "labelled.csv").write_text("text,label\na,b\n")
+        (folder / "life.toml").write_text(LIFECYCLE)
+        squeue = 'cat "$STATE/queue" 2>/dev/null'
+        named = {"sbatch": SBATCH, "srun": SRUN, "scontrol": "echo n", "squeue": squeue}
+        for name, body in named.items():
+            (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+            (folder / "bin" / name).chmod(0o755)
+
+    def submit(self, *argv: str) -> list[list[str]]:
+        """`headrace submit life.toml`; (stage, what became of it) of each line."""
+        (self.state / "submitted").write_text("")
+        run_command(["submit", "life.toml", *argv], standalone=False)
+        lines = self._capsys.readouterr().out.splitlines()
+        return [[line.split()[0], " ".join(line.split()[1:-1])] for line in lines]
+
+    @property
+    def submitted(self) -> list[str]:
+        """JOB SCRIPT STAGE after JOB, of each call of sbatch."""
+        return (self.state / "submitted").read_text().splitlines()
+
+    def change(self, old: str, new: str) -> None:
+        """Edit the file."""
+        text = (self.folder / "life.toml").read_text()
+        assert old in text
+        (self.folder / "life.toml").write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Chain:
+    made = Chain(tmp_path, capsys)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("STATE", str(made.state))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("NODE_LOCAL", str(tmp_path))
+    return made
+
+
+def test_each_stage_comes_after_the_one_before(chain: Chain) -> None:
+    assert chain.submit() == [
+        ["prepare", "job 6"], ["pretrain", "job 7"], ["export", "job 8"], ["finetune", "job 9"],
+        ["evaluate", "job 10"],
+    ]  # fmt: skip
+    assert chain.submitted == [
+        "1 prepare.sbatch plan after none", "2 prepare.sbatch read after 1",
+        "3 prepare.sbatch survey after 2", "4 prepare.sbatch tokenizer after 3",
+        "5 prepare.sbatch encode after 4", "6 prepare.sbatch commit after 5",
+        "7 pretrain.sbatch  after 6", "8 export.sbatch  after 7", "9 finetune.sbatch  after 8",
+        "10 evaluate.sbatch  after 9",
+    ]  # fmt: skip
+    script = (chain.folder / "work/run/logs/pretrain.sbatch").read_text()
+    assert f"set -- tiny-cpu data={chain.folder}/work/dataset steps=8 " in script
+    assert "#SBATCH --nodes=2\n" in script and "#SBATCH --nodelist=n[1-4]\n" in script
+    script = (chain.folder / "work/dataset.stage/prepare.sbatch").read_text()
+    assert "#SBATCH --partition=cpu\n" in script and "#SBATCH --mem-per-cpu=1G\n" in script
+    assert "TASKS=2\n" in script
+    script = (chain.folder / "work/tuned/logs/finetune.sbatch").read_text()
+    assert "#SBATCH --signal=B:USR1@60\n" in script
+    model, data = chain.folder / "work/model", chain.folder / "labelled.csv"
+    assert f"set -- classify model={model} data={data}\n" in script
+
+
+def test_what_is_unchanged_is_skipped(chain: Chain) -> None:
+    chain.submit()
+    (chain.folder / "corpus" / "a.txt").write_text("some text")  # another date, the same content
+    (chain.folder / "labelled.csv").touch()
+    chain.change('time = "30", partition = "cpu"', 'time = "60"')
+    chain.change('"steps=8"', '"steps=8", "checkpoint.keep=7"')  # changes no number
+    names = ("prepare", "pretrain", "export", "finetune", "evaluate")
+    assert chain.submit() == [[name, "skipped: unchanged"] for name in names]
+    assert chain.submitted == []
+
+
+def test_a_changed_evaluation_runs_alone(chain: Chain) -> None:
+    chain.submit()
+    chain.change("--split=val", "--split=train")
+    links = chain.submit()
+    assert [told for _, told in links] == ["skipped: unchanged"] * 4 + ["job 11"]
+    assert chain.submitted == ["11 evaluate.sbatch  after none"]
+
+
+def test_a_stage_that_did_not_end_well_is_made_again_with_what_follows(chain: Chain) -> None:
+    chain.submit()
+    with (chain.folder / "work/run/attempts.jsonl").open("a") as rows:
+        rows.write('{"outcome": "stopped"}\n')
+    (chain.folder / "work/scores/evaluation.json").unlink()
+    assert chain.submit()[1:] == [
+        ["pretrain", "job 11"], ["export", "skipped: unchanged"],
+        ["finetune", "skipped: unchanged"], ["evaluate", "job 12"],
+    ]  # fmt: skip
+    assert chain.submitted[1] == "12 evaluate.sbatch  after 11"
+
+
+def test_a_job_that_is_in_the_queue_is_not_submitted_again(chain: Chain) -> None:
+    (chain.state / "wait").touch()
+    chain.submit()
+    rows = [f"{job}|PENDING|Dependency|30|0||x|" for job in (6, 7)]
+    (chain.state / "queue").write_text("\n".join(rows) + "\n")
+    assert chain.submit()[:3] == [
+        ["prepare", "job 6 (in the queue already)"], ["pretrain", "job 7 (in the queue already)"],
+        ["export", "job 11"],
+    ]  # fmt: skip
+    assert chain.submitted[0] == "11 export.sbatch  after 7"
+
+
+def test_an_output_that_was_made_from_something_else_is_not_touched(chain: Chain) -> None:
+    chain.submit()
+    chain.change("--vocab-size=400", "--vocab-size=500")
+    (chain.folder / "labelled.csv").write_text("text,label\nc,d\n")
+    with pytest.raises(ValueError, match="these outputs were made from something else") as refused:
+        chain.submit()
+    work = chain.folder / "work"
+    assert str(refused.value) == (
+        "these outputs were made from something else:\n"
+        f"  prepare: {work}/dataset\n"
+        "    options: ['--vocab-size=400'] -> ['--vocab-size=500']\n"
+        f"  pretrain: {work}/run\n    stage prepare is another one\n"
+        f"  export: {work}/model\n    stage pretrain is another one\n"
+        f"  finetune: {work}/tuned\n    file {chain.folder}/labelled.csv is another one\n"
+        "    stage export is another one\n"
+        "name other outputs, or remove the folders (with their .stage) to make them again"
+    )
+    assert chain.submitted == []
+    assert getattr(refused.value, "exit_code", None) == 2
+
+
+def test_an_export_does_not_go_where_something_is(chain: Chain) -> None:
+    (chain.folder / "work/model").mkdir(parents=True)
+    (chain.folder / "work/model/config.json").touch()
+    with pytest.raises(ValueError, match=r"export: .*/work/model\n +was not made by a life cycle"):
+        chain.submit("--dry-run")
+
+
+def test_a_dry_run_prints_every_script_and_the_chain(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(["submit", "life.toml", "--dry-run", "--json"], standalone=False)
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert [row["state"] for row in rows] == ["planned"] * 5
+    run_command(["submit", "life.toml", "--dry-run"], standalone=False)
+    shown = capsys.readouterr().out
+    assert all(row["script"] in shown for row in rows)
+    assert [line.split()[:2] for line in shown.splitlines()[-5:]] == [
+        ["prepare", "at"], ["pretrain", "afterok:prepare"], ["export", "afterok:pretrain"],
+        ["finetune", "afterok:export"], ["evaluate", "afterok:finetune"],
+    ]  # fmt: skip
+    assert not (chain.folder / "work").exists()
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck: apt-get install shellcheck")
+    for row in rows:
+        checked = subprocess.run(
+            ["shellcheck", "-"], input=row["script"], capture_output=True, text=True
+        )
+        assert checked.returncode == 0, row["stage"] + checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[export]", "[exports]", r"life\.toml: unknown stage 'exports'; did you mean 'export'\?"),
+        ("tasks = 2", "task = 2", r"life\.toml \[prepare\]: unknown key 'task'; did you mean 'ta"),
+        ("nodes = 2, ", "nods = 2, ", r"unknown key 'slurm\.nods'; did you mean 'slurm\.nodes'\?"),
+        ("lead = 60", "nodes = 2", r"\[finetune\]: slurm\.nodes = 2, but only pretrain runs"),
+        ("work/scores", "work/tuned", r"two stages write work/tuned; give each an output of its"),
+        ("steps=8", "step=8", r"tiny-cpu: unknown key 'step'; did you mean 'steps'\?"),
+        ("labelled.csv", "gone.csv", r"\[finetune\] data: there is no .*/gone\.csv, and no stage"),
+        ('["corpus"]', '["gone"]', r"--input gone: no such file or folder"),
+        ('["corpus"]', '["-"]', r"\[prepare\] inputs: - is standard input, which jobs do not"),
+        (LIFECYCLE[: LIFECYCLE.index("[pretrain]")], "", r"no dataset is named; write data="),
+        ('time = "30", lead', 'time = "2", lead', r"--time 2 is 120 s: the job is asked to save"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_run_is_refused_before_anything_is_submitted(
+    chain: Chain, old: str, new: str, message: str
+) -> None:
+    chain.change(old, new)
+    with pytest.raises(ValueError, match=message) as refused:
+        chain.submit()
+    assert getattr(refused.value, "exit_code", None) == 2
+    assert chain.submitted == []
+
+
+def test_what_a_file_says_is_no_option(chain: Chain) -> None:
+    with pytest.raises(
+        typer.BadParameter, match=r"life\.toml is a life cycle, in which each stage has its"
+    ):
+        chain.submit("--nodes", "3")
+
+
+def test_stages_may_begin_in_the_middle(chain: Chain) -> None:
+    """What the stages before would have made is named."""
+    chain.submit()
+    text = LIFECYCLE[LIFECYCLE.index("[finetune]") :].replace("work/tuned", "work/again")
+    (chain.folder / "life.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"\[finetune\] model is not named, and there is no \[exp"):
+        chain.submit()
+    chain.change("work/again", 'work/again"\nmodel = "work/model')
+    assert chain.submit()[0] == ["finetune", "job 11"]
+    assert (
+        f"model={chain.folder}/work/model"
+        in (chain.folder / "work/again/logs/finetune.sbatch").read_text()
+    )
+
+
+def test_the_example_is_one(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    example = (FOLDER / "lifecycle.toml").read_text()
+    (chain.folder / "life.toml").write_text(example)
+    run_command(["submit", "life.toml", "--dry-run", "--json"], standalone=False)
+    links = json.loads(capsys.readouterr().out)
+    assert [link["stage"] for link in links] == list(STAGES)
+    assert [link["state"] for link in links] == ["planned"] * 5
