@@ -6,6 +6,7 @@ What a command needs is imported inside it, as in launcher/cli.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from launcher import options
 from launcher.recipes import find_recipe
 
 if TYPE_CHECKING:
+    from launcher.jobs import Job
     from launcher.site import Site
 
 GpusOrNone = Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0 for none.")]
@@ -93,7 +95,7 @@ def submit(
     those that their output was made from are skipped.
     """
     from data.places import is_url
-    from launcher import jobs, slurm
+    from launcher import jobs
     from launcher.lead import lead_of
     from launcher.lifecycle import is_lifecycle
     from launcher.site import load_site
@@ -125,14 +127,22 @@ def submit(
         code=take(folder / "code", found.path.resolve() if found.is_file else None),
         copies_code=stage,
     )
+    # What lies elsewhere is asked for by the job; this machine may not even reach it.
+    local = [Path(path) for path in config.data.paths if not is_url(path)]
+    _submit_run(job, local, test_only=test_only, dry_run=dry_run, as_json=as_json)
+
+
+def _submit_run(
+    job: Job, datasets: Sequence[Path], *, test_only: bool, dry_run: bool, as_json: bool
+) -> None:
+    from launcher import jobs, slurm
+
     if dry_run:
         print(jobs.render(job), end="")
     elif test_only:
         print(slurm.forecast(jobs.render(job)))
     else:
-        # What lies elsewhere is asked for by the job; this machine may not even reach it.
-        local = [Path(path) for path in config.data.paths if not is_url(path)]
-        number = jobs.submit(job, *local)
+        number = jobs.submit(job, *datasets)
         print(json.dumps({"job": number, "run": str(job.run)}) if as_json else number)
 
 
@@ -141,6 +151,8 @@ def _refuse_options_of_a_run(context: typer.Context, file: str) -> None:
     for name in OF_A_RUN:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
+            if name == "test_only":
+                raise typer.BadParameter(f"{file} is a life cycle: Slurm forecasts single jobs")
             raise typer.BadParameter(
                 f"{file} is a life cycle, in which each stage has its own "
                 f"{'--' + name.replace('_', '-') if name != 'overrides' else 'key=value'}: "
