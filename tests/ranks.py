@@ -119,8 +119,9 @@ def _answers(pipes: list[Connection], timeout: float) -> list[Any]:
                 continue
             failures[rank] = f"raised:\n{value}" if value else "died without a word"
             deadline = min(deadline, time.monotonic() + FAIL_SECONDS)
-    for rank in sorted(failures):
-        raise RankFailure(f"rank {rank} {failures[rank]}")
+    if failures:
+        # In the order in which they came: the first is why the others fail.
+        raise RankFailure("\n".join(f"rank {rank} {told}" for rank, told in failures.items()))
     for rank in range(len(pipes)):
         if rank not in values:
             raise RankFailure(f"rank {rank} did not answer in time")
