@@ -27,7 +27,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert manifest.num_tokens("val") == sum(map(len, documents(3, seed=1)))
     assert sum(s.documents for s in manifest.source_shards("train", "b")) == 40
     assert manifest.dtype == "<u2"
-    table = read_table(tmp_path)
+    table = read_table(tmp_path, manifest.table_sha256)
     assert [bytes(path).decode() for path in table["path"]] == [s.path for s in manifest.shards]
     assert table["tokens"].tolist() == [s.tokens for s in manifest.shards]
 

@@ -185,6 +185,20 @@ def test_a_copy_sent_to_another_process_reads_on_its_own(dataset: Path) -> None:
     assert pickle.loads(raw).read(500, 1500).tolist() == STREAM[500:1500].tolist()
 
 
+def test_a_copy_refuses_the_dataset_that_took_the_place_of_its_own(tmp_path: Path) -> None:
+    """As a loader process meets it when the link to the dataset is switched before it starts."""
+    for seed, name in enumerate(("old", "new")):
+        ids = np.random.default_rng(seed).integers(4, 300, 900)
+        write_dataset(tmp_path / name, {"train/text": [ids]})
+    link = tmp_path / "dataset"
+    link.symlink_to("old")
+    raw = pickle.dumps(_source(link))
+    link.unlink()
+    link.symlink_to("new")
+    with pytest.raises(DataError, match=r"dataset/shards\.npy is missing or damaged \(its sha256"):
+        pickle.loads(raw)
+
+
 def test_rows_that_touch_damage_are_the_same_whoever_reads_them(own_dataset: Path) -> None:
     """The number of readers, their order and their caches have no say in what is left out."""
     _damage_chunk(own_dataset, 1, 1)
