@@ -80,6 +80,10 @@ class CleanConfig(BaseModel):
         return values
 
 
+SPECIAL_PIECES = ("<unk>", "<s>", "</s>", "<pad>")
+"""Of a tokenizer that is trained here, by id; no text may encode to them."""
+
+
 class PrepareConfig(BaseModel):
     """How text becomes token shards. Every field changes what is written; workers never do."""
 
@@ -119,6 +123,16 @@ class PrepareConfig(BaseModel):
     """Store documents in a random order over the whole input instead of the input's."""
     clean: CleanConfig = CleanConfig()
     """Recorded only where something is cleaned, so what was recorded before stays as it is."""
+
+    @model_validator(mode="after")
+    def _no_special_piece(self) -> Self:
+        for symbol in self.user_symbols:
+            if symbol in SPECIAL_PIECES:
+                raise ValueError(
+                    f"--symbol {symbol!r} is a special token of every tokenizer that is trained "
+                    "here, and no text may encode to one; choose another string"
+                )
+        return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from data.rounds import Found, SurveyParts, Text
 from data.shard_index import index_path
 from data.shards import Named, finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
-from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, check_own_ids, load_tokenizer
 
 SOURCE = "main"
 _BATCH_CHARACTERS = 2**18
@@ -272,6 +272,7 @@ def encode_part(job: EncodeJob) -> Encoded:
                     f"{job.tokenizer} gave id {array.max()}, outside its vocabulary of "
                     f"{tokenizer.vocab_size}; the file is damaged: fetch it again"
                 )
+            check_own_ids(ids, tokenizer, job.tokenizer, names[len(lengths)])
             arrays.append(array)
             lengths.append(len(array))
     kept = tuple(names) if job.reading.id_field else ()

@@ -15,8 +15,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
+from numpy.typing import NDArray
 
 from data.config import DataError, DataUsageError
 from data.piece_model import PieceModel, read_piece_model
@@ -178,6 +180,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file.suffix == ".json":
         return HuggingFaceTokenizer(file)
     return SentencePieceTokenizer(file)
+
+
+def check_own_ids(ids: NDArray[np.uint32], tokenizer: Tokenizer, path: Path, document: str) -> None:
+    """DataUsageError when the text of a document has the id that ends or begins one: whoever looks
+    for the borders of documents would find one inside.
+    """
+    for name, id_ in (("EOS", tokenizer.eos_id), ("BOS", tokenizer.bos_id)):
+        if id_ is not None and (ids == id_).any():
+            raise DataUsageError(
+                f"{document}: its text encodes to id {id_}, the {name} of {path}, which readers "
+                "take for the border of a document; give a tokenizer that matches it in no text (a "
+                'tokenizer.json marks it "special": true in added_tokens, a sentencepiece model '
+                f"has it as a control symbol), or name another token as {name}"
+            )
 
 
 def train_tokenizer(
