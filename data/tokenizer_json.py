@@ -65,6 +65,8 @@ def write_huggingface_tokenizer(source: Path, folder: Path, *, bos: bool = False
         write_durably(folder / MODEL_FILE, source.read_bytes())
     post_processor = _bos_template(content, names, source) if bos else None
     content.update(truncation=None, padding=None, post_processor=post_processor)
+    if "dropout" in content["model"]:
+        content["model"]["dropout"] = None
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

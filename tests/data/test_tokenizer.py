@@ -239,6 +239,17 @@ def test_a_tokenizer_json_is_exported_without_what_training_did_not_do(
         write_huggingface_tokenizer(byte_level, tmp_path, bos=True)
 
 
+def test_merges_are_never_left_out_at_random(byte_level: Path, tmp_path: Path) -> None:
+    expected = load_tokenizer(byte_level).encode(CORPUS[:20_000])
+    content = json.loads(byte_level.read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).encode(CORPUS[:20_000]) == expected
+    write_huggingface_tokenizer(tmp_path / "tokenizer.json", tmp_path / "hf")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded(CORPUS[:20_000])["input_ids"] == expected
+
+
 def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataUsageError, match=r'no end-of-sequence token.*"eos_token": "\.\.\."'):
