@@ -218,7 +218,7 @@ def _samples(
     current: str | None = None
     members: dict[str, bytes | None] = {}
     for member in tar:
-        if not member.isreg():
+        if member.isdir():
             continue
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
@@ -233,6 +233,12 @@ def _samples(
             )
         members[ending] = None
         if ending in (*_TEXT_MEMBERS, "json"):
+            if not member.isreg():
+                raise DataUsageError(
+                    f"{file.path}: member {member.name!r} is a link or device, no file, so its "
+                    "text would be lost; pack the tar again with the files themselves (tar "
+                    "--dereference --hard-dereference)"
+                )
             if member.size > MAX_RECORD_BYTES:
                 raise DataError(f"{file.path}: member {member.name!r} has {member.size} bytes")
             content = tar.extractfile(member)

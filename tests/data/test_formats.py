@@ -261,6 +261,22 @@ def test_a_record_beyond_the_limit_is_refused(
         read(path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_tar_is_no_text_that_vanishes(tmp_path: Path, kind: bytes) -> None:
+    def packed(name: str) -> Path:
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            folder, link = tarfile.TarInfo("train"), tarfile.TarInfo(f"train/{name}")
+            folder.type, link.type, link.linkname = tarfile.DIRTYPE, kind, "train/a.txt"
+            archive.addfile(folder)
+            archive.addfile(link)
+        return tmp_path / "a.tar"
+
+    with pytest.raises(DataUsageError, match=r"a\.tar: member 'train/b\.txt' is a link or device"):
+        read(packed("b.txt"))
+    (none,) = bad(read(packed("b.png")))
+    assert (none.reason, none.detail) == ("no text member", "it has .png")
+
+
 def test_a_sample_of_a_tar_is_its_text_and_says_when_it_has_none(tmp_path: Path) -> None:
     members = [
         ("a.json", b'{"text": "no", "url": "u"}'),
