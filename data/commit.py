@@ -33,7 +33,7 @@ from data.survey_words import (
     listed,
     share_warnings,
 )
-from data.tokenizer import load_tokenizer, tokenizer_file
+from data.tokenizer import load_tokenizer, special_ids, tokenizer_file
 from data.tokenizer_json import MODEL_FILE
 from data.work import Work
 
@@ -148,8 +148,6 @@ class CommitJob(Job):
         warnings += id_warnings(total, work.request.config.id_field)
         file = tokenizer_file(output)
         tokenizer = load_tokenizer(file)
-        special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id}
-        special |= {"eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         inputs = work.command["inputs"]
         content = "".join(digest["xxh3"] for digest in inputs)
         write_manifest(
@@ -157,7 +155,7 @@ class CommitJob(Job):
             [job.entry() for job in work.shard_jobs],
             tokenizer=file,
             vocab_size=tokenizer.vocab_size,
-            special_ids={name: id_ for name, id_ in special.items() if id_ is not None},
+            special_ids=special_ids(tokenizer),
             preparation={
                 "config": work.command["config"],
                 "input_xxh3": xxhash.xxh3_128_hexdigest(content.encode()),

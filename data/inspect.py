@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataUsageError, OnDamage
-from data.places import Place
-from data.sources import open_datasets
+from data.sources import Datasets, open_datasets
 from data.stream import Placement, SampleStream, sample_hash
 
 
@@ -89,8 +88,7 @@ def inspect(
     datasets = open_datasets(dataset, seq_len=seq_len)
     stream = SampleStream(datasets, seq_len=seq_len, seed=seed)
     if decode is None:
-        place, file = datasets.places[0]
-        decode = decoder(place, file, stream.tokenizer_sha256)
+        decode = decoder(datasets)
     first, last = (step - 1) * batch_samples, step * batch_samples
     return inspect_samples(stream, step=step, first=first, last=last, decode=decode)
 
@@ -168,9 +166,11 @@ def _inspected(
     )
 
 
-def decoder(place: Place, file: str, sha256: str) -> Callable[[Sequence[int]], str]:
-    """From ids to text with the tokenizer of a dataset. DataError when it is not the one."""
+def decoder(datasets: Datasets) -> Callable[[Sequence[int]], str]:
+    """From ids to text with the tokenizer of datasets. DataError when it is not the one."""
     from data.tokenizer import load_tokenizer
     from data.verify import tokenizer_of
 
-    return load_tokenizer(tokenizer_of(place, file, sha256)).decode
+    place, file = datasets.places[0]
+    folder = tokenizer_of(place, file, datasets.tokenizer_sha256, datasets.special_ids)
+    return load_tokenizer(folder).decode

@@ -55,8 +55,8 @@ class Datasets:
     tokenizer_sha256: str
     bos: bool
     """Whether every document begins with BOS."""
-    eos_id: int | None
-    """The id that ends every document; None where the tokens are documents to nobody."""
+    special_ids: dict[str, int]
+    """As the manifest lists them; without "eos" where the tokens are documents to nobody."""
     fingerprint: str | dict[str, str]
     """Of the dataset, or of every dataset by its name."""
     packing: Packing
@@ -122,7 +122,7 @@ def open_datasets(
         vocab_size=manifests[0].vocab_size,
         tokenizer_sha256=manifests[0].tokenizer_sha256,
         bos=_bos(manifests[0]),
-        eos_id=manifests[0].special_ids.get("eos"),
+        special_ids=manifests[0].special_ids,
         fingerprint=manifests[0].fingerprint if alone else by_name,
         packing=packing,
         places=tuple(
@@ -211,6 +211,12 @@ def _check_alike(listed: list[DataSource], manifests: list[Manifest]) -> None:
                 f"sources {first.name!r} and {entry.name!r} were made with different tokenizers: "
                 f"{first.path} has sha256 {there}, {entry.path} has {here}; prepare one of them "
                 f"again with `--tokenizer {first.path}/{reference.tokenizer_file}`"
+            )
+        if manifest.special_ids != reference.special_ids:
+            raise DataUsageError(
+                f"sources {first.name!r} and {entry.name!r} have different special ids: "
+                f"{reference.special_ids} and {manifest.special_ids}; prepare one of them again "
+                f"with `--tokenizer {first.path}/{reference.tokenizer_file}`"
             )
         if _bos(manifest) != _bos(reference):
             with_bos, without = (first, entry) if _bos(reference) else (entry, first)

@@ -72,7 +72,7 @@ class SampleStream:
         self.tokenizer_sha256 = datasets.tokenizer_sha256
         self.bos = datasets.bos
         """Whether every document begins with BOS."""
-        self._eos_id = datasets.eos_id
+        self._eos_id = datasets.special_ids.get("eos")
         self.seed = seed
         self._shuffle = shuffle
         self.sources = {source.name: source for source in datasets.sources}

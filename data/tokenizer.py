@@ -184,6 +184,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return SentencePieceTokenizer(file)
 
 
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special ids that a tokenizer has, as manifests name them."""
+    ids = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id}
+    ids |= {"eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    return {name: id_ for name, id_ in ids.items() if id_ is not None}
+
+
 def check_own_ids(ids: NDArray[np.uint32], tokenizer: Tokenizer, path: Path, document: str) -> None:
     """DataUsageError when the text of a document has the id that ends or begins one: whoever looks
     for the borders of documents would find one inside.

@@ -11,7 +11,7 @@ chunk.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +27,8 @@ from data.pack import pack_shard
 from data.places import Kind, Place, place_of
 from data.plans import command, open_plan_file, plan_name, planned_lengths, read_plan
 from data.shard_index import ShardIndex, index_of, index_path, read_names
-from data.tokenizer import tokenizer_file
+from data.tokenizer import load_tokenizer, special_ids, tokenizer_file
+from data.tokenizer_json import CONFIG_FILE, JSON_FILE
 
 
 @dataclass(frozen=True)
@@ -100,22 +101,41 @@ def verify(
     )
 
 
-def tokenizer_of(place: Place, file: str, sha256: str) -> Path:
+def tokenizer_of(place: Place, file: str, sha256: str, special: Mapping[str, int]) -> Path:
     """The folder, on this machine, with the tokenizer of a dataset, checked."""
     folder = place.tokenizer(file, sha256)
-    check_tokenizer(folder, sha256)
+    check_tokenizer(folder, sha256, special)
     return folder
 
 
-def check_tokenizer(dataset: Path, expected: str) -> None:
-    """DataError when the tokenizer beside the shards is not the one that made them."""
+def check_tokenizer(dataset: Path, sha256: str, special: Mapping[str, int]) -> None:
+    """DataError when the tokenizer beside the shards is not the one that made them: its file has
+    another hash, or what stands beside a tokenizer.json names other special tokens.
+    """
     file = tokenizer_file(dataset)
     found = file_sha256(file)
-    if found != expected:
+    if found != sha256:
         raise DataError(
             f"{file} is not the tokenizer that {dataset} was made with: its sha256 is "
-            f"{found[:16]}, the manifest says {expected[:16]}; put the right file back, or prepare "
+            f"{found[:16]}, the manifest says {sha256[:16]}; put the right file back, or prepare "
             "the text again with `headrace prepare`"
+        )
+    if file.name == JSON_FILE:
+        _check_special(file, special)
+
+
+def _check_special(file: Path, expected: Mapping[str, int]) -> None:
+    beside = file.with_name(CONFIG_FILE)
+    try:
+        found = special_ids(load_tokenizer(file))
+    except DataError as error:
+        raise DataError(
+            f"{beside} is missing or damaged: {error}; restore it from a copy of the dataset"
+        ) from error
+    if found != dict(expected):
+        raise DataError(
+            f"{beside} is missing or was edited: with it the special ids are {found}, the manifest "
+            f"says {dict(expected)}; restore it from a copy of the dataset"
         )
 
 
@@ -130,6 +150,11 @@ def _tokenizer_problems(place: Place, manifest: Manifest) -> Iterator[Problem]:
     if not file.is_file() or file_sha256(file) != manifest.tokenizer_sha256:
         message = f"{file} is missing or not the tokenizer that the manifest names"
         yield Problem(name, None, message)
+    elif name == JSON_FILE:
+        try:
+            _check_special(file, manifest.special_ids)
+        except DataError as error:
+            yield Problem(CONFIG_FILE, None, str(error))
 
 
 def _check_shard(

@@ -218,8 +218,7 @@ def _check_same_data(run: Path, datasets: Datasets, rows: Sequence[RunPhase]) ->
 
 
 def _inspect(subject: Subject, step: int, first: int, last: int) -> Inspection:
-    place, file = subject.datasets.places[0]
-    decode = decoder(place, file, subject.stream.tokenizer_sha256)
+    decode = decoder(subject.datasets)
     return inspect_samples(
         subject.stream.of(first),
         step=step,

@@ -85,7 +85,8 @@ def pretraining(
         data_of(config.data), seq_len=config.seq_len, config=config.data, commands=True
     )
     tokenizers = [
-        tokenizer_of(place, file, datasets.tokenizer_sha256) for place, file in datasets.places
+        tokenizer_of(place, file, datasets.tokenizer_sha256, datasets.special_ids)
+        for place, file in datasets.places
     ]
     phases = phases_of(config, datasets, history or History(), allow_change)
     stream = SampleStream(datasets, seq_len=config.seq_len, seed=config.seed, phases=phases)

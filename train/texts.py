@@ -76,7 +76,7 @@ def _dataset(dataset: Path, model: Path, tokenizer: hf.FolderTokenizer) -> Itera
             f"{dataset} has no validation split; prepare it with `--val-fraction` above 0, or "
             "evaluate a text file"
         )
-    check_tokenizer(dataset, manifest.tokenizer_sha256)
+    check_tokenizer(dataset, manifest.tokenizer_sha256, manifest.special_ids)
     own = load_tokenizer(dataset)
     if not _same_file(manifest, model):
         for text in islice(_documents(dataset, manifest, own), NUM_COMPARED):

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from data import shards
-from data.config import DataError, DataUsageError
+from data.config import DataError, DataUsageError, PrepareConfig
 from data.manifest import read_manifest
+from data.prepare import prepare
 from data.shard_index import index_path, read_index
-from data.verify import verify
+from data.verify import check_tokenizer, verify
+from tests.data.texts import write_lines
 from tests.data.tiny import documents, flip_bit, write_dataset
 
 
@@ -120,3 +123,30 @@ def test_without_a_manifest_there_is_nothing_to_check_against(dataset: Path) -> 
         verify(dataset)
     with pytest.raises(DataUsageError, match="is not a dataset"):
         verify(dataset / "train")
+
+
+def test_the_special_tokens_beside_a_tokenizer_json_are_those_of_the_manifest(
+    tmp_path: Path,
+) -> None:
+    letters = {letter: i for i, letter in enumerate("abcdefgh")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.add_special_tokens(["<end>", "<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    beside = tmp_path / "tokenizer_config.json"
+    beside.write_text('{"eos_token": "<end>", "pad_token": "<pad>"}')
+    text = write_lines(tmp_path / "a.jsonl", ["abc def gh"])
+    config, dataset = PrepareConfig(val_fraction=0.0), tmp_path / "dataset"
+    prepare([str(text)], dataset, config, workers=1, tokenizer=tmp_path / "tokenizer.json")
+    manifest = read_manifest(dataset)
+
+    check_tokenizer(dataset, manifest.tokenizer_sha256, manifest.special_ids)
+    assert verify(dataset).ok
+    copy = dataset / "tokenizer_config.json"
+    swapped = copy.read_text().replace("<end>", "<pad>")
+    for content in (swapped, "\0" * 10, None):
+        copy.write_text(content) if content else copy.unlink()
+        (problem,) = verify(dataset).problems
+        assert problem.file == "tokenizer_config.json"
+        assert "restore it from a copy of the dataset" in problem.message
+        with pytest.raises(DataError, match=r"tokenizer_config\.json is missing or (was|damaged)"):
+            check_tokenizer(dataset, manifest.tokenizer_sha256, manifest.special_ids)
