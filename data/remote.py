@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -148,10 +150,11 @@ def _system(url: str, scheme: str, noun: str) -> Any:
 
         # Its own limit is 5 minutes for a whole file; a server's packing would not be the file's.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_STALLED_SECONDS)
+        traces = [_whole_files()] if noun == "--input " else []
         return fsspec.filesystem(
             scheme,
             # trust_env: passwords from ~/.netrc, proxies from the environment.
-            client_kwargs={"timeout": timeout, "trust_env": True},
+            client_kwargs={"timeout": timeout, "trust_env": True, "trace_configs": traces},
             headers={"Accept-Encoding": "identity"},
         )
     except ImportError:
@@ -159,6 +162,31 @@ def _system(url: str, scheme: str, noun: str) -> Any:
             f"{noun}{without_secrets(url)}: reading {scheme}:// needs the package {package}; "
             f"install it with {sys.executable} -m pip install {package}"
         ) from None
+
+
+@lru_cache(maxsize=1)
+def _whole_files() -> Any:
+    """What looks at every answer before its body is read: fsspec takes any that is no failure."""
+    import aiohttp
+
+    async def refuse(session: Any, context: Any, told: Any) -> None:
+        answer, why = told.response, ""
+        encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+        if 200 < answer.status < 300:
+            why = f"HTTP {answer.status} to a request for all of it"
+        elif answer.status == 200 and encoding not in ("", "identity"):
+            # Nobody tells a packed body that was cut from a whole one, once it is unpacked.
+            why = f"packed as Content-Encoding {encoding!r}, which was not asked for"
+        if told.method == "GET" and why:
+            answer.close()
+            raise DataUsageError(
+                f"--input {without_secrets(str(told.url))}: the server's answer cannot be taken "
+                f"for the whole file ({why}); fetch the file by other means, and name it"
+            )
+
+    config = aiohttp.TraceConfig()
+    config.on_request_end.append(refuse)
+    return config
 
 
 def writable_system(url: str) -> Any:
@@ -217,8 +245,7 @@ def _fetch_one(system: Any, url: str, scheme: str, folder: Path) -> Path:
     part = path.with_name(path.name + ".part")
 
     def download() -> None:
-        system.get_file(url, str(part))
-        expected = None if scheme in ("http", "https") else system.info(url).get("size")
+        expected = _get(system, url, scheme, part)
         if expected is not None and part.stat().st_size != expected:
             raise OSError(f"got {part.stat().st_size} bytes of {expected}")
 
@@ -232,6 +259,24 @@ def _fetch_one(system: Any, url: str, scheme: str, folder: Path) -> Path:
     fetched = {"url": without_secrets(url), "bytes": path.stat().st_size, "xxh3": _hash(path)}
     write_durably(note, json.dumps(fetched).encode())
     return path
+
+
+def _get(system: Any, url: str, scheme: str, part: Path) -> int | None:
+    """Fetch a file as `part`; how long the server says that it is, where it says so."""
+    if scheme not in ("http", "https"):
+        system.get_file(url, str(part))
+        size: int | None = system.info(url).get("size")
+        return size
+    from fsspec.callbacks import Callback
+
+    announced = Callback()
+    system.get_file(url, str(part), callback=announced)
+    if announced.size is None:
+        # The file ended with the connection, whoever closed it. HEAD may know better.
+        with suppress(FileNotFoundError):
+            announced.size = system.info(url).get("size") or None
+    length: int | None = announced.size
+    return length
 
 
 def _matches(path: Path, note: Path) -> bool:

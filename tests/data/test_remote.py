@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from data import retries
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.inputs import find_files
 from data.prepare import prepare
@@ -37,6 +38,10 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.answers: dict[str, list[tuple[int, bytes, int]]] = {}
         self.asked: list[str] = []
+        self.headers: dict[str, dict[str, str | None]] = {}
+        """More headers of the answer to a path; None leaves one out."""
+        self.heads: dict[str, str | None] = {}
+        """Length of a path as HEAD says it."""
 
     def url(self, path: str, *answers: tuple[int, bytes, int]) -> str:
         """Answer `path` with (status, body, bytes of the body that are missing) in turn."""
@@ -53,10 +58,19 @@ class _Answer(BaseHTTPRequestHandler):
         answers = self.server.answers.get(path, [(404, b"", 0)])
         status, body, missing = answers.pop(0) if len(answers) > 1 else answers[0]
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        headers = {"Content-Length": str(len(body))} | self.server.headers.get(path, {})
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: len(body) - missing])
         self.close_connection = True
+
+    def do_HEAD(self) -> None:
+        length = self.server.heads.get(self.path)
+        self.send_response(200 if length else 405)
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         """Tests read what was asked from `asked`."""
@@ -96,6 +110,39 @@ def test_what_may_pass_is_tried_again(
     url = server.url("/a.txt", failure, failure, (200, b"here it is", 0))
     assert texts([url], tmp_path) == ["here it is"]
     assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "why"),
+    [
+        (206, b"the first par", {"Content-Range": "bytes 0-12/99"}, "HTTP 206 to a request for"),
+        (200, gzip.compress(b"cut" * 999)[:30], {"Content-Encoding": "gzip"}, "'gzip', which was"),
+    ],
+)
+def test_an_answer_that_may_be_a_part_is_not_taken_for_the_file(
+    server: Server, tmp_path: Path, status: int, body: bytes, headers: dict[str, str], why: str
+) -> None:
+    url = server.url("/a.txt", (status, body, 0))
+    server.headers["/a.txt"] = headers
+    message = rf"a\.txt: the server's answer cannot be taken for the whole file \(.*{why}"
+    with pytest.raises(DataUsageError, match=message):
+        find_files([url + "?token=secret"], tmp_path)
+    assert server.asked == ["/a.txt"]
+
+
+def test_a_body_without_a_length_is_held_against_what_head_says(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.001)
+    for path, head in (("/whole.txt", "13"), ("/cut.txt", "99"), ("/unknown.txt", None)):
+        url = server.url(path, (200, b"here is a bod", 0))
+        server.headers[path] = {"Content-Length": None}
+        server.heads[path] = head
+        if path != "/cut.txt":
+            assert texts([url], tmp_path) == ["here is a bod"]
+            continue
+        with pytest.raises(DataError, match=r"in 8 attempts \(OSError: got 13 bytes of 99\)"):
+            find_files([url], tmp_path)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 416])
