@@ -153,9 +153,7 @@ class Cache:
                 time.sleep(_FIRST_PAUSE * 2**attempt)
             else:
                 raise wrong()
-            # Gone when this writer was so slow that it was taken for dead.
-            with suppress(FileNotFoundError):
-                os.replace(part, path)
+            _publish(file, part, path)
             self._make_room(path)
         except BaseException:
             os.close(file)
@@ -230,6 +228,23 @@ class _Watch:
         if state != self._seen:
             self._seen, self._since = state, time.monotonic()
         return time.monotonic() - self._since > _STALLED_SECONDS
+
+
+def _publish(file: int, part: Path, path: Path) -> None:
+    """Give a part its name as an entry, if it is still the file that this writer has open.
+
+    A writer so slow that it was taken for dead has lost its part, and another, half written, may
+    stand under the name by now. So the part is first renamed to what only this writer calls it, and
+    then looked at; one of another is removed: that writer has it open, and only fetches in vain.
+    """
+    own = os.fstat(file)
+    taken = path.with_name(f"{path.name}.part.of-{own.st_ino}")
+    with suppress(FileNotFoundError):
+        os.rename(part, taken)
+        if os.path.samestat(own, os.stat(taken)):
+            os.replace(taken, path)
+        else:
+            os.unlink(taken)
 
 
 def _write_all(file: int, piece: bytes, offset: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +214,37 @@ def test_a_failed_fetch_leaves_nothing_and_may_be_repeated(tmp_path: Path) -> No
     with pytest.raises(AccessError, match="no network"):
         cache.open(content, fail, wrong)
     assert held(cache.folder) == []
+    assert read(cache, 1) == raw
+
+
+def test_a_writer_taken_for_dead_does_not_publish_the_part_of_another(tmp_path: Path) -> None:
+    cache, (content, raw) = Cache(tmp_path / "cache", 2**30), made(1)
+    part = cache.path(content).with_name(f"{content.key}.part.0")
+    begun, over = threading.Event(), threading.Event()
+
+    def second() -> Iterator[bytes]:
+        begun.set()
+        over.wait(60)
+        yield raw
+
+    other = threading.Thread(
+        target=lambda: os.close(Cache(cache.folder, 2**30).open(content, second, wrong))
+    )
+
+    def slow() -> Iterator[bytes]:
+        yield raw[:100]
+        part.unlink()  # as whoever took this writer for dead, and was done
+        other.start()
+        begun.wait(60)
+        yield raw[100:]
+
+    file = cache.open(content, slow, wrong)
+    assert os.pread(file, len(raw) + 1, 0) == raw
+    os.close(file)
+    for path in held(cache.folder):
+        assert path.read_bytes() == raw or ".part." in path.name, "half of an entry has its name"
+    over.set()
+    other.join()
     assert read(cache, 1) == raw
 
 
