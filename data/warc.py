@@ -33,6 +33,8 @@ PAGE_BYTES = 2**24
 MAX_TAGS = 2**16
 """Of a page whose text is extracted: 20,000 lists in 700 KB take over 30 s. A limit of time, as
 datatrove has, would make the text depend on the machine."""
+_MAX_MEMBERS = 100
+"""Of a gzip body; each costs a copy of those that follow it."""
 _TEXT_RECORDS = ("response", "resource", "conversion")
 _OTHER_RECORDS = ("warcinfo", "request", "metadata", "revisit", "continuation")
 _HTML = ("text/html", "application/xhtml+xml")
@@ -270,12 +272,21 @@ def _unpacked(body: bytes, http: Any) -> bytes | None:
     if encoding != "deflate" and not body.startswith(b"\x1f\x8b"):
         # Many crawlers store what they have unpacked, under the header that they were given.
         return body
-    unpacker = zlib.decompressobj(wbits=47)
-    try:
-        plain = unpacker.decompress(body, PAGE_BYTES)
-    except zlib.error:
-        return None
-    return plain if unpacker.eof else None
+    plain = b""
+    for _ in range(_MAX_MEMBERS):
+        unpacker = zlib.decompressobj(wbits=47)
+        try:
+            plain += unpacker.decompress(body, PAGE_BYTES - len(plain))
+        except zlib.error:
+            return None
+        if not unpacker.eof:
+            return None
+        body = unpacker.unused_data
+        if not body.startswith(b"\x1f\x8b"):
+            return plain
+        if len(plain) == PAGE_BYTES:
+            return None
+    return None
 
 
 def _decoded(page: _Page) -> str | None:

@@ -41,6 +41,11 @@ def chunks(body: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(x), x) for x in (body[:half], body[half:], b""))
 
 
+def members(body: bytes) -> bytes:
+    half = len(body) // 2
+    return b"".join(gzip.compress(part) for part in (body[:half], b"", body[half:]))
+
+
 class Writer(WARCWriter):  # type: ignore[misc]
     """It leaves temporary files to the garbage collector, which is a warning."""
 
@@ -140,6 +145,7 @@ def test_pages_are_documents_and_the_rest_is_counted(tmp_path: Path, name: str) 
         (html().encode("utf-16"), {"type": "text/html; charset=utf-16"}),
         (html().encode(), {"type": "text/html; charset=no-such"}),
         (gzip.compress(html().encode()), {"Content_Encoding": "gzip"}),
+        (members(html().encode()), {"Content_Encoding": "gzip"}),
         (html().encode(), {"Content_Encoding": "gzip"}),
         (chunks(html().encode()), {"Transfer_Encoding": "chunked"}),
         (html().encode(), {"Transfer_Encoding": "chunked"}),
@@ -150,7 +156,7 @@ def test_pages_are_documents_and_the_rest_is_counted(tmp_path: Path, name: str) 
         (html().encode(), {"type": ""}),
         (html().encode(), {"type": "application/xhtml+xml"}),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_page_is_the_same_however_it_was_sent(
     tmp_path: Path, body: bytes, more: dict[str, str]
@@ -166,6 +172,7 @@ def test_a_page_is_the_same_however_it_was_sent(
     ("body", "more", "reason"),
     [
         (gzip.compress(html().encode())[:-20], {"Content_Encoding": "gzip"}, "content encoding"),
+        (members(html().encode())[:-20], {"Content_Encoding": "gzip"}, "content encoding"),
         (b"\x1b\x03", {"Content_Encoding": "br"}, "content encoding"),
         (b"\x1f\x8b\xff\xff", {"Content_Encoding": "gzip"}, "content encoding"),
         (b"<html>\xff\xfe</html>", {"type": "text/html; charset=utf-7"}, "not UTF-8"),
