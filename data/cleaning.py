@@ -28,6 +28,7 @@ from data.durable import read_sealed, write_sealed
 from data.jobs import MAX_JOBS, Job, files_of
 from data.minhash import METHODS
 from data.readers import read_extent, reading_of
+from data.stamps import unchanged
 
 _PLACE_BITS = 32
 """A document of a job is its part within the job and its place in the part, in one number."""
@@ -77,10 +78,13 @@ def read_cleaned(
 
 
 def read_part(part: Part, reading: Reading) -> Iterator[Read]:
-    """Every document of a part with its file, and what yields none."""
+    """Every document of a part with its file, and what yields none. InputChanged when a file does
+    not stay what it was planned as until its last document was handed on.
+    """
     for extent in part:
-        for document in read_extent(extent, reading):
-            yield extent.file, document
+        with unchanged(extent.file.path, extent.file.stamp):
+            for document in read_extent(extent, reading):
+                yield extent.file, document
 
 
 def parts_per_job(num_parts: int) -> int:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.config import BadText, DataError
+from data.stamps import Stamp
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSIONS = {
@@ -63,6 +64,8 @@ class InputFile:
     num_bytes: int
     is_named: bool = False
     """The suffix was written by a person, not met below a folder."""
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
+    """What it has to be whenever it is read; None is not held against anything."""
 
     @property
     def compression(self) -> str | None:

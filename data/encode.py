@@ -28,9 +28,9 @@ from data.manifest import Dtype, ShardEntry
 from data.pool import Pool
 from data.readers import Document, Part, Reading
 from data.rounds import Found, SurveyParts, Text
-from data.shard_index import index_path
 from data.shards import Named, finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
+from data.stamps import steadily, unchanged
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, check_own_ids, load_tokenizer
 
 SOURCE = "main"
@@ -123,11 +123,6 @@ class ShardJob(Job):
             return self.path.stat().st_size == self.entry().bytes
         return False
 
-    def discard(self) -> None:
-        """And the shard with it: without its index it is none."""
-        super().discard()
-        index_path(self.path).unlink(missing_ok=True)
-
     def entry(self) -> ShardEntry:
         """What the manifest says of the finished shard."""
         return ShardEntry(**read_sealed(self.result)["entry"])
@@ -164,12 +159,25 @@ class ShardJob(Job):
                     )
 
     def take_over(self) -> bool:
-        """Whether an interrupted call has finished the shard and only not told of it."""
-        entry = finished_shard(self.path) if self.path.exists() else None
-        if entry is None or entry.documents != self.num_documents:
+        """Whether an interrupted call has finished the shard, with these settings and this input,
+        and only not told of it.
+        """
+        if not (self._draft.exists() and self.path.exists()):
+            return False
+        draft = read_sealed(self._draft)
+        entry = finished_shard(self.path)
+        if entry is None or (entry.sha256, entry.documents) != (
+            draft["tar_sha256"],
+            self.num_documents,
+        ):
             return False
         write_sealed(self.result, {"entry": asdict(entry)})
         return True
+
+    @property
+    def _draft(self) -> Path:
+        """What says, in the folder of all that the bytes depend on, that a shard is of this job."""
+        return self.result.with_suffix(".draft.json")
 
     def write(self, encoded: Iterator[Encoded], report: Callable[[int], None]) -> None:
         """Write what was encoded of all groups."""
@@ -179,7 +187,10 @@ class ShardJob(Job):
                 yield from group.named() if self.encoding.config.id_field else group.documents()
                 report(group.text_bytes)
 
-        entry = write_shard(self.path, documents(), self.encoding.dtype)
+        def vouch(tar_sha256: str) -> None:
+            write_sealed(self._draft, {"tar_sha256": tar_sha256})
+
+        entry = write_shard(self.path, documents(), self.encoding.dtype, vouch)
         if entry.documents != self.num_documents:
             raise DataError(
                 f"{self.path} got {entry.documents} documents where the survey counted "
@@ -255,6 +266,10 @@ def _groups(
 
 def encode_part(job: EncodeJob) -> Encoded:
     """Encode the documents of a job in order. Raises DataError for an id that cannot be."""
+    return steadily(lambda: _encode_part(job))
+
+
+def _encode_part(job: EncodeJob) -> Encoded:
     tokenizer = _tokenizer(job.tokenizer, job.tokenizer_sha256)
     assert not job.bos or tokenizer.bos_id is not None
     before = np.array([tokenizer.bos_id] if job.bos else [], np.uint32)
@@ -282,9 +297,10 @@ def encode_part(job: EncodeJob) -> Encoded:
 def _texts(job: EncodeJob, names: list[str]) -> Iterator[str]:
     """The text of every stored document; its id goes to `names`."""
     if job.runs:
-        with open(job.part[0].file.path, "rb") as stream:
+        file = job.part[0].file
+        with unchanged(file.path, file.stamp), open(file.path, "rb") as stream:
             for run in job.runs:
-                names.append(job.part[0].file.name)
+                names.append(file.name)
                 stream.seek(run.start)
                 yield stream.read(run.stop - run.start).decode()
         return

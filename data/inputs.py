@@ -22,6 +22,7 @@ from data.compressed import kind_by_content
 from data.config import COMMAND, DataUsageError
 from data.documents import COMPRESSIONS, InputFile
 from data.durable import write_stream, writing
+from data.stamps import Stamp
 
 UNREADABLE_SUFFIXES = frozenset(
     {".lz4", ".zip", ".7z", ".arrow", ".rar", ".br", ".z", ".tbz2", ".txz"}
@@ -59,7 +60,10 @@ def find_files(inputs: Sequence[str], keep: Path | None = None) -> list[InputFil
                     "its text would count twice: name it once"
                 )
             seen[real] = path
-            file = InputFile(path, name, path.stat().st_size, is_named)
+            stat = path.stat()
+            # Of one look: what grows later is not what was found.
+            stamp = Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            file = InputFile(path, name, stat.st_size, is_named, stamp)
             _check_kind(file)
             files.append(file)
     return files

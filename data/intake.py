@@ -1,6 +1,6 @@
 """The input as it is planned and recognised: files with stamps, then content hashes and parts.
 
-The plan names every file with its size and time, so no task looks for files again. Reading hashes
+The plan names every file with its size and times, so no task looks for files again. Reading hashes
 their content, by which a later call knows the input wherever it lies, and finds where long packed
 files can be cut. Parts follow from that alone. Memory: about 300 bytes for each file, and as many
 for each part.
@@ -9,11 +9,9 @@ for each part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from data import ranges
 from data.config import PrepareConfig
@@ -21,8 +19,8 @@ from data.durable import read_sealed, write_sealed
 from data.jobs import MAX_JOBS, Job
 from data.ranges import cut_long, find_ranges, long_files
 from data.readers import InputFile, Part, Reading, cut_parts, reading_of
+from data.stamps import digest, unchanged
 
-_READ_BYTES = 2**23
 _MAX_FILES = 2**12
 """In a job: to open a file costs, too."""
 
@@ -38,24 +36,14 @@ class Intake:
 
 
 def file_to_json(file: InputFile) -> dict[str, Any]:
-    """Plain values."""
-    return {**asdict(file), "path": str(file.path)}
+    """Plain values, without the stamp."""
+    values = {"name": file.name, "num_bytes": file.num_bytes, "is_named": file.is_named}
+    return {**values, "path": str(file.path)}
 
 
 def file_from_json(value: Mapping[str, Any]) -> InputFile:
     """What `file_to_json` gave."""
     return InputFile(**{**value, "path": Path(value["path"])})
-
-
-def stamp(file: InputFile) -> list[int]:
-    """Size and times of a file: while they stay, so has the content."""
-    stat = file.path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def is_unchanged(file: InputFile, then: Sequence[int]) -> bool:
-    """Whether nobody has written the file since; to move or link it is no writing."""
-    return stamp(file)[:2] == list(then[:2])
 
 
 @dataclass(frozen=True)
@@ -72,8 +60,12 @@ class ReadJob(Job):
         return set(self.files)
 
     def run(self) -> None:
-        found = [(self._ranges(file), _digest(file)) for file in self.files]
-        write_sealed(self.result, {"files": [[xxh3, starts] for starts, xxh3 in found]})
+        found = []
+        for file in self.files:
+            with unchanged(file.path, file.stamp) as moment:
+                assert moment is not None, "what is planned has a stamp"
+                found.append([digest(file.path), moment[2], self._ranges(file)])
+        write_sealed(self.result, {"files": found})
 
     def _ranges(self, file: InputFile) -> list[int]:
         if file not in self.long:
@@ -101,7 +93,10 @@ def intake(jobs: Sequence[ReadJob], config: PrepareConfig) -> Intake:
     digests: list[dict[str, Any]] = []
     starts: dict[InputFile, list[int]] = {}
     for job in jobs:
-        for file, (xxh3, cuts) in zip(job.files, read_sealed(job.result)["files"], strict=True):
+        found = read_sealed(job.result)["files"]
+        for planned, (xxh3, ctime_ns, cuts) in zip(job.files, found, strict=True):
+            assert planned.stamp is not None, "what is planned has a stamp"
+            file = replace(planned, stamp=replace(planned.stamp, ctime_ns=ctime_ns, xxh3=xxh3))
             files.append(file)
             digests.append({"name": file.name, "bytes": file.num_bytes, "xxh3": xxh3})
             if file in job.long:
@@ -120,11 +115,3 @@ def _groups(files: Sequence[InputFile], at_least: int) -> Iterator[tuple[InputFi
             group, size = [], 0
     if group:
         yield tuple(group)
-
-
-def _digest(file: InputFile) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file.path, "rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

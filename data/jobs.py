@@ -25,6 +25,7 @@ from data.config import DataUsageError
 from data.documents import InputFile, Part
 from data.durable import writing
 from data.pool import Pool, Progress
+from data.stamps import steadily
 
 MAX_JOBS = 4096
 """Of a stage that goes over the input: larger input makes larger jobs, so that the number of files
@@ -61,10 +62,6 @@ class Job:
         """The files of the input that it reads."""
         return set()
 
-    def discard(self) -> None:
-        """Have the work to be done again."""
-        self.result.unlink(missing_ok=True)
-
 
 def files_of(parts: Iterable[Part]) -> set[InputFile]:
     """The files that parts are of."""
@@ -75,7 +72,7 @@ def do(job: Job) -> None:
     """Do a job that is not done, unless another process is at it: DataUsageError."""
     with alone(job):
         if not job.is_done():
-            job.run()
+            steadily(job.run)
 
 
 @contextmanager

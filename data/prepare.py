@@ -24,6 +24,7 @@ from data.jobs import WHOLE, Stage, Task, check_complete, files_of, here, run_st
 from data.manifest import MANIFEST, Manifest, read_manifest
 from data.pool import Pool, Progress, WorkerDied
 from data.readers import InputFile, find_files
+from data.stamps import InputChanged
 from data.survey import first_rule
 from data.work import Request, Work, load_plan, make_plan, remove_work
 
@@ -88,22 +89,25 @@ def prepare(
 def _run(
     stage: Stage[Work], work: Work, pool: Pool, progress: Progress, task: Task = WHOLE
 ) -> None:
-    """Do a task of a stage. DataError, and nothing is left of it, when the input is no longer what
-    was planned.
+    """Do a task of a stage. DataError when the input is no longer what was planned; nothing is
+    left of what was read of it since.
     """
-    jobs = stage.jobs(work)[task.number :: task.count]
-    sources = {file for job in jobs for file in job.sources()}
-    if stage.name == "tokenizer":
-        # Small input is surveyed again there.
-        sources = files_of(work.text.parts)
-    work.check_unchanged(sources)
-    run_stage(stage, work, pool, progress, task)
     try:
-        work.check_unchanged(sources)
-    except DataError:
-        for job in jobs:
-            job.discard()
-        raise
+        jobs = stage.jobs(work)[task.number :: task.count]
+        sources = {file for job in jobs for file in job.sources()}
+        if stage.name == "tokenizer":
+            # Small input is surveyed again there.
+            sources = files_of(work.text.parts)
+        # Before hours of work; whoever reads a file looks closer.
+        for file in sources:
+            if file.stamp is not None:
+                file.stamp.check_written(file.path)
+        run_stage(stage, work, pool, progress, task)
+    except InputChanged as error:
+        raise DataError(
+            f"{error}, so what is written may hold old and new text; remove "
+            f"{work.request.output} and run the command again"
+        ) from error
 
 
 def _prepare(work: Work, pool: Pool, progress: Progress) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +50,16 @@ class Named:
 
 
 def write_shard(
-    path: Path, documents: Iterable[NDArray[Any]] | Iterable[Named], dtype: Dtype
+    path: Path,
+    documents: Iterable[NDArray[Any]] | Iterable[Named],
+    dtype: Dtype,
+    vouch: Callable[[str], None] = lambda sha256: None,
 ) -> ShardEntry:
     """Write one shard DATASET/SPLIT/SOURCE/shard-NNNNNN.tar and then its index.
 
-    A kill leaves no shard, or a shard without index, which the next call replaces. DataError when
-    an id does not fit `dtype` or there is no document.
+    A kill leaves no shard, or a shard without index, which the next call replaces. `vouch` is
+    called with the sha256 of the whole tar before that has its name. DataError when an id does not
+    fit `dtype` or there is no document.
     """
     shard = _OpenShard(path, dtype)
     try:
@@ -64,7 +68,7 @@ def write_shard(
                 shard.add(document.ids, document.name)
             else:
                 shard.add(document)
-        return shard.close()
+        return shard.close(vouch)
     except BaseException:
         shard.abandon()
         raise
@@ -122,7 +126,7 @@ class _OpenShard:
         if self._buffered >= CHUNK_TOKENS:
             self._write_chunk()
 
-    def close(self) -> ShardEntry:
+    def close(self, vouch: Callable[[str], None]) -> ShardEntry:
         if self._documents:
             self._write_chunk()
         self._tar.close()
@@ -135,6 +139,7 @@ class _OpenShard:
             tar_sha256=self._file.sha256.hexdigest(),
             chunks=self._chunks_with_offsets(),
         )
+        vouch(index.tar_sha256)
         publish(self._temporary, self._path)
         content = {
             "format": INDEX_FORMAT,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from data import cleaning, ranges, shuffle, vocabulary
 from data.claim import WORK, differences
 from data.clean import Cleaner
 from data.cleaning import Cleaned, CleanJob, DropJob
-from data.config import DataError, DataUsageError, PrepareConfig
+from data.config import DataUsageError, PrepareConfig
 from data.decontaminate import evaluation_files
 from data.dedup import RangeJob, range_jobs
 from data.durable import file_sha256, read_sealed, write_sealed, writing
@@ -31,9 +31,7 @@ from data.intake import (
     file_from_json,
     file_to_json,
     intake,
-    is_unchanged,
     read_jobs,
-    stamp,
 )
 from data.jobs import MAX_JOBS, Job, key_of
 from data.manifest import dtype_for
@@ -41,10 +39,11 @@ from data.readers import InputFile, cut_parts, reading_of
 from data.rounds import SurveyParts, Text, rule_from_json, survey_jobs
 from data.shuffle import BucketJob, ScatterJob
 from data.split import SplitRule
+from data.stamps import Stamp
 from data.survey import Survey
 from data.tokenizer import load_tokenizer, tokenizer_file
 
-FORMAT = 1
+FORMAT = 2
 """Of the results; other code that writes others has another number."""
 PLAN = "plan.json"
 
@@ -94,9 +93,10 @@ class Work:
     def __init__(self, request: Request, folder: Path, plan: Mapping[str, Any]) -> None:
         self.request = request
         self.folder = folder
-        self.files = [file_from_json(value) for value in plan["files"]]
-        self._stamps: list[list[int]] = plan["stamps"]
-        self._stamp_of = dict(zip(self.files, self._stamps, strict=True))
+        self.files = [
+            replace(file_from_json(value), stamp=Stamp(*stamp))
+            for value, stamp in zip(plan["files"], plan["stamps"], strict=True)
+        ]
 
     @cached_property
     def read_jobs(self) -> list[ReadJob]:
@@ -104,7 +104,8 @@ class Work:
         config = self.request.config
         files = [file_to_json(file) for file in self.files]
         reading = [config.text_field, config.on_bad_text, config.part_bytes]
-        return read_jobs(self._folder("read", files, self._stamps, reading), self.files, config)
+        folder = self._folder("read", files, _stamps_of(self.files), reading)
+        return read_jobs(folder, self.files, config)
 
     @cached_property
     def intake(self) -> Intake:
@@ -221,18 +222,11 @@ class Work:
         )
         return shard_jobs(self._folder("encode", self._key, sha256), output, encoding)
 
-    def check_unchanged(self, files: Iterable[InputFile] | None = None) -> None:
-        """DataError when somebody has written one of these files of the input, or any, since the
-        plan was made.
-        """
-        for file in self.files if files is None else files:
-            then = self._stamp_of.get(file)
-            if then is not None and not is_unchanged(file, then):
-                raise DataError(
-                    f"the input changed while it was being prepared ({file.path}), so what is "
-                    f"written may hold old and new text; remove {self.request.output} and run the "
-                    "command again"
-                )
+    def check_unchanged(self) -> None:
+        """InputChanged when the content of a file of the input may be another one than was read."""
+        for file in self.intake.files:
+            assert file.stamp is not None, "what was read has a stamp"
+            file.stamp.confirm(file.path)
 
     @cached_property
     def _cleaned_text(self) -> Text:
@@ -261,10 +255,16 @@ class Work:
     @property
     def _written(self) -> list[list[int]]:
         """Size and time of writing of every file."""
-        return [then[:2] for then in self._stamps]
+        return [stamp[:2] for stamp in _stamps_of(self.files)]
 
     def _folder(self, stage: str, *depends_on: Any) -> Path:
         return self.folder / f"{stage}-{key_of(_limits(), *depends_on)}"
+
+
+def _stamps_of(files: Iterable[InputFile]) -> list[list[int]]:
+    """Size, time of writing and time of change of files that were found."""
+    stamps = [file.stamp for file in files]
+    return [[s.num_bytes, s.mtime_ns, s.ctime_ns] for s in stamps if s is not None]
 
 
 def _limits() -> list[int]:
@@ -277,7 +277,7 @@ def make_plan(request: Request, files: Sequence[InputFile], folder: Path) -> dic
     plan = {
         "request": {**request.content, "inputs": list(request.inputs)},
         "files": [file_to_json(file) for file in files],
-        "stamps": [stamp(file) for file in files],
+        "stamps": _stamps_of(files),
     }
     path = folder / PLAN
     if not (path.exists() and {**plan, "sha256": ""} == {**read_sealed(path), "sha256": ""}):

@@ -148,7 +148,7 @@ def test_a_task_reads_no_files_but_its_own(corpus: Path, tmp_path: Path) -> None
             if stage == "clean":
                 task(mine, tmp_path / "out", "everything", stage, f"{share}/4")
         if stage == "clean":
-            with pytest.raises(FileNotFoundError):
+            with pytest.raises(DataError, match=r"input changed .*2\.txt: No such file or dir"):
                 task(mine, tmp_path / "out", "everything", stage, "2/4")
             (tmp_path / "away").rename(mine / "2.txt")
         task(mine, tmp_path / "out", "everything", stage, "0/1")
