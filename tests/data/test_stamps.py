@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,3 +130,18 @@ def test_what_is_wrong_with_a_file_that_changed_is_that_it_changed(path: Path) -
     path.unlink()
     with pytest.raises(InputChanged, match="No such file"), unchanged(path, stamp):
         pass
+
+
+def test_a_file_that_grows_while_other_inputs_are_fetched_is_named(
+    path: Path, tmp_path: Path
+) -> None:
+    more = write_lines(tmp_path / "more.jsonl", [prose(400, seed=seed) for seed in range(5)])
+    script = f"print(open({str(more)!r}).read(), end='')"
+    script += f"; open({str(path)!r}, 'a').write(open({str(more)!r}).read())"
+    (tmp_path / "fetch.py").write_text(script)
+    inputs = [str(path), f"pipe:.jsonl:{sys.executable} {tmp_path / 'fetch.py'}"]
+    with pytest.raises(DataError, match=r"the input changed while it was .*a\.jsonl\), so"):
+        prepare(inputs, tmp_path / "out", CONFIG, workers=1)
+    assert prepare(inputs[:1], tmp_path / "again", CONFIG, workers=1).manifest.counts[
+        "documents"
+    ] == len(path.read_bytes().splitlines())
