@@ -59,22 +59,46 @@ def write_claim(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def holding(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a directory, made if missing, against other processes; a kill lets go.
+    """Hold a directory, made if missing, against other processes; a kill lets go. One that was
+    made goes again when an error leaves it empty.
 
     Processes that share it keep out only those that want it alone. Some network file systems know
     no such locks; there nobody is kept out.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    handle = _held(folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
-        with suppress(OSError):
-            if not _lock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
-                raise DataUsageError(
-                    f"another process is writing {folder}; wait until it has finished"
-                )
         yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
     finally:
+        os.close(handle)
+
+
+def _held(folder: Path, kind: int) -> int:
+    """A handle of a directory that keeps others out."""
+    while True:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            with suppress(OSError):
+                if not _lock(handle, kind):
+                    raise DataUsageError(
+                        f"another process is writing {folder}; wait until it has finished"
+                    )
+            # Whoever made it may have removed it just before it was locked.
+            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 

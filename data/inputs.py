@@ -21,7 +21,8 @@ from data.commands import run, split_input
 from data.compressed import kind_by_content
 from data.config import COMMAND, DataUsageError
 from data.documents import COMPRESSIONS, InputFile
-from data.durable import write_stream, writing
+from data.drafts import draft
+from data.durable import write_stream
 from data.stamps import Stamp
 
 UNREADABLE_SUFFIXES = frozenset(
@@ -37,7 +38,8 @@ Found = tuple[Path, str, bool]
 def find_files(inputs: Sequence[str], keep: Path | None = None) -> list[InputFile]:
     """Every file that the inputs name, in a fixed order: inputs as given, folders by sorted path.
 
-    What comes from a URL or standard input is kept in the folder `keep`. Hidden files and folders
+    What comes from a URL or standard input is kept in the folder `keep`, where nobody else may
+    write. Hidden files and folders
     inside a folder are left out. Raises DataUsageError for an input that is empty or does not
     exist, a pattern without a match, an empty folder, a file that is named twice, and kinds of
     file that cannot be read.
@@ -145,9 +147,8 @@ def _spool_command(named: str, folder: Path) -> Path:
 
 def _spool(pieces: Iterable[bytes], path: Path) -> Path:
     """A stream as a file, which has its name when it is whole."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_stream(path, pieces)
+    with draft(path, path.parent) as temporary:
+        write_stream(temporary, pieces)
     return path
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.claim import LOCK, WORK, holding, read_claim
 from data.commit import KIND, CommitJob, check_same, refuse, tokenize
 from data.config import DataError, DataUsageError, PrepareConfig
+from data.drafts import remove_drafts
 from data.encode import write_shards
 from data.jobs import WHOLE, Stage, Task, check_complete, files_of, here, run_stage
 from data.manifest import MANIFEST, Manifest, read_manifest
@@ -63,27 +63,37 @@ def prepare(
     text that cannot be read.
     """
     request = Request.of(inputs, output, config, tokenizer, decontaminate)
-    is_begun = read_claim(output, KIND) is not None
-    if is_begun and (output / MANIFEST).is_file():
-        return _complete(request, _find(request), workers, progress)
-    # Before anything is fetched or written.
-    request.cleaner.check()
-    files = _find(request)
-    is_new = not output.exists()
-    with holding(output), _pool(workers, files, config) as pool:
+    # Refused before it is made, and read again when nobody else can write there.
+    read_claim(output, KIND)
+    with holding(output):
+        is_begun = read_claim(output, KIND) is not None
+        if is_begun and (output / MANIFEST).is_file():
+            return _complete(request, _find(request), workers, progress)
+        # Before anything is fetched or written.
+        request.cleaner.check()
+        _make(request, _find(request), workers, progress, is_begun=is_begun)
+    return finished(output)
+
+
+def _make(
+    request: Request,
+    files: Sequence[InputFile],
+    workers: int,
+    progress: Progress,
+    *,
+    is_begun: bool,
+) -> None:
+    """All stages. What took long is kept for other settings; else a refusal leaves nothing."""
+    output, config = request.output, request.config
+    with _pool(workers, files, config) as pool:
         try:
             plan = make_plan(request, files, output / WORK)
             _prepare(Work(request, output / WORK, plan), pool, progress)
         except DataError as error:
-            # What took long is kept for other settings; else a refusal leaves nothing.
             is_precious = request.cleaner.is_on or config.shuffle or isinstance(error, WorkerDied)
             if not (is_begun or is_precious or (output / LOCK).exists()):
                 remove_work(output)
-                if is_new:
-                    with suppress(OSError):
-                        output.rmdir()
             raise
-    return finished(output)
 
 
 def _run(
@@ -168,9 +178,8 @@ def prepare_task(
             return TaskSummary(stage, task, 0, True)
     if stage == PLAN:
         request.cleaner.check()
-        files = _find(request)
         with holding(output):
-            make_plan(request, files, output / WORK)
+            make_plan(request, _find(request), output / WORK)
         return TaskSummary(stage, task, 1, False)
     work = Work(request, output / WORK, load_plan(request, output / WORK, command(PLAN, "0/1")))
     before, chosen = _chosen(request, stage)
@@ -246,8 +255,11 @@ def _chosen(request: Request, name: str) -> tuple[list[Stage[Work]], Stage[Work]
 
 
 def _find(request: Request) -> list[InputFile]:
+    """The input; what comes from elsewhere is kept beside the output, which has to be held."""
     output = request.output
-    files = find_files(request.inputs, output.with_name(f"{output.name}.inputs"))
+    keep = output.with_name(f"{output.name}.inputs")
+    remove_drafts(keep)
+    files = find_files(request.inputs, keep)
     for named in request.inputs:
         if Path(named).is_dir() and output.resolve().is_relative_to(Path(named).resolve()):
             raise DataUsageError(

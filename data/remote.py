@@ -21,7 +21,8 @@ from urllib.parse import quote, unquote, urlsplit
 import xxhash
 
 from data.config import AccessError, DataUsageError, check_public
-from data.durable import publish, write_durably, writing
+from data.drafts import draft
+from data.durable import write_durably, writing
 from data.retries import Wish, WrongAnswer, tried, without_secrets
 
 PACKAGES = {
@@ -240,23 +241,19 @@ def _fetch_one(system: Any, url: str, scheme: str, folder: Path) -> Path:
     note = path.with_name(path.name + ".fetched.json")
     if _matches(path, note):
         return path
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    with draft(path, folder) as part:
 
-    def download() -> None:
-        expected = _get(system, url, scheme, part)
-        if expected is not None and part.stat().st_size != expected:
-            raise OSError(f"got {part.stat().st_size} bytes of {expected}")
+        def download() -> None:
+            expected = _get(system, url, scheme, part)
+            if expected is not None and part.stat().st_size != expected:
+                raise OSError(f"got {part.stat().st_size} bytes of {expected}")
 
-    try:
         tried(download, Wish(url, is_input=True))
         with writing(part), part.open("rb") as stream:
             os.fsync(stream.fileno())
-        publish(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    fetched = {"url": without_secrets(url), "bytes": path.stat().st_size, "xxh3": _hash(path)}
+        # Of what was fetched: under its name somebody else may have put another one since.
+        size, xxh3 = part.stat().st_size, _hash(part)
+    fetched = {"url": without_secrets(url), "bytes": size, "xxh3": xxh3}
     write_durably(note, json.dumps(fetched).encode())
     return path
 
