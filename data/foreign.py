@@ -84,15 +84,15 @@ def index(
     config = {"dtype": dtype, "val_fraction": val_fraction, "source": source, "kind": "index"}
     inputs = _inputs(tars)
     command: dict[str, Any] = {"config": config, "tokenizer": identity, "inputs": inputs}
-    claim = read_claim(output, KIND)
-    if claim is not None:
-        _check_same(output, claim, command)
-        if (output / MANIFEST).is_file():
-            return _indexed(output, read_manifest(output), was_complete=True)
+    if _is_complete(output, command):
+        return _indexed(output, read_manifest(output), was_complete=True)
     loaded = load_tokenizer(tokenizer)
     found = _survey(tars, loaded, dtype, val_fraction)
     with holding(output):
-        if claim is None:
+        # Asked again: another command may have begun or finished there since.
+        if _is_complete(output, command):
+            return _indexed(output, read_manifest(output), was_complete=True)
+        if read_claim(output, KIND) is None:
             write_claim(output, KIND, command)
         file = copy_tokenizer(tokenizer, output)
         entries: list[ShardEntry] = []
@@ -244,6 +244,14 @@ def _commit(
 
 def _indexed(output: Path, manifest: Manifest, *, was_complete: bool) -> Indexed:
     return Indexed(output, manifest, was_complete, **manifest.preparation["found"])
+
+
+def _is_complete(output: Path, command: Mapping[str, Any]) -> bool:
+    """Whether this command has finished there. DataUsageError where another one has begun."""
+    claim = read_claim(output, KIND)
+    if claim is not None:
+        _check_same(output, claim, command)
+    return claim is not None and (output / MANIFEST).is_file()
 
 
 def _check_same(output: Path, claim: Mapping[str, Any], command: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,43 @@ def test_bad_requests_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(DataUsageError, match=r"none\.tar: no such file"):
         index([tmp_path / "none.tar"], out, tokenizer=tokenizer)
     assert not out.exists()
+
+
+class Slow(list[Path]):
+    """Tars that are counted, hashed and surveyed; during the survey something else happens."""
+
+    num_reads = 0
+
+    def __init__(self, tars: list[Path], meanwhile: Callable[[], object]) -> None:
+        super().__init__(tars)
+        self.meanwhile = meanwhile
+
+    def __iter__(self) -> Iterator[Path]:
+        self.num_reads += 1
+        if self.num_reads == 3:
+            self.meanwhile()
+        return super().__iter__()
+
+
+def test_an_output_that_another_index_finishes_meanwhile_is_kept(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    one = _tar(tmp_path / "1.tar", {"a.npy": np.array([5, 6, 7])})
+    two = _tar(tmp_path / "2.tar", {"b.npy": np.array([8, 9, 10])})
+
+    def other() -> None:
+        index([two], tmp_path / "out", tokenizer=tokenizer)
+
+    slow = Slow([one], other)
+    with pytest.raises(
+        DataUsageError, match=r"begun by another command .*other tars, or other con"
+    ):
+        index(slow, tmp_path / "out", tokenizer=tokenizer)
+    assert slow.num_reads == 3
+    assert _bytes(tmp_path / "out") == _bytes(
+        index([two], tmp_path / "again", tokenizer=tokenizer).output
+    )
+    assert index(Slow([two], other), tmp_path / "new", tokenizer=tokenizer).was_complete is False
 
 
 def test_the_command_reports_what_it_copied(
