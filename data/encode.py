@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from data.cleaning import Cleaned, parts_per_job, read_cleaned
 from data.config import DataError, PrepareConfig
 from data.documents import InputFile, place_name
-from data.durable import read_sealed, write_sealed
+from data.durable import file_sha256, read_sealed, write_sealed
 from data.jobs import Job, alone, files_of
 from data.manifest import Dtype, ShardEntry
 from data.pool import Pool
 from data.readers import Document, Part, Reading
 from data.rounds import Found, SurveyParts, Text
+from data.shard_index import index_path
 from data.shards import Named, finished_shard, write_shard
 from data.split import SIDES, Run, Side, SplitRule
 from data.stamps import steadily, unchanged
@@ -116,11 +117,15 @@ class ShardJob(Job):
     encoding: Encoding
 
     def is_done(self) -> bool:
-        """Whether the shard is there as well as the result, which holds its entry."""
+        """Whether the shard is there as well as the result, which holds its entry. Its index is
+        written last and removed first, so it stands for the shard.
+        """
         if not self.result.exists():
             return False
+        entry = self.entry()
         with suppress(OSError):
-            return self.path.stat().st_size == self.entry().bytes
+            is_whole = self.path.stat().st_size == entry.bytes
+            return is_whole and file_sha256(index_path(self.path)) == entry.idx_sha256
         return False
 
     def entry(self) -> ShardEntry:
@@ -238,8 +243,14 @@ def write_shards(jobs: Sequence[ShardJob], pool: Pool, report: Callable[[int], N
     # One stream over all shards: workers encode the next shard while this one is finished.
     stream = pool.map(encode_part, chain.from_iterable(job.groups() for job in todo))
     for job in todo:
+        encoded = islice(stream, job.num_groups)
         with alone(job):
-            job.write(islice(stream, job.num_groups), report)
+            # Another process may have written it since.
+            if job.is_done():
+                for group in encoded:
+                    report(group.text_bytes)
+            else:
+                job.write(encoded, report)
 
 
 def _groups(
