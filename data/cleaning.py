@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from data.clean import STAGES, Account, Cleaner, StageCount, merge
 from data.config import DataUsageError, PrepareConfig
 from data.decontaminate import load_evaluation
-from data.dedup import Signed, join_clusters, repeated_rows, save, sign, write_signatures
+from data.dedup import Signed, join_clusters, repeated_rows, sign, write_signatures
 from data.documents import Document, Dropped, InputFile, Part, Reading
 from data.durable import read_sealed, write_sealed
 from data.jobs import MAX_JOBS, Job, files_of
 from data.minhash import METHODS
 from data.readers import read_extent, reading_of
+from data.sealed_arrays import SealedArray, load, save
 from data.stamps import unchanged
 
 _PLACE_BITS = 32
@@ -61,9 +62,9 @@ class Cleaned:
     def _dropped(self, number: int) -> NDArray[np.uint64]:
         """Places of dropped documents of a part."""
         job, part = divmod(number, self.job_parts)
-        drops = np.load(drops_file(self.folder, job))
-        start, stop = np.searchsorted(drops, np.array([part, part + 1], np.uint64) << _PLACE_BITS)
-        places: NDArray[np.uint64] = drops[start:stop] & np.uint64((1 << _PLACE_BITS) - 1)
+        drops = SealedArray(drops_file(self.folder, job))
+        of_part = drops.between(part << _PLACE_BITS, ((part + 1) << _PLACE_BITS) - 1)
+        places: NDArray[np.uint64] = of_part & np.uint64((1 << _PLACE_BITS) - 1)
         return places
 
 
@@ -175,15 +176,16 @@ class DropJob(Job):
         if counts[0].documents_in and not counts[-1].documents_out:
             raise DataUsageError(_nothing_left(counts))
         report = _report(cleaner, account, cleaner.check())
-        write_sealed(self.result, {"kept_bytes": counts[-1].bytes_out, "report": report})
+        kept = {"kept_bytes": counts[-1].bytes_out, "kept_documents": counts[-1].documents_out}
+        write_sealed(self.result, {**kept, "report": report})
 
     def _drop_duplicates(self, reason: str) -> StageCount:
         labels = self.folder / "labels"
         sizes = num_kept(self.cleaned)
-        join_clusters(labels, sum(sizes), (np.load(path) for path in self.links))
+        join_clusters(labels, sum(sizes), (load(path) for path in self.links))
         count = StageCount()
         for job, rows in zip(self.cleaned, repeated_rows(labels, sizes), strict=True):
-            kept = np.load(_kept_file(job.folder, job.number))
+            kept = load(_kept_file(job.folder, job.number))
             duplicates = kept[rows]
             count.documents_in += len(kept)
             count.bytes_in += int(kept[:, 1].sum())
@@ -191,7 +193,7 @@ class DropJob(Job):
             count.bytes_out += int(kept[:, 1].sum() - duplicates[:, 1].sum())
             if len(rows):
                 count.dropped[reason] += len(rows)
-            first = np.load(drops_file(job.folder, job.number))
+            first = load(drops_file(job.folder, job.number))
             dropped = np.union1d(first, duplicates[:, 0].astype(np.uint64))
             save(drops_file(self.folder, job.number), dropped)
         labels.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ a range; documents with one key in common are in one range, however many they ar
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.durable import write_durably, writing
+from data.durable import writing
 from data.jobs import Job
 from data.minhash import METHODS
+from data.sealed_arrays import SealedArray, save
 
 Kind = Literal["exact", "near"]
 RANGE_KEYS = 2**18
@@ -142,17 +142,16 @@ def _first(label: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64
 def _keys_of(job: RangeJob) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Keys in the range with their documents, sorted by key, then document."""
     width = 1 << (_KEY_BITS - job.bits)
-    first, last = np.uint64(job.number * width), np.uint64((job.number + 1) * width - 1)
+    first, last = job.number * width, (job.number + 1) * width - 1
     keys, ids = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for number, offset in enumerate(job.offsets[:-1]):
         if offset == job.offsets[number + 1]:
             continue
-        of_part = np.load(_file(job.signed, number, "keys"), mmap_mode="r")
-        start = int(np.searchsorted(of_part, first))
-        stop = int(np.searchsorted(of_part, last, side="right"))
-        rows = np.load(_file(job.signed, number, "rows"), mmap_mode="r")
-        keys.append(np.array(of_part[start:stop]))
-        ids.append(rows[start:stop].astype(np.int64) + offset)
+        of_part = SealedArray(_file(job.signed, number, "keys"))
+        start, stop = of_part.range_of(first, last)
+        rows = SealedArray(_file(job.signed, number, "rows"))
+        keys.append(of_part.rows(start, stop))
+        ids.append(rows.rows(start, stop).astype(np.int64) + offset)
     every_key, every_id = np.concatenate(keys), np.concatenate(ids)
     order = np.lexsort((every_id, every_key))
     return every_key[order], every_id[order]
@@ -188,19 +187,13 @@ def _signatures(job: RangeJob, ids: NDArray[np.int64]) -> NDArray[Any]:
     cuts = np.searchsorted(ids[order], offsets)
     blocks = []
     for number in np.flatnonzero(np.diff(cuts)).tolist():
-        stored = np.load(_file(job.signed, number, "signatures"), mmap_mode="r")
-        blocks.append(stored[ids[order[cuts[number] : cuts[number + 1]]] - offsets[number]])
+        stored = SealedArray(_file(job.signed, number, "signatures"))
+        of_job = ids[order[cuts[number] : cuts[number + 1]]]
+        blocks.append(stored.take(of_job - offsets[number]))
     sorted_rows = np.concatenate(blocks)
     rows = np.empty_like(sorted_rows)
     rows[order] = sorted_rows
     return rows
-
-
-def save(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as a whole or not at all."""
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
-    write_durably(path, content.getvalue())
 
 
 def _file(folder: Path, number: int, name: str) -> Path:

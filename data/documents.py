@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import BadText, DataError
-from data.stamps import Stamp
+from data.stamps import Kept, Stamp
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSIONS = {
@@ -64,7 +64,7 @@ class InputFile:
     num_bytes: int
     is_named: bool = False
     """The suffix was written by a person, not met below a folder."""
-    stamp: Stamp | None = field(default=None, compare=False, repr=False)
+    stamp: Stamp | Kept | None = field(default=None, compare=False, repr=False)
     """What it has to be whenever it is read; None is not held against anything."""
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cleaning import Cleaned, part_bytes, parts_per_job
+from data.config import DataError
 from data.documents import InputFile, Part, Reading
 from data.durable import read_sealed, write_sealed
 from data.intake import file_from_json, file_to_json
@@ -33,6 +34,8 @@ class Text:
     """Of the text, as near as is known before it is read."""
     skipped: Survey = field(default_factory=Survey)
     """What was met before and is not among the parts."""
+    num_documents: int | None = None
+    """Of the parts, where a stage before has counted them."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,24 @@ def survey_total(text: Text, jobs: Sequence[SurveyParts], *, sample_below: int =
     for job in jobs:
         found = read_sealed(job.result)["total"]
         total.add(Survey.from_json(found, sample_below=sample_below))
+    found = total.num_documents
+    if text.cleaned is None:
+        # An empty text that lies in a bucket is one that was counted.
+        found += total.dropped.total() + total.bad_lines.total()
+        found -= text.skipped.dropped.total() + text.skipped.bad_lines.total()
+    if jobs:
+        check_count(text.num_documents, found, "surveyed", jobs[0].folder)
     total.sample.sort()
     return total
+
+
+def check_count(expected: int | None, found: int, done: str, folder: Path) -> None:
+    """DataError when documents were lost or repeated between two stages."""
+    if expected is not None and expected != found:
+        raise DataError(
+            f"{found} documents were {done} where the stage before has left {expected}, so files "
+            f"in {folder.parent} were edited; remove it and run the same command again"
+        )
 
 
 def rule_to_json(rule: SplitRule) -> dict[str, Any]:

@@ -5,6 +5,7 @@ and the seed. The first pass scatters documents to buckets, which are equal rang
 second sorts each bucket. So the order is that of the keys, a pure function of seed and input, and
 depends on neither parts, tasks nor workers. A bucket is a file of JSON lines that is read on like
 any other input; how many there are follows from the bytes of the input alone.
+Every line is held against its hash, and a bucket that is read on against its own.
 Cost: the text written and read twice, about 1 s per 100 MB; twice its size on the disk while the
 preparation lasts. Memory: about 128 MiB of text in each process.
 """
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from data.cleaning import Cleaned, part_bytes, parts_per_job, read_cleaned
 from data.config import DataError
-from data.dedup import save
 from data.documents import (
     MAX_RECORD_BYTES,
     Document,
@@ -36,6 +37,8 @@ from data.documents import (
 )
 from data.durable import publish, read_sealed, write_sealed, writing
 from data.jobs import Job, files_of
+from data.sealed_arrays import SealedArray, save
+from data.stamps import Kept, damaged
 from data.survey import Survey
 
 BUCKET_BYTES = 2**27
@@ -90,7 +93,7 @@ class ScatterJob(Job):
         skipped = Survey()
         path = lines_file(self.folder, self.number)
         temporary = path.with_name(path.name + ".tmp")
-        rows: list[NDArray[np.uint64]] = [np.zeros((3, 0), np.uint64)]
+        rows: list[NDArray[np.uint64]] = [np.zeros((0, 4), np.uint64)]
         lines: list[tuple[int, bytes]] = []
         size = 0
         with temporary.open("wb") as file:
@@ -112,9 +115,9 @@ class ScatterJob(Job):
                 file.flush()
                 os.fsync(file.fileno())
         publish(temporary, path)
-        index = np.concatenate(rows, axis=1)
-        save(index_file(self.folder, self.number), index[:, np.argsort(index[0], kind="stable")])
-        write_sealed(self.result, {"skipped": skipped.to_json()})
+        index = np.concatenate(rows)
+        save(index_file(self.folder, self.number), index[np.argsort(index[:, 0], kind="stable")])
+        write_sealed(self.result, {"skipped": skipped.to_json(), "documents": len(index)})
 
 
 @dataclass(frozen=True)
@@ -126,40 +129,42 @@ class BucketJob(Job):
     num_buckets: int
 
     @property
-    def result(self) -> Path:
+    def lines(self) -> Path:
+        """The bucket, a file of JSON lines."""
         return self.folder / f"{self.number:06d}.jsonl"
 
     def run(self) -> None:
         """Read all lines of the bucket, write them sorted by key."""
         slices = [self._rows(number) for number in range(self.num_scattered)]
-        lengths = np.concatenate([rows[2] for rows in slices]).astype(np.int64)
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(np.concatenate([rows[:, 2] for rows in slices]).astype(np.int64))
         lines = memoryview(bytearray(int(ends[-1]) if len(ends) else 0))
         start = 0
         for number, rows in enumerate(slices):
-            stop = start + int(rows[2].sum())
+            stop = start + int(rows[:, 2].sum())
             _read(lines_file(self.scattered, number), rows, lines[start:stop])
             start = stop
         # Stable: equal keys stay in the order of the input.
-        order = np.argsort(np.concatenate([rows[0] for rows in slices]), kind="stable")
-        temporary = self.result.with_name(self.result.name + ".tmp")
+        order = np.argsort(np.concatenate([rows[:, 0] for rows in slices]), kind="stable")
+        starts = np.r_[0, ends[:-1]] if len(ends) else ends
+        found = xxhash.xxh3_128()
+        temporary = self.lines.with_name(self.lines.name + ".tmp")
         with writing(temporary), temporary.open("wb") as file:
-            for stop, length in zip(ends[order].tolist(), lengths[order].tolist(), strict=True):
-                file.write(lines[stop - length : stop])
+            for start, stop in zip(starts[order].tolist(), ends[order].tolist(), strict=True):
+                file.write(lines[start:stop])
+                found.update(lines[start:stop])
             file.flush()
             os.fsync(file.fileno())
-        publish(temporary, self.result)
+        publish(temporary, self.lines)
+        write_sealed(self.result, {"num_bytes": len(lines), "xxh3": found.hexdigest()})
 
     def _rows(self, number: int) -> NDArray[np.uint64]:
-        """Key, place and length of the bucket's lines in a file, by place."""
-        index = np.load(index_file(self.scattered, number), mmap_mode="r")
-        first, last = (
+        """Key, place, length and hash of the bucket's lines in a file, by place."""
+        index = SealedArray(index_file(self.scattered, number))
+        first, end = (
             -(-b * _KEY_RANGE // self.num_buckets) for b in (self.number, self.number + 1)
         )
-        start = np.searchsorted(index[0], np.uint64(first))
-        stop = None if last == _KEY_RANGE else np.searchsorted(index[0], np.uint64(last))
-        rows = np.array(index[:, start:stop])
-        return rows[:, np.argsort(rows[1], kind="stable")]
+        rows = index.between(first, end - 1)
+        return rows[np.argsort(rows[:, 1], kind="stable")]
 
 
 def scatter_jobs(
@@ -196,11 +201,17 @@ def bucket_jobs(
 
 def shuffled_files(jobs: Sequence[BucketJob]) -> list[InputFile]:
     """The buckets that hold anything, in order."""
-    files = [
-        InputFile(job.result, job.result.name, job.result.stat().st_size, is_named=True)
-        for job in jobs
-    ]
-    return [file for file in files if file.num_bytes]
+    files = []
+    for job in jobs:
+        kept = Kept(**{key: read_sealed(job.result)[key] for key in ("num_bytes", "xxh3")})
+        if kept.num_bytes:
+            files.append(InputFile(job.lines, job.lines.name, kept.num_bytes, True, kept))
+    return files
+
+
+def num_scattered(jobs: Sequence[ScatterJob]) -> int:
+    """Documents that are in some bucket."""
+    return sum(read_sealed(job.result)["documents"] for job in jobs)
 
 
 def skipped_by(jobs: Sequence[ScatterJob]) -> Survey:
@@ -217,7 +228,7 @@ def lines_file(folder: Path, number: int) -> Path:
 
 
 def index_file(folder: Path, number: int) -> Path:
-    """Key, place and length of every line of a job, sorted by key."""
+    """Key, place, length and xxh3 of every line of a job, sorted by key."""
     return folder / f"{number:06d}.index.npy"
 
 
@@ -236,7 +247,7 @@ def _line(file: InputFile, document: Document, reading: Reading) -> bytes:
 
 
 def _write_sorted(file: BinaryIO, lines: list[tuple[int, bytes]]) -> NDArray[np.uint64]:
-    """Append lines in the order of their keys; key, place and length of each."""
+    """Append lines in the order of their keys; key, place, length and xxh3 of each."""
     # By key alone: lines of one document after the other stay so where keys are equal.
     lines.sort(key=lambda line: line[0])
     keys = np.array([key for key, _ in lines], np.uint64)
@@ -244,14 +255,17 @@ def _write_sorted(file: BinaryIO, lines: list[tuple[int, bytes]]) -> NDArray[np.
     places = np.uint64(file.tell()) + np.cumsum(lengths) - lengths
     with writing(Path(file.name)):
         file.writelines(line for _, line in lines)
-    return np.stack([keys, places, lengths])
+    hashes = np.array([xxhash.xxh3_64_intdigest(line) for _, line in lines], np.uint64)
+    return np.stack([keys, places, lengths, hashes], axis=1)
 
 
 def _read(path: Path, rows: NDArray[np.uint64], into: memoryview) -> None:
-    """Read lines that are sorted by place, with one call for those that touch."""
-    if not rows.shape[1]:
+    """Read lines that are sorted by place, with one call for those that touch, and hold them
+    against their hashes.
+    """
+    if not len(rows):
         return
-    starts, lengths = rows[1].astype(np.int64), rows[2].astype(np.int64)
+    starts, lengths = rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64)
     gaps = np.flatnonzero(starts[1:] != starts[:-1] + lengths[:-1]) + 1
     with path.open("rb", buffering=0) as file:
         done = 0
@@ -264,9 +278,12 @@ def _read(path: Path, rows: NDArray[np.uint64], into: memoryview) -> None:
             while read < size:
                 count = file.readinto(into[done + read : done + size])
                 if not count:
-                    raise DataError(
-                        f"{path} is shorter than its index says; remove {path.parent} and run the "
-                        "same command again"
-                    )
+                    raise damaged(path)
                 read += count
             done += size
+    ends = np.cumsum(lengths)
+    for start, end, known in zip(
+        (ends - lengths).tolist(), ends.tolist(), rows[:, 3].tolist(), strict=True
+    ):
+        if xxhash.xxh3_64_intdigest(into[start:end]) != known:
+            raise damaged(path)

@@ -10,7 +10,7 @@ and one hash per process of a file whose ctime differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,6 +63,37 @@ class Stamp:
         return now
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a preparation has kept for itself, known by its content alone."""
+
+    num_bytes: int
+    xxh3: str
+
+    def check_written(self, path: Path) -> Moment:
+        """The file as it is now, by its size. DataError when that is another one."""
+        with suppress(InputChanged):
+            now = moment(path)
+            if now[0] == self.num_bytes:
+                return now
+        raise damaged(path)
+
+    def confirm(self, path: Path) -> Moment:
+        """The file as it is now. DataError when it is not what was kept."""
+        now = self.check_written(path)
+        if _digest_at(path, now) != self.xxh3:
+            raise damaged(path)
+        return now
+
+
+def damaged(path: Path) -> DataError:
+    """For a file of the work that is not what was written there."""
+    return DataError(
+        f"{path} is damaged or was edited: it is not what this preparation wrote there; remove "
+        f"{path.parent} and run the same command again"
+    )
+
+
 def moment(path: Path) -> Moment:
     """The file as it is now. InputChanged when it cannot be looked at."""
     try:
@@ -73,7 +104,7 @@ def moment(path: Path) -> Moment:
 
 
 @contextmanager
-def unchanged(path: Path, then: Stamp | None) -> Iterator[Moment | None]:
+def unchanged(path: Path, then: Stamp | Kept | None) -> Iterator[Moment | None]:
     """Around code that reads a file: InputChanged when it is not, or does not stay, what it was.
     A file without a stamp is not looked at.
     """

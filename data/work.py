@@ -3,7 +3,8 @@ before.
 
 Results lie in OUTPUT/headrace.work, each stage's in a folder named by a hash of all that they
 depend on: other settings or other input have other folders, so nothing stale is ever read, and what
-a change does not concern is not done again. Memory: about 300 bytes for each file and each part of
+a change does not concern is not done again. All of them carry hashes, and documents are counted from
+stage to stage. Memory: about 300 bytes for each file and each part of
 the input.
 """
 
@@ -36,7 +37,7 @@ from data.intake import (
 from data.jobs import MAX_JOBS, Job, key_of
 from data.manifest import dtype_for
 from data.readers import InputFile, cut_parts, reading_of
-from data.rounds import SurveyParts, Text, rule_from_json, survey_jobs
+from data.rounds import SurveyParts, Text, check_count, rule_from_json, survey_jobs
 from data.shuffle import BucketJob, ScatterJob
 from data.split import SplitRule
 from data.stamps import Stamp
@@ -172,7 +173,10 @@ class Work:
         files = shuffle.shuffled_files(self.bucket_jobs)
         parts = cut_parts(files, self.request.config.part_bytes)
         skipped = shuffle.skipped_by(self.scatter_jobs)
-        return Text(parts, shuffle.buckets_reading(text.reading), None, text.num_bytes, skipped)
+        found = shuffle.num_scattered(self.scatter_jobs)
+        check_count(text.num_documents, found, "scattered to buckets", self.scatter_jobs[0].folder)
+        reading = shuffle.buckets_reading(text.reading)
+        return Text(parts, reading, None, text.num_bytes, skipped, found)
 
     def survey_jobs(self, rule: SplitRule) -> list[SurveyParts]:
         """Parts to survey under a rule for the split."""
@@ -232,13 +236,14 @@ class Work:
     def _cleaned_text(self) -> Text:
         parts, config = self.intake.parts, self.request.config
         num_bytes = sum(file.num_bytes for file in self.files)
-        cleaned = None
+        cleaned = num_documents = None
         if self.cleaning is not None:
+            num_documents = self.cleaning["kept_documents"]
             num_bytes = self.cleaning["kept_bytes"]
             source = self.clean_jobs[0] if config.clean.dedup == "off" else self.drop_job
             step = cleaning.parts_per_job(len(parts))
             cleaned = Cleaned(self.request.cleaner, source.folder, step)
-        return Text(parts, reading_of(config), cleaned, num_bytes)
+        return Text(parts, reading_of(config), cleaned, num_bytes, num_documents=num_documents)
 
     @cached_property
     def _cleaning_depends_on(self) -> dict[str, Any]:
@@ -264,7 +269,7 @@ class Work:
 def _stamps_of(files: Iterable[InputFile]) -> list[list[int]]:
     """Size, time of writing and time of change of files that were found."""
     stamps = [file.stamp for file in files]
-    return [[s.num_bytes, s.mtime_ns, s.ctime_ns] for s in stamps if s is not None]
+    return [[s.num_bytes, s.mtime_ns, s.ctime_ns] for s in stamps if isinstance(s, Stamp)]
 
 
 def _limits() -> list[int]:
