@@ -9,6 +9,7 @@ them.
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data.config import DataUsageError
+from data.config import DataError, DataUsageError
 from data.tables import TableError, table_rows
 from data.words import ngram_hashes, word_hashes, words_of
 
@@ -73,10 +74,12 @@ def evaluation_files(paths: tuple[Path, ...]) -> tuple[EvaluationFile, ...]:
 
 @lru_cache(maxsize=1)
 def load_evaluation(files: tuple[EvaluationFile, ...]) -> Evaluation:
-    """Read all files. Raises DataUsageError for one that cannot be read or holds no 13-gram."""
+    """Read all files. Raises DataUsageError for one that cannot be read or holds no 13-gram,
+    DataError for one that is no longer what it was named for.
+    """
     hashes, owners, report = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint16)], []
     for number, file in enumerate(files):
-        texts = [ngram_hashes(word_hashes(words_of(t)), NGRAM_WORDS) for t in _texts(file.path)]
+        texts = [ngram_hashes(word_hashes(words_of(t)), NGRAM_WORDS) for t in _texts(file)]
         found = np.unique(np.concatenate([np.zeros(0, np.uint64), *texts]))
         if len(found) == 0:
             raise DataUsageError(
@@ -93,10 +96,28 @@ def load_evaluation(files: tuple[EvaluationFile, ...]) -> Evaluation:
     return Evaluation(kept, np.concatenate(owners)[first], tuple(report))
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _content(file: EvaluationFile) -> bytes:
+    """Processes read at other moments, so each makes sure that it sees the same."""
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"--decontaminate {file.path} cannot be read any more: {error.strerror}; put it back "
+            "and run the same command again"
+        ) from None
+    if xxhash.xxh3_128_hexdigest(content) != file.xxh3:
+        raise DataError(
+            f"--decontaminate {file.path} changed while documents were held against it; put it "
+            "back and run the same command again, or name another output"
+        )
+    return content
+
+
+def _texts(file: EvaluationFile) -> Iterator[str]:
+    path, content = file.path, _content(file)
     line = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="") as stream:
             if path.suffix.lower() in (".jsonl", ".ndjson"):
                 for line, row in enumerate(stream, 1):  # noqa: B007 (named in the error)
                     if row.strip():

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataUsageError
+from data.config import DataError, DataUsageError, PrepareConfig
 from data.decontaminate import evaluation_files, load_evaluation
+from data.prepare import prepare
 from tests.data.texts import prose
 
 QUESTION = (
@@ -80,3 +81,24 @@ def test_files_that_cannot_be_used_are_refused_with_the_reason(
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataUsageError, match=message):
             overlaps("text", tmp_path / name)
+
+
+def test_a_file_that_changes_before_a_worker_reads_it_is_named(
+    evaluation: Path, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(prose(20_000))
+    config = PrepareConfig(vocab_size=400, val_fraction=0)
+
+    def swap(stage: str, done: int, total: int) -> None:
+        if stage == "clean":
+            # The next process, or the next call, would hold documents against this one.
+            evaluation.write_text(json.dumps({"question": prose(300)}))
+            load_evaluation.cache_clear()
+
+    with pytest.raises(DataError, match=r"test\.jsonl changed while documents were held against"):
+        prepare([str(path)], output, config, workers=1, decontaminate=[evaluation], progress=swap)
+    files = evaluation_files((evaluation,))
+    evaluation.unlink()
+    with pytest.raises(DataError, match=r"test\.jsonl cannot be read any more: No such file"):
+        load_evaluation(files)
