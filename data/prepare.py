@@ -257,7 +257,9 @@ def _chosen(request: Request, name: str) -> tuple[list[Stage[Work]], Stage[Work]
 def _find(request: Request) -> list[InputFile]:
     """The input; what comes from elsewhere is kept beside the output, which has to be held."""
     output = request.output
-    keep = output.with_name(f"{output.name}.inputs")
+    # `.` and `..` have a name only by where they are.
+    place = output if output.name not in ("", "..") else output.resolve()
+    keep = place.with_name(f"{place.name}.inputs")
     remove_drafts(keep)
     files = find_files(request.inputs, keep)
     for named in request.inputs:

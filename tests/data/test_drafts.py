@@ -82,3 +82,26 @@ def test_what_was_kept_is_found_where_it_lies(tmp_path: Path) -> None:
     (file,) = find_files([command(tmp_path)], tmp_path / "keep")
     assert file.path.parent == tmp_path / "keep"
     assert file.path.read_text() == (tmp_path / "text").read_text() + "\n"
+
+
+@pytest.mark.parametrize("named", [".", "../here", "sub/.."])
+def test_the_current_folder_is_an_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    piped, here = command(tmp_path), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    if named == "sub/..":
+        (tmp_path / "sub").mkdir()
+        monkeypatch.chdir(tmp_path / "sub")
+        (tmp_path / "sub" / "sub").mkdir()
+        with pytest.raises(DataUsageError, match="is not empty and was not begun by this command"):
+            prepare([piped], Path(named), CONFIG, workers=1)
+        return
+    assert prepare([piped], Path(named), CONFIG, workers=1).manifest.counts["documents"] == 1
+    assert [path.name for path in (tmp_path / "here.inputs").iterdir()]
+
+
+def test_the_root_of_a_file_system_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(DataUsageError, match="/ is not empty and was not begun"):
+        prepare([command(tmp_path)], Path("/"), CONFIG, workers=1)
