@@ -176,10 +176,11 @@ class Cleaner:
 
 
 def _normal(text: str, found: Counter[str]) -> str:
-    """NFC without NUL and without a mark of byte order at the start; documents changed by kind."""
+    """NFC without NUL and without marks of byte order at the start; documents changed by kind."""
     steps: dict[str, Callable[[str], str]] = {
-        "byte order mark": lambda text: text.removeprefix(_BOM),
+        # First: a mark may stand behind it.
         "NUL": lambda text: text.replace("\0", ""),
+        "byte order mark": lambda text: text.lstrip(_BOM),
         "not NFC": lambda text: unicodedata.normalize("NFC", text),
     }
     for kind, step in steps.items():

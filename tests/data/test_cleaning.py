@@ -202,3 +202,11 @@ def test_work_of_another_command_is_not_continued(corpus: Path, near: Path, tmp_
     assert (output / WORK).is_dir()
     run(corpus, output, dedup="near", mask_pii=True)
     assert tree(output) == tree(near)
+
+
+def test_no_mark_of_byte_order_stays_at_the_start_whatever_stands_before_it() -> None:
+    cleaner = Cleaner(CleanConfig(normalize=True))
+    for text in ("\ufeffabc", "\0\ufeffabc", "\ufeff\ufeffabc", "\ufeff\0\ufeff\0abc"):
+        assert cleaner.changed(text.encode()) == b"abc"
+        assert cleaner.clean(text.encode(), {}) == "abc"
+    assert cleaner.changed("a\ufeffb".encode()) == "a\ufeffb".encode(), "inside it is a character"
