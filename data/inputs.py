@@ -181,17 +181,22 @@ def _expand(named: str) -> list[Found]:
     if not glob.has_magic(named):
         raise DataUsageError(f"--input {named}: no such file or folder (looked in {Path.cwd()})")
     matches = [Path(match) for match in sorted(glob.glob(named, recursive=True))]
-    found = [
-        (match, match.name, named.endswith(match.suffix)) for match in matches if match.is_file()
-    ]
-    if not found:
-        found = [found for match in matches if match.is_dir() for found in _walk(match)]
+    has_files = any(match.is_file() for match in matches)
+    found = []
+    for match in matches:
+        if match.is_file():
+            found.append((match, match.name, named.endswith(match.suffix)))
+        elif match.is_dir() and not has_files:
+            found += _walk(match)
+        elif match.is_dir() and "**" not in named:
+            # As when the shell had named them; ** has named what is in them already.
+            found += _walk(match, may_be_empty=True)
     if not found:
         raise DataUsageError(f"--input {named}: no file matches this pattern")
     return found
 
 
-def _walk(folder: Path) -> list[Found]:
+def _walk(folder: Path, *, may_be_empty: bool = False) -> list[Found]:
     """Files below `folder`, sorted by relative path; linked folders are followed once."""
     found: list[tuple[str, Path]] = []
     visited: set[str] = set()
@@ -211,7 +216,7 @@ def _walk(folder: Path) -> list[Found]:
                     f"{path} is a link to nothing; mend or remove it, or name the files beside it"
                 )
             found.append((path.relative_to(folder).as_posix(), path))
-    if not found:
+    if not found and not may_be_empty:
         raise DataUsageError(f"--input {folder}: the folder holds no files")
     top = folder.resolve().name
     return [(path, f"{top}/{relative}", False) for relative, path in sorted(found)]

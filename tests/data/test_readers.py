@@ -64,6 +64,17 @@ def test_a_pattern_matches_sorted_files(tmp_path: Path) -> None:
     assert [f.name for f in found] == ["a.txt", "b.txt", "c.txt"]
 
 
+def test_a_pattern_matches_folders_beside_files_as_the_shell_would(tmp_path: Path) -> None:
+    for name in ("a.txt", "deep/more/c.txt", "z.txt", "deep.md"):
+        write(tmp_path / name, "x")
+    (tmp_path / "empty").mkdir()
+    found = [file.name for file in find_files([str(tmp_path / "*")])]
+    assert found == ["a.txt", "deep/more/c.txt", "deep.md", "z.txt"]
+    assert sorted(f.name for f in find_files([str(tmp_path / "**")])) == sorted(
+        ["a.txt", "c.txt", "deep.md", "z.txt"]
+    )
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
     path = write(tmp_path / "notes[1].txt", "x")
     assert [file.path for file in find_files([str(path)])] == [path]
