@@ -32,6 +32,7 @@ from data.survey_words import (
     id_warnings,
     listed,
     share_warnings,
+    unknown_warnings,
 )
 from data.tokenizer import load_tokenizer, special_ids, tokenizer_file
 from data.tokenizer_json import MODEL_FILE
@@ -146,6 +147,8 @@ class CommitJob(Job):
             warnings.append(f"{what} were skipped: {listed(total.bad_lines)}")
         warnings += bad_text_warnings(total)
         warnings += id_warnings(total, work.request.config.id_field)
+        num_unknown = sum(job.num_unknown() for job in work.shard_jobs)
+        warnings += unknown_warnings(num_unknown)
         file = tokenizer_file(output)
         tokenizer = load_tokenizer(file)
         inputs = work.command["inputs"]
@@ -163,6 +166,7 @@ class CommitJob(Job):
                 "bad_lines": dict(sorted(total.bad_lines.items())),
                 "tokenizer": work.settled["tokenizer"],
                 "warnings": warnings,
+                **({"unknown_tokens": num_unknown} if num_unknown else {}),
                 **({"clean": work.cleaning["report"]} if work.cleaning else {}),
             },
             split_rule=rule.describe(),

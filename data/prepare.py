@@ -19,11 +19,11 @@ from data.claim import LOCK, WORK, holding, read_claim
 from data.commit import KIND, CommitJob, check_same, refuse, tokenize
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.drafts import remove_drafts
-from data.encode import write_shards
 from data.jobs import WHOLE, Stage, Task, check_complete, files_of, here, run_stage
 from data.manifest import MANIFEST, Manifest, read_manifest
 from data.pool import Pool, Progress, WorkerDied
 from data.readers import InputFile, find_files
+from data.shard_jobs import write_shards
 from data.stamps import InputChanged
 from data.survey import first_rule
 from data.work import Request, Work, load_plan, make_plan, remove_work

@@ -72,6 +72,17 @@ def id_warnings(found: Survey, id_field: str) -> list[str]:
     ]
 
 
+def unknown_warnings(num_unknown: int) -> list[str]:
+    """What a person should know of text that the tokenizer cannot express."""
+    if not num_unknown:
+        return []
+    return [
+        f"{num_unknown} tokens of the dataset are the tokenizer's unknown token: the characters "
+        "that they stand for are lost; bring a tokenizer with byte fallback, or have one trained "
+        "here (no --tokenizer)"
+    ]
+
+
 def bad_noun(found: Survey) -> str:
     """What the bad lines are lines of."""
     return "JSON lines" if all(bad.where is None for bad in found.examples) else "records"

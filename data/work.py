@@ -25,7 +25,6 @@ from data.config import DataUsageError, PrepareConfig
 from data.decontaminate import evaluation_files
 from data.dedup import RangeJob, range_jobs
 from data.durable import file_sha256, read_sealed, write_sealed, writing
-from data.encode import Encoding, ShardJob, shard_jobs
 from data.intake import (
     Intake,
     ReadJob,
@@ -38,6 +37,7 @@ from data.jobs import MAX_JOBS, Job, key_of
 from data.manifest import dtype_for
 from data.readers import InputFile, cut_parts, reading_of
 from data.rounds import SurveyParts, Text, check_count, rule_from_json, survey_jobs
+from data.shard_jobs import Encoding, ShardJob, shard_jobs
 from data.shuffle import BucketJob, ScatterJob
 from data.split import SplitRule
 from data.stamps import Stamp
