@@ -128,8 +128,18 @@ def _unpack(stream: IO[bytes], file: InputFile) -> Iterator[bytes]:
                     "end; fetch or pack the file again"
                 )
         pending = member.unused_data or stream.read(_READ_BYTES)
-        while kind in _PADDED and pending and not (pending := pending.lstrip(b"\0")):
-            pending = stream.read(_READ_BYTES)
+        padding = 0
+        while kind in _PADDED and pending:
+            content = pending.lstrip(b"\0")
+            padding += len(pending) - len(content)
+            pending = content or stream.read(_READ_BYTES)
+            if content:
+                break
+        if kind == "xz" and padding % 4:
+            raise DataError(
+                f"{file.path}: {padding} bytes of padding follow a stream of xz, which has a "
+                "multiple of 4: it is cut off or damaged; fetch or pack the file again"
+            )
 
 
 def _decompressor(kind: str) -> _Decompressor:

@@ -293,7 +293,7 @@ def is_json_lines(head: bytes) -> bool:
         return False
     try:
         value: Any = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict)
 

@@ -162,7 +162,7 @@ def _check_plain(head: bytes) -> None:
         )
     try:
         is_object = isinstance(json.loads(head.partition(b"\n")[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         is_object = False
     if is_object:
         raise DataUsageError(

@@ -36,11 +36,11 @@ def read_parquet(file: InputFile, reading: Reading) -> Iterator[Document | Dropp
             column, id_column = reading.text_field, _id_column(table.schema_arrow, reading)
             columns = [column, id_column] if id_column else [column]
             for batch in table.iter_batches(_ROWS, columns=columns, use_threads=False):
-                names = _values(pa, batch, id_column).to_pylist() if id_column else None
+                ids = _values(pa, batch, id_column) if id_column else None
                 for at, value in enumerate(_values(pa, batch, column).cast(pa.large_binary())):
                     item = _row(value.as_py(), file, reading, index)
-                    if names is not None and isinstance(item, Document):
-                        item = replace(item, id=as_id(names[at]))
+                    if ids is not None and isinstance(item, Document):
+                        item = replace(item, id=_id(ids[at], file, reading, index))
                     yield item
                     index += 1
             expected = table.metadata.num_rows
@@ -104,6 +104,16 @@ def _id_column(schema: Any, reading: Reading) -> str:
             return ""
         at = at.field(names.index(key)).type
     return reading.id_field
+
+
+def _id(value: Any, file: InputFile, reading: Reading, index: int) -> str:
+    try:
+        return as_id(value.as_py())
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file.path}, row {index + 1}: its id, in column {reading.id_field!r}, is not UTF-8 "
+            f"({error.reason} at byte {error.start}); mend the column, or leave out --id-field"
+        ) from None
 
 
 def _values(pa: Any, batch: Any, column: str) -> Any:

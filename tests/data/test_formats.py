@@ -224,6 +224,8 @@ REFUSED_FILES = [
     ("a.jsonl.gz", PACK[".zst"](b"x"), "named like gzip but .* which is zstd; rename it"),
     ("a.txt.bz2", bz2.compress(b"x") + b"junk", "damaged bzip2 data"),
     ("a.txt.xz", lzma.compress(b"x") + b"some junk" * 9, "damaged xz data"),
+    ("a.txt.xz", lzma.compress(b"x") + bytes(3), "3 bytes of padding follow a stream of xz"),
+    ("a.txt.xz", (lzma.compress(b"x") + bytes(5)) * 2, "5 bytes of padding follow a stream of xz"),
     ("a.txt.gz", gzip.compress(b"x") + b"junk", "damaged gzip data"),
     ("a.txt.zst", PACK[".zst"](b"x") + b"junk", "damaged zstd data"),
     ("a.txt.gz", gzip.compress(b"caf\xe9"), r"\(unpacked\): not UTF-8 at byte offset 3"),
@@ -290,6 +292,26 @@ def test_a_sample_of_a_tar_is_its_text_and_says_when_it_has_none(tmp_path: Path)
     (none,) = bad(items)
     assert (none.place, none.reason) == (f"{tmp_path}/a.tar, sample 'b'", "no text member")
     assert none.detail == "it has .jpg, .cls"
+
+
+def test_json_nested_too_deeply_is_a_bad_record(tmp_path: Path) -> None:
+    deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+    items = read(write(tmp_path / "a.json", deep + b'{"text": "b"}\n'))
+    assert texts(items) == ["b"]
+    assert [item.reason for item in bad(items)] == ["broken JSON"]
+
+
+def test_a_parquet_id_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    offsets = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0")
+    ids = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"x\xff")]
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", "b"], "id": ids}), tmp_path / "a.parquet"
+    )
+    message = r"a\.parquet, row 2: its id, in column 'id', is not UTF-8 \(invalid start byte at byt"
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.parquet", Reading(id_field="id"))
 
 
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:

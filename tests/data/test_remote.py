@@ -231,6 +231,7 @@ def piped(content: bytes, named: str, keep: Path) -> subprocess.CompletedProcess
 def test_standard_input_is_kept_as_a_file_of_the_format_that_is_named(tmp_path: Path) -> None:
     lines = b'{"text": "one"}\n{"text": "two"}\n'
     assert piped(b"some text", "-", tmp_path).stdout == b"some text\n"
+    assert piped(b"[" * 50_000, "-", tmp_path).stdout == b"[" * 50_000 + b"\n"
     assert piped(lines, "-.jsonl", tmp_path).stdout == b"one\ntwo\n"
     assert piped(gzip.compress(lines), "-.jsonl.gz", tmp_path).stdout == b"one\ntwo\n"
     assert piped(lines, "-.txt", tmp_path).stdout == lines + b"\n"
