@@ -1,10 +1,12 @@
 """Which source every sample comes from: a table of 65,536 slots per phase, repeated for ever.
 
-Weights become slots by largest remainder (at least one slot for a positive weight). The slots of a
-source are spread so that after any number of samples it has had its share to within one sample
-(Tijdeman's quota method). A phase starts at a sample; changing weights appends a phase, and every
-source goes on at the sample where it stood, so nothing is lost or repeated. Where samples change
-their length, the phase says at which sample of the new length each source goes on.
+Weights become slots by largest remainder (at least one slot for a positive weight), so a share is a
+whole number of 65,536ths: 0.3 becomes 0.3000031. The slots of a source are spread so that after any
+number of samples it has had that share to within one sample (Tijdeman's quota method). A phase
+number of samples it has had that share to within one sample (Tijdeman's quota method). A phase
+starts at a sample; changing weights appends a phase, and every source goes on where it stood, so
+nothing is lost or repeated. Where samples change their length, the phase says at which sample of the
+new length each source goes on.
 Cost: 0.1 s and 400 KB per phase with several sources, a single source costs nothing to build.
 """
 
@@ -159,6 +161,9 @@ def quotas(weights: Mapping[str, float]) -> dict[str, int]:
         )
     names = sorted(weights)
     total = sum(weights[name] for name in names)
+    if total == float("inf"):
+        largest = max(weights.values())
+        return quotas({name: weights[name] / largest or 5e-324 for name in names})
     ideal = {name: weights[name] / total * NUM_SLOTS for name in names}
     slots = {name: max(int(ideal[name]), 1) for name in names}
     while sum(slots.values()) < NUM_SLOTS:
@@ -168,6 +173,19 @@ def quotas(weights: Mapping[str, float]) -> dict[str, int]:
         payers = [name for name in names if slots[name] > 1]
         slots[max(payers, key=lambda name: slots[name] - ideal[name])] -= 1
     return slots
+
+
+def check_shares(weights: Mapping[str, float]) -> None:
+    """DataUsageError for a weight that is less than one slot: it would get many times its share."""
+    largest = max(weights.values(), default=1.0)
+    total = sum(weight / largest for weight in weights.values())
+    for name, weight in weights.items():
+        if weight / largest * NUM_SLOTS < total:
+            raise DataUsageError(
+                f"source {name!r} has weight {weight}, less than one {NUM_SLOTS:,}th of all "
+                f"weights, which is the finest share of a mixture; give it at least "
+                f"{total / NUM_SLOTS * largest:.3g}, or leave the source out"
+            )
 
 
 @lru_cache(maxsize=32)

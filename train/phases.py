@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from data.config import DataError
 from data.durable import RowFile
 from data.lengths import carried_over
+from data.mixture import check_shares
 from data.phases import Phases, RunPhase, first_phase, standing
 from data.sources import Datasets, check_continues
 from train.config import ConfigError, RunConfig
@@ -96,11 +97,13 @@ def phases_of(
     the run stands. Whether the change is allowed is not asked here, but a new seq_len that nobody
     has asked for, which `open_run` refuses, begins none.
 
-    DataUsageError where a new seq_len cannot begin.
+    DataUsageError where a new seq_len cannot begin, or a weight is too small for a new phase.
     """
     slots, fingerprints = datasets.slots(), datasets.fingerprints()
     seq_len = config.seq_len
+    weights = {source.name: source.weight for source in config.data.sources}
     if not history.phases or history.steps == 0:
+        check_shares(weights)
         return Phases([first_phase(config.batch_samples, slots, fingerprints, seq_len=seq_len)])
     phases = Phases(history.phases)
     last = phases.rows[-1]
@@ -109,6 +112,7 @@ def phases_of(
     if last.seq_len != seq_len and "seq_len" not in allow_change:
         return phases
     check_continues(phases.fingerprints, fingerprints)
+    check_shares(weights)
     new = RunPhase(
         first_step=history.steps + 1,
         first_sample=phases.samples(history.steps)[1],

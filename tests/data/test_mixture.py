@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.config import DataUsageError
-from data.mixture import NUM_SLOTS, Mixture, Phase, quotas
+from data.mixture import NUM_SLOTS, Mixture, Phase, check_shares, quotas
 
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.001, "e": 0.07, "f": 0.02, "g": 0.005, "h": 0.004}
 
@@ -92,6 +92,23 @@ def test_the_state_is_whole_numbers() -> None:
         {"start": 0, "slots": {"a": 49152, "b": 16384}},
         {"start": 10, "slots": {"b": 65536}},
     ]
+
+
+def test_weights_whose_sum_is_no_number_are_mixed_all_the_same() -> None:
+    assert quotas({"a": 1e308, "b": 1e308, "c": 1e300}) == quotas({"a": 1, "b": 1, "c": 1e-8})
+    assert quotas({"a": 1.7e308, "b": 1.7e308, "c": 1e-300}) == {"a": 32767, "b": 32768, "c": 1}
+
+
+def test_a_weight_below_the_finest_share_is_refused() -> None:
+    check_shares({})
+    check_shares({"a": 65_535, "b": 1})
+    message = r"source 'b' has weight 0\.9, less than one 65,536th .* give it at least 1, or leave"
+    with pytest.raises(DataUsageError, match=message):
+        check_shares({"a": 65_535, "b": 0.9})
+    with pytest.raises(
+        DataUsageError, match=r"'c' has weight 1e\+300, .* at least 3\.05e\+303, or"
+    ):
+        check_shares({"a": 1e308, "b": 1e308, "c": 1e300})
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])

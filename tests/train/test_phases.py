@@ -162,6 +162,12 @@ def test_a_dropped_source_is_known_when_it_comes_back(datasets: list[Path], tmp_
         reopen(run, swapped, "data.sources", steps=6)
 
 
+def test_a_share_too_small_to_be_kept_begins_no_run(datasets: list[Path]) -> None:
+    tiny = config(datasets, (1, 1e-6))
+    with pytest.raises(DataUsageError, match=r"source 'code' has weight 1e-06, less than one 65,5"):
+        phases_of(tiny, open_datasets(data_of(tiny.data), seq_len=32), History((), 0))
+
+
 def test_one_named_dataset_gives_the_samples_of_the_short_form(datasets: list[Path]) -> None:
     short = SampleStream(datasets[0], seq_len=32, seed=3)
     (inner,) = short.sources
