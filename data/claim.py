@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ LOCK = "headrace.lock.json"
 WORK = "headrace.work"
 """A folder in an output for what is needed until it is finished; it may come before the lock."""
 FORMAT = 1
+LETTING_GO_SECONDS = 1.0
 
 
 def read_claim(folder: Path, kind: str) -> dict[str, Any] | None:
@@ -89,7 +91,7 @@ def _held(folder: Path, kind: int) -> int:
             continue
         try:
             with suppress(OSError):
-                if not _lock(handle, kind):
+                if not _lock_soon(handle, kind):
                     raise DataUsageError(
                         f"another process is writing {folder}; wait until it has finished"
                     )
@@ -114,6 +116,18 @@ def is_abandoned(folder: Path) -> bool:
         return False
     finally:
         os.close(handle)
+
+
+def _lock_soon(handle: int, kind: int) -> bool:
+    """A program that somebody was about to start when it was killed holds the lock for a moment
+    longer.
+    """
+    deadline = time.monotonic() + LETTING_GO_SECONDS
+    while not _lock(handle, kind):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:

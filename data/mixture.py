@@ -5,8 +5,8 @@ whole number of 65,536ths: 0.3 becomes 0.3000031. The slots of a source are spre
 number of samples it has had that share to within one sample (Tijdeman's quota method). A phase
 number of samples it has had that share to within one sample (Tijdeman's quota method). A phase
 starts at a sample; changing weights appends a phase, and every source goes on where it stood, so
-nothing is lost or repeated. Where samples change their length, the phase says at which sample of the
-new length each source goes on.
+nothing is lost or repeated. Where samples change their length, the phase says at which sample of
+the new length each source goes on.
 Cost: 0.1 s and 400 KB per phase with several sources, a single source costs nothing to build.
 """
 

@@ -3,9 +3,8 @@ before.
 
 Results lie in OUTPUT/headrace.work, each stage's in a folder named by a hash of all that they
 depend on: other settings or other input have other folders, so nothing stale is ever read, and what
-a change does not concern is not done again. All of them carry hashes, and documents are counted from
-stage to stage. Memory: about 300 bytes for each file and each part of
-the input.
+a change does not concern is not done again. All of them carry hashes, and documents are counted
+from stage to stage. Memory: about 300 bytes for each file and each part of the input.
 """
 
 from __future__ import annotations
