@@ -3,7 +3,6 @@
 Weights become slots by largest remainder (at least one slot for a positive weight), so a share is a
 whole number of 65,536ths: 0.3 becomes 0.3000031. The slots of a source are spread so that after any
 number of samples it has had that share to within one sample (Tijdeman's quota method). A phase
-number of samples it has had that share to within one sample (Tijdeman's quota method). A phase
 starts at a sample; changing weights appends a phase, and every source goes on where it stood, so
 nothing is lost or repeated. Where samples change their length, the phase says at which sample of
 the new length each source goes on.
