@@ -21,6 +21,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -238,12 +239,15 @@ class PlanReader:
         self._reset()
 
     def _reset(self) -> None:
-        self._table = read_table(self._place, self._table_sha256)
         self._files: Recent[int, tuple[int, int]] = Recent(
             MAX_FILES, drop=lambda file: os.close(file[0])
         )
         self._parts: Recent[int, Parts] = Recent(MAX_SAMPLES)
         self._checked: set[int] = set()
+
+    @cached_property
+    def _table(self) -> NDArray[np.void]:
+        return read_table(self._place, self._table_sha256)
 
     def _num_samples(self, shard: int) -> int:
         return self._ends[shard] - (self._ends[shard - 1] if shard else 0)

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,15 @@ class TokenSource:
         self._reset()
 
     def _reset(self) -> None:
-        self._table = read_table(self._place, self._table_sha256)
         self._files: Recent[tuple[int, int, Kind], int] = Recent(MAX_FILES, drop=os.close)
         self._indexes: Recent[int, _Index] = Recent(MAX_INDEXES)
         self._checked: dict[int, bytearray] = {}
         self._bad: dict[tuple[int, int], str] = {}
+
+    @cached_property
+    def _table(self) -> NDArray[np.void]:
+        """Opened when it is first needed: by then a loader process can tell what is wrong."""
+        return read_table(self._place, self._table_sha256)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(shard, chunk, first, last) of each piece, the tokens counted inside the chunk."""

@@ -196,7 +196,7 @@ def test_a_copy_refuses_the_dataset_that_took_the_place_of_its_own(tmp_path: Pat
     link.unlink()
     link.symlink_to("new")
     with pytest.raises(DataError, match=r"dataset/shards\.npy is missing or damaged \(its sha256"):
-        pickle.loads(raw)
+        pickle.loads(raw).read(0, 100)
 
 
 def test_rows_that_touch_damage_are_the_same_whoever_reads_them(own_dataset: Path) -> None:
