@@ -104,7 +104,7 @@ def export_problem(file: Path) -> str:
     try:
         if file.suffix != ".json":
             check_has_twin(read_piece_model(file.read_bytes()), str(file))
-    except DataUsageError as error:
+    except ValueError as error:
         return f"models trained with it cannot be exported: {error}"
     return ""
 
