@@ -150,6 +150,8 @@ def test_a_node_that_dies_and_has_no_substitute_is_done_without(
     slurm: Cluster, dataset: Path, plain: Path
 ) -> None:
     run, script = slurm.folder / "fewer", slurm.folder / "fewer.sbatch"
+    # Where the job's own log goes; `submit` makes it.
+    (run / "logs").mkdir(parents=True)
     script.write_text(
         slurm.run(
             "headrace", "submit", "small.toml", f"data={dataset}", "--run", run, *SIZES,
