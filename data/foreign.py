@@ -27,7 +27,13 @@ from data.durable import file_sha256
 from data.foreign_tar import TYPES, Array, read_arrays
 from data.manifest import MANIFEST, Manifest, ShardEntry, dtype_for, read_manifest, write_manifest
 from data.shards import write_shard
-from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer, tokenizer_file
+from data.tokenizer import (
+    Tokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+    special_ids,
+    tokenizer_file,
+)
 from data.vocabulary import tokenizer_identity
 
 KIND = "dataset"
@@ -212,8 +218,6 @@ def _commit(
     found: _Found,
     command: Mapping[str, Any],
 ) -> Indexed:
-    special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id}
-    special |= {"eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     counts = {"files": len(command["inputs"]), "documents": found.documents}
     for side in ("train", "val"):
         counts[f"documents_{side}"] = sum(e.documents for e in entries if e.split == side)
@@ -229,7 +233,7 @@ def _commit(
         entries,
         tokenizer=file,
         vocab_size=tokenizer.vocab_size,
-        special_ids={name: id_ for name, id_ in special.items() if id_ is not None},
+        special_ids=special_ids(tokenizer),
         preparation={
             "config": {**command["config"], "bos": bos},
             "inputs": command["inputs"],

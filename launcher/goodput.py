@@ -16,7 +16,7 @@ from launcher.figures import Figure, counted, duration, sized, timed
 from launcher.gpus import Gpu
 from model.flops import num_parameters
 from train.config import RunConfig
-from train.interval import PRIOR_HOURS, RESTART_SECONDS, Costs, choose, goodput
+from train.interval import LONGEST_SECONDS, PRIOR_HOURS, RESTART_SECONDS, Costs, choose, goodput
 
 COPY_SHARE = 0.75
 """Of PCIe's bandwidth, by the copy to pinned memory: 13.2 GB in 0.276 s on one H200
@@ -108,7 +108,8 @@ def checkpoint_figures(
         "checkpoint_interval",
         best.steps,
         f"steps; exp(-(t + C) / M) = 1 - t / M (Daly 2006; sqrt(2 C M) to first order) with C = "
-        f"{costs.stall:.3g} s, M = {costs.between_failures:,.0f} s, t not below {costs.lag:.3g} s",
+        f"{costs.stall:.3g} s, M = {costs.between_failures:,.0f} s, t not below {costs.lag:.3g} s, "
+        f"nor above {duration(LONGEST_SECONDS)}",
     )
     yield Figure(
         "goodput",

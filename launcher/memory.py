@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.figures import Figure, counted, sized
 from launcher.gpus import GB
+from launcher.step_time import BUCKET_ELEMENTS, PREFETCH_ELEMENTS
 from model.flops import activation_bytes, num_parameters
 from train.config import RunConfig
 
@@ -27,13 +28,8 @@ peak_gb in docs/evidence/gpu_speed.json.
 """
 MARGINS = ("memory_fragmentation", "memory_reserve")
 """Figures that are no tensors."""
-BUCKET_ELEMENTS = 5 * 10**8
-"""DeepSpeed's default reduce_bucket_size, and that of its bf16 stage 1 and stage 0 in any case."""
 LIVE_ELEMENTS = 10**9
 """DeepSpeed's default stage3_max_live_parameters."""
-
-PREFETCH_ELEMENTS = 5 * 10**7
-"""DeepSpeed's default stage3_prefetch_bucket_size."""
 
 Change = Mapping[str, Any]
 """Dotted keys of a config with new values."""

@@ -5,7 +5,6 @@ No torch but for the question how many GPUs there are; nothing is measured that 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import resource
 import socket
@@ -16,22 +15,20 @@ from typing import Any
 
 from train.config import RunConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: weights and two moments in fp32."""
-
 
 def imported() -> dict[str, Any]:
     """Import what training imports, and say how long it took and which versions it is."""
     start = time.monotonic()
     importlib.import_module("train.pretrain")
     seconds = time.monotonic() - start
+    from launcher.snapshot import take
     from train.attempts import versions
     from train.preflight import num_gpus
 
     return {
         "import_seconds": seconds,
-        "versions": {**versions(), "headrace's code": _code()},
+        # A checkout that was edited on one node alone.
+        "versions": {**versions(), "headrace's code": take(Path()).folder.name},
         "num_gpus": num_gpus(),
     }
 
@@ -60,18 +57,18 @@ def node(run: Path, environ: Mapping[str, str], config: RunConfig) -> dict[str, 
 def dataset(config: RunConfig, host: str) -> dict[str, Any]:
     """Whether this node reads the data."""
     from data.probe import probe
-    from model.flops import num_parameters
+    from launcher.goodput import checkpoint_bytes
+    from launcher.memory import changed
 
     try:
         found = probe(config.data, host)
     except (ValueError, OSError) as error:
         return {"dataset_problem": str(error)}
     size = config.model.vocab_size or found.vocab_size
-    model = config.model.model_copy(update={"vocab_size": size})
     return {
         "fingerprint": found.fingerprint,
         "num_shards": found.num_shards,
-        "checkpoint_bytes": BYTES_PER_PARAMETER * num_parameters(model),
+        "checkpoint_bytes": checkpoint_bytes(changed(config, {"model.vocab_size": size})),
     }
 
 
@@ -95,12 +92,3 @@ def port_problem(environ: Mapping[str, str]) -> str:
 def _limit(which: int) -> int:
     soft, _ = resource.getrlimit(which)
     return -1 if soft == resource.RLIM_INFINITY else soft
-
-
-def _code() -> str:
-    """A hash over our own source files: a checkout that was edited on one node alone."""
-    digest = hashlib.sha256()
-    for package in ("data", "launcher", "model", "train"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -79,8 +79,8 @@ def write_slices(
 
     `arrays[key]` are 1-D float32, and together the concatenation of `ranges[key]` in order.
     `total_bytes` are those of all ranks' files; `goes_on` is called whenever the disk has taken
-    something. Chunks are hashed on their way out: what was meant
-    is what a reader is told to expect, whatever the disk made of it.
+    something. Chunks are hashed on their way out: what was meant is what a reader is told to
+    expect, whatever the disk made of it.
     """
     chunk_bytes = chunk_bytes_of(total_bytes)
     path = folder / file_name(rank)

@@ -6,36 +6,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.presence import left_by_ranks
-from tests.ranks import run_ranks
-from tests.slurm.cluster import Cluster, cluster
-from tests.slurm.test_pretrain_jobs import SIZES, STEPS, Pretraining, submit
-from tests.train.test_pretrain import RECIPE, config, losses, train_run
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import STEPS, Pretraining, submit
+from tests.train.test_pretrain import losses
 from train.checkpoint import committed
 from train.exclusion import excluded
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as made:
-        (made.folder / "small.toml").write_text(RECIPE)
-        yield made
-
-
-@pytest.fixture(scope="module")
-def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to, on two ranks."""
-    run = tmp_path_factory.mktemp("plain") / "run"
-    run_ranks(2, train_run, config(dataset, *SIZES, "zero.stage=2"), run)
-    return run
 
 
 def check_went_on_without_n2(job: Pretraining, plain: Path) -> None:

@@ -4,82 +4,19 @@ job, the run ends with the losses of a run that nothing happened to, and nobody 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.durable import read_rows
-from tests.ranks import run_ranks
-from tests.slurm.cluster import Cluster, cluster
-from tests.train.test_pretrain import RECIPE, config, losses, train_run
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import STEPS, Pretraining, submit
+from tests.train.test_pretrain import losses
 from train.attempts import attempts
 from train.checkpoint import committed
-from train.metrics import read_metrics
 
-STEPS = 400
-SIZES = (f"steps={STEPS}", "checkpoint.every=50", "eval.samples=2", "optim.lr=1e-3")
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as made:
-        (made.folder / "small.toml").write_text(RECIPE)
-        yield made
-
-
-@pytest.fixture(scope="module")
-def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to, on two ranks."""
-    run = tmp_path_factory.mktemp("plain") / "run"
-    run_ranks(2, train_run, config(dataset, *SIZES, "zero.stage=2"), run)
-    return run
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """A job and its run."""
-
-    slurm: Cluster
-    run: Path
-    job: str
-
-    def reaches(self, step: int) -> None:
-        """Wait until the run has made a step."""
-        self.slurm.until(lambda: self.step >= step, f"step {step} of {self.run}")
-
-    @property
-    def step(self) -> int:
-        """The last step that was recorded."""
-        if not (self.run / "metrics.jsonl").exists():
-            return 0
-        return max((row["step"] for row in read_metrics(self.run)), default=0)
-
-    def outcomes(self) -> list[Any]:
-        """(outcome, reason) of all attempts."""
-        rows = [row for row in attempts(self.run) if row["event"] == "end"]
-        return [(row["outcome"], row["reason"]) for row in rows]
-
-    def said(self) -> str:
-        """What the batch script has said."""
-        return (self.run / "logs" / f"slurm-{self.job}.out").read_text()
-
-
-def submit(
-    slurm: Cluster, dataset: Path, name: str, *more: str, sbatch: str = "", **variables: str
-) -> Pretraining:
-    """`headrace submit` on two nodes of one rank each."""
-    run = slurm.folder / name
-    layout = ["--nodes", "2", "--gpus-per-node", "0", "--time", "30"]
-    layout += [f"--sbatch={sbatch}"] if sbatch else []
-    said = slurm.run(
-        "headrace", "submit", "small.toml", f"data={dataset}", "--run", run, *SIZES,
-        "zero.stage=2", *layout, *more, **variables,
-    )  # fmt: skip
-    return Pretraining(slurm, run, said.split()[-1])
 
 
 def check_equal(job: Pretraining, plain: Path) -> None:

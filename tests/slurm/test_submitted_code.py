@@ -5,25 +5,17 @@ the job waits.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import ROOT, Cluster, cluster
+from tests.slurm.cluster import ROOT, Cluster
 from tests.train.test_pretrain import RECIPE
 from train.attempts import attempts
 from train.metrics import read_metrics
 
 LAYOUT = ("--nodes", "2", "--gpus-per-node", "0", "--time", "30", "steps=8", "eval.samples=2")
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm"), nodes=2) as made:
-        (made.folder / "small.toml").write_text(RECIPE)
-        yield made
 
 
 def said(run: Path, job: str) -> str:
