@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from launcher.site import Site
 
 GpusOrNone = Annotated[int, typer.Option(min=0, help="GPUs in each machine; 0 for none.")]
+MinNodes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Start with as few machines as this when others have failed.",
+        show_default="--nodes",
+    ),
+]
 TimeLimit = Annotated[str, typer.Option(help="Time limit of one attempt, as Slurm writes it.")]
 Partition = Annotated[str, typer.Option(help="Partition.", show_default="the site's")]
 Account = Annotated[str, typer.Option(help="Account.", show_default="the site's")]
@@ -64,7 +72,17 @@ Recipe = Annotated[
     ),
 ]
 OF_A_RUN = (
-    *("overrides", "run", "nodes", "gpus_per_node", "time", "partition", "account", "lead"),
+    *(
+        "overrides",
+        "run",
+        "nodes",
+        "min_nodes",
+        "gpus_per_node",
+        "time",
+        "partition",
+        "account",
+        "lead",
+    ),
     *("stage", "sbatch", "test_only"),
 )
 """Parameters that a life cycle has in its file, for each stage."""
@@ -76,6 +94,7 @@ def submit(
     overrides: options.Overrides = None,
     run: options.RunFolder = None,
     nodes: options.Nodes = 1,
+    min_nodes: MinNodes = None,
     gpus_per_node: GpusOrNone = 8,
     time: TimeLimit = "24:00:00",
     partition: Partition = "",
@@ -119,6 +138,7 @@ def submit(
         overrides=tuple(overrides or ()),
         run=folder,
         num_nodes=nodes,
+        min_nodes=min_nodes,
         gpus_per_node=gpus_per_node,
         time=time,
         options=tuple(sbatch or ()),

@@ -27,6 +27,7 @@ class Job:
     run: Path
     """Run directory on a file system that all nodes share."""
     num_nodes: int
+    """As many as the job gets, where they are there when it starts."""
     gpus_per_node: int
     """0 on a cluster without GPUs: one rank per node."""
     time: str
@@ -36,6 +37,8 @@ class Job:
     site: Site = field(default_factory=Site)
     lead: Lead = field(default_factory=lambda: Lead(DEFAULT_SECONDS))
     """How long before the limit the job is asked to save."""
+    min_nodes: int | None = None
+    """As few as it starts with, when others have failed; None: `num_nodes`."""
     kind: Literal["pretrain", "finetune"] = "pretrain"
     folder: Path = field(default_factory=Path.cwd)
     """Where the job runs."""
@@ -51,9 +54,10 @@ class Job:
 def render(job: Job) -> str:
     """The batch script of a job: the template with its settings filled in."""
     _check(job)
+    least = job.min_nodes or job.num_nodes
     directives = {
         "job-name": f"headrace-{job.run.name}",
-        "nodes": str(job.num_nodes),
+        "nodes": str(job.num_nodes) if least == job.num_nodes else f"{least}-{job.num_nodes}",
         "gpus-per-node": str(job.gpus_per_node) if job.gpus_per_node else None,
         "time": job.time,
         "signal": f"B:USR1@{job.lead.seconds}",
@@ -72,6 +76,7 @@ def render(job: Job) -> str:
         f"PYTHON={shlex.quote(job.site.container.python if has_container else job.python)}",
         f"CODE={shlex.quote(str(job.code.folder if job.code else ''))}",
         f"COPY_CODE={'yes' if job.copies_code else ''}",
+        f"MIN_NODES={least}",
         f"RECORD={shlex.quote(str(job.record or ''))}",
         *shell_lines(job.site, job.folder, job.run, gpus=job.gpus_per_node > 0),
         f"set -- {shlex.join([recipe, *job.overrides])}",
@@ -111,6 +116,11 @@ def _check(job: Job) -> None:
         raise SlurmUsageError(
             f"--nodes {job.num_nodes} --gpus-per-node {job.gpus_per_node}: "
             "a job needs at least one node and no negative number of GPUs"
+        )
+    if job.min_nodes is not None and not 1 <= job.min_nodes <= job.num_nodes:
+        raise SlurmUsageError(
+            f"--min-nodes {job.min_nodes} --nodes {job.num_nodes}: the fewest nodes a job may "
+            f"start with are 1 to {job.num_nodes}"
         )
     if job.kind == "finetune" and job.num_nodes > 1:
         raise SlurmUsageError(f"nodes = {job.num_nodes}: fine-tuning runs on one node; write 1")

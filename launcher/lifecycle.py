@@ -31,6 +31,8 @@ class Resources(Table):
 
     nodes: PositiveInt = 1
     """Machines; more than one for pretrain alone."""
+    min_nodes: PositiveInt | None = None
+    """As few as pretrain starts with when others have failed; by default `nodes`."""
     gpus_per_node: NonNegativeInt | None = None
     """GPUs in each machine; 0 for none."""
     cpus_per_task: PositiveInt | None = None

@@ -226,6 +226,7 @@ def _job(
         overrides=tuple(overrides),
         run=output,
         num_nodes=asked.nodes,
+        min_nodes=asked.min_nodes,
         gpus_per_node=8 if asked.gpus_per_node is None else asked.gpus_per_node,
         time=asked.time or "24:00:00",
         options=asked.options,

@@ -30,6 +30,7 @@ OURS = {
     "output": "the logs of a job lie in RUN/logs",
     "chdir": "the job runs where it is submitted",
     "ntasks": "one torchrun per node starts the ranks",
+    "ntasks-per-node": "one torchrun per node starts the ranks",
 }
 """sbatch options that headrace sets by itself -> what to do instead."""
 

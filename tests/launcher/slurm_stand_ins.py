@@ -58,11 +58,13 @@ class Cluster:
         self.command("srun", f"{body}; exit {code}")
 
     def submitted(
-        self, site: Site | None = None, **environ: str
+        self, site: Site | None = None, *, min_nodes: int | None = None, **environ: str
     ) -> subprocess.CompletedProcess[str]:
         """Run the script as slurmd would."""
         script = self.run.parent / "script"
-        script.write_text(render(job(self.run, site=site or Site())))
+        script.write_text(
+            render(job(self.run, num_nodes=2, min_nodes=min_nodes, site=site or Site()))
+        )
         return self.started(script, **environ)
 
     def started(

@@ -43,7 +43,9 @@ def scripts(folder: Path) -> dict[str, str]:
         "pretrain-pyxis": render(job(site=pyxis, options=("--nodelist=n[1-4]",), copies_code=True)),
         "pretrain-apptainer": render(job(site=apptainer)),
         "finetune": render(job(kind="finetune", num_nodes=1, recipe="classify")),
-        "pretrain-cpu": render(job(gpus_per_node=0, num_nodes=2, time="60", lead=Lead(60))),
+        "pretrain-cpu": render(
+            job(gpus_per_node=0, num_nodes=2, min_nodes=1, time="60", lead=Lead(60))
+        ),
     }
 
 

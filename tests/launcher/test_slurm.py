@@ -27,7 +27,6 @@ def test_the_script_is_the_template_with_the_settings_filled_in(tmp_path: Path) 
     assert settings == [
         "#SBATCH --job-name=headrace-run",
         "#SBATCH --nodes=4",
-        "#SBATCH --ntasks-per-node=1",
         "#SBATCH --gpus-per-node=8",
         "#SBATCH --exclusive",
         "#SBATCH --mem=0",
@@ -56,6 +55,7 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"time": "a day"}, r"--time 'a day' is no Slurm time; write MINUTES, HH:MM:SS or"),
+        ({"min_nodes": 5}, r"--min-nodes 5 --nodes 4: the fewest nodes a job may start"),
         ({"num_nodes": 0}, r"--nodes 0 --gpus-per-node 8: a job needs at least one node"),
         ({"options": ("partition=x",)}, r"--sbatch 'partition=x' is no sbatch option"),
         ({"options": ("--nodes=5",)}, r"--sbatch=--nodes=5: the script sets --nodes itself; leave "
@@ -183,13 +183,13 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
     done = cluster.submitted()
     assert done.returncode == 0, done.stdout + done.stderr
     argv = (cluster.state / "srun").read_text().split("\0")[:-1]
-    assert argv[:4] == [
-        "--kill-on-bad-exit=1", "--wait=60", "--cpu-bind=none",
+    assert argv[:5] == [
+        "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60", "--cpu-bind=none",
         f"--output={cluster.run}/logs/attempt-0-node-%n.log",
     ]  # fmt: skip
-    assert argv[4:6] == ["bash", "-c"]
-    assert argv[6] == ('trap "" USR1; ulimit -c 0; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"')
-    assert argv[7:] == [
+    assert argv[5:7] == ["bash", "-c"]
+    assert argv[7] == ('trap "" USR1; ulimit -c 0; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"')
+    assert argv[8:] == [
         "_", sys.executable, "-m", "torch.distributed.run",
         "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
         "--master-port=23456", "-m", "--", "launcher", "pretrain", "llama-7b",
@@ -278,6 +278,16 @@ def test_a_list_that_leaves_too_few_nodes_is_not_handed_on(cluster: Cluster) -> 
     done = cluster.submitted()
     assert "n2 is in" in done.stdout and "too few nodes are left without" in done.stdout
     assert cluster.requeued and "ExcNodeList=" not in (cluster.state / "scontrol").read_text()
+
+
+def test_a_job_that_may_start_with_fewer_nodes_does_without_one_on_the_list(
+    cluster: Cluster,
+) -> None:
+    cluster.command("sinfo", 'echo "n1\\nn2"')
+    (cluster.run / "logs").mkdir()
+    (cluster.run / "logs" / "exclude").write_text("n2\n")
+    cluster.submitted(min_nodes=1)
+    assert "ExcNodeList=n2" in (cluster.state / "scontrol").read_text()
 
 
 def test_a_job_on_a_host_that_is_on_the_list_is_queued_again_at_once(cluster: Cluster) -> None:

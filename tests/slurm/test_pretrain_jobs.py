@@ -83,6 +83,24 @@ def test_a_node_that_dies_is_replaced(slurm: Cluster, dataset: Path, plain: Path
     check_equal(job, plain)
 
 
+def test_a_node_that_dies_and_has_no_substitute_is_done_without(
+    slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, "fewer", "--min-nodes", "1", sbatch="--exclude=n1")
+    job.reaches(120)
+    slurm.power_off("n2")
+    try:
+        assert slurm.wait(job.job) == "COMPLETED", job.said()
+    finally:
+        slurm.power_on("n2")
+    sizes = [row["world_size"] for row in attempts(job.run) if row["event"] == "start"]
+    assert sizes == [2, 1] and job.outcomes()[-1] == ("complete", "")
+    ours, theirs = losses(job.run), losses(plain)
+    assert [row[:3] for row in ours] == [row[:3] for row in theirs], "samples, and their order"
+    # One rank adds the same gradients up in another order, from the checkpoint on.
+    assert [row[3] for row in ours] == pytest.approx([row[3] for row in theirs], rel=1e-3)
+
+
 def test_a_run_that_crashes_without_progress_is_given_up(slurm: Cluster, dataset: Path) -> None:
     job = submit(slurm, dataset, "crashes", HEADRACE_FAULT="forward:2:1:raise")
     assert slurm.wait(job.job) == "FAILED"
