@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train.affinity import stay_near
 from train.deadline import Deadline
 from train.device import keep_freed_memory
 from train.exclusion import host_name
@@ -153,6 +154,7 @@ def join_world(
         os.environ.update(REPEATING)
     if cuda:
         torch.cuda.set_device(device)
+        stay_near(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()

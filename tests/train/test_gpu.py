@@ -80,3 +80,12 @@ def test_a_gpu_trains_what_a_cpu_trains(dataset: Path, tmp_path: Path) -> None:
     assert [row[:3] for row in gpu] == [row[:3] for row in cpu]
     # fp32 on both, up to the order of sums; matrix products in TF32 would be off by 1e-3.
     assert [row[3] for row in gpu] == pytest.approx([row[3] for row in cpu], rel=2e-4)
+
+
+def test_a_rank_stays_on_the_cores_near_its_gpu() -> None:
+    program = (
+        "import os, torch; from train.affinity import stay_near; "
+        "near = stay_near(torch.device('cuda', 0)); assert near == os.sched_getaffinity(0), near"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
