@@ -2,9 +2,11 @@
 
 The manifest, its table and the indexes that are read are real; shards are sparse files, and only
 those that hold the sample are there with tokens in them (zeros, hashed as zeros). Measured in fresh
-processes as a rank sees it: CPU and wall seconds from start of opening to the last sample, peak
-memory of the rank and of each of its 2 loader processes beyond what imports take, and most files
-open at once. Exit code 1 when a bar is missed, which is named.
+processes as a rank sees it: CPU and wall seconds from start of opening to the last sample, memory
+of the rank and its 2 loader processes together when it comes (what nobody shares, beyond what the
+rank's imports take), later peaks of the rank and of each loader process, which keeps chunks up to
+its bound (data/kept.py), and most files open at once. Exit code 1 when a bar is missed, which is
+named.
 
     .venv/bin/python -m tests.benchmarks.scale [--json FIGURES.json]
 """
@@ -116,6 +118,7 @@ def seek(folder: Path, num_workers: int) -> dict[str, float]:
     )
     next(batches)
     figures = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    figures["together_mb"] = watch.together()
     # On into the next epoch, so that workers hold what they hold in training.
     for _ in batches:
         pass
@@ -127,10 +130,16 @@ class _Watch:
 
     def __init__(self) -> None:
         self._before = _private_bytes(os.getpid())
+        self._unshared_before = _unshared_bytes(os.getpid())
         self._peaks = {"rank_mb": 0.0, "each_worker_mb": 0.0, "open_files": 0.0}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
+
+    def together(self) -> float:
+        """MB of this process beyond its start and of all its children, as they are now."""
+        children = sum(_unshared_bytes(pid) for pid in descendants(os.getpid()))
+        return (_unshared_bytes(os.getpid()) - self._unshared_before + children) / 2**20
 
     def result(self) -> dict[str, float]:
         self._done.set()
@@ -159,6 +168,15 @@ def _private_bytes(pid: int) -> int:
     found = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     kib = found.get("RssAnon") or found.get("VmRSS") or "0"
     return int(kib.split()[0]) * 1024
+
+
+def _unshared_bytes(pid: int) -> int:
+    """Resident memory that no other process shares, 0 when the process is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
 def _num_files(pid: int) -> int:
@@ -194,6 +212,10 @@ def bars(figures: dict[str, dict[str, float]]) -> list[Bar]:
             Bar(f"{case}: {key}", figures[case][key], below=2)
             for case, keys in seconds.items()
             for key in keys
+        ),
+        *(
+            Bar(f"{case}: together_mb", row["together_mb"], below=200)
+            for case, row in figures.items()
         ),
         *(Bar(f"{case}: rank_mb", row["rank_mb"], below=200) for case, row in figures.items()),
         *(

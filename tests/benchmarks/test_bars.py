@@ -21,7 +21,8 @@ def speed(**changes: float) -> dict[str, Any]:
 
 
 def opening(**changes: float) -> dict[str, dict[str, float]]:
-    row = {"wall_seconds": 0.4, "cpu_seconds": 0.4, "rank_mb": 60.0, "open_files": 40.0, **changes}
+    row = {"wall_seconds": 0.4, "cpu_seconds": 0.4, "rank_mb": 60.0, "open_files": 40.0}
+    row = {**row, "together_mb": 150.0, **changes}
     return {"0 workers": row, "2 workers": {**row, "each_worker_mb": 500.0, "wall_seconds": 9.0}}
 
 
@@ -47,6 +48,7 @@ def test_a_bar_of_speed_that_is_missed_is_named(
     [
         ({"wall_seconds": 2.0}, "0 workers: wall_seconds is 2, it has to be below 2"),
         ({"cpu_seconds": 2.5}, "2 workers: cpu_seconds is 2.5, it has to be below 2"),
+        ({"together_mb": 202.0}, "2 workers: together_mb is 202, it has to be below 200"),
         ({"rank_mb": 201.0}, "2 workers: rank_mb is 201, it has to be below 200"),
         ({"open_files": 257.0}, "0 workers: open_files is 257, it has to be below 257"),
     ],
