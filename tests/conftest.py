@@ -33,6 +33,7 @@ LONGEST = (
     "tests/train/test_export.py",
     "tests/train/test_schedules.py",
     "tests/launcher/test_look_back.py",
+    "tests/data/test_kill_points.py",
     "tests/data/test_prepare.py",
     "tests/train/test_engine.py",
     "tests/data/test_damaged_caches.py",

@@ -19,7 +19,7 @@ import pytest
 from data.config import BadText, DataError, DataUsageError, PrepareConfig
 from data.prepare import prepare
 from data.readers import Document, Dropped, Reading, cut_parts, find_files, read_extent
-from tests.data.test_formats import PACK, tar
+from tests.data.files import PACK, tar
 from tests.data.texts import prose
 from tests.ranks import _context as processes
 

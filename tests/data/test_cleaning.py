@@ -17,8 +17,8 @@ from data.clean import Cleaner
 from data.config import CleanConfig, DataUsageError, PrepareConfig
 from data.prepare import Summary, prepare
 from data.tokenizer import load_tokenizer
+from tests.data.prepared import stored, tree
 from tests.data.test_dedup import edited, jaccard, real_texts
-from tests.data.test_prepare import stored, tree
 from tests.data.texts import prose, write_lines
 
 SETTINGS = {"vocab_size": 400, "val_fraction": 0.3, "part_bytes": 9_000, "shard_bytes": 30_000}

@@ -10,7 +10,7 @@ from data.config import DataUsageError, PrepareConfig
 from data.jobs import Task
 from data.prepare import STAGES, prepare, prepare_task
 from data.verify import verify
-from tests.data.test_prepare import tree
+from tests.data.prepared import tree
 from tests.data.texts import prose, write_lines
 
 CONFIG = PrepareConfig(vocab_size=400, val_fraction=0, part_bytes=4000, shard_bytes=12_000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import io
 import json
@@ -11,83 +10,17 @@ import lzma
 import random
 import subprocess
 import sys
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import webdataset
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataError, DataUsageError
+from data.config import DataError
 from data.formats import _values
-from data.readers import Document, Dropped, InputFile, Reading, cut_parts, find_files, read_extent
+from data.readers import InputFile, find_files
+from tests.data.files import FORMATS, PACK, TEXTS, bad, read, tar, texts, write
 from tests.data.texts import prose
-
-TEXTS = ["one", 'two "quoted", with comma', "three\nlines\r\n\there", "\u4e2d\u6587 \U0001f600"]
-PACK: dict[str, Callable[[bytes], bytes]] = {
-    "": lambda raw: raw,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
-}
-
-
-def read(path: Path, reading: Reading | str = "text") -> list[Document | Dropped]:
-    parts = cut_parts(find_files([str(path)]), 2**20)
-    return [item for part in parts for extent in part for item in read_extent(extent, reading)]
-
-
-def texts(items: list[Document | Dropped]) -> list[str]:
-    return [item.text.decode() for item in items if isinstance(item, Document)]
-
-
-def bad(items: list[Document | Dropped]) -> list[Dropped]:
-    return [item for item in items if isinstance(item, Dropped)]
-
-
-def write(path: Path, content: bytes | str) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def table(delimiter: str) -> bytes:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, delimiter=delimiter)
-    writer.writerows([["id", "text"], *([str(i), text] for i, text in enumerate(TEXTS))])
-    return out.getvalue().encode()
-
-
-def tar(members: list[tuple[str, bytes]]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-def records(**more: object) -> list[dict[str, object]]:
-    return [{"text": text, **more} for text in TEXTS]
-
-
-FORMATS: dict[str, bytes] = {
-    "a.jsonl": "".join(json.dumps(x) + "\n" for x in records()).encode(),
-    "a.ndjson": b"\xef\xbb\xbf" + "\r\n".join(json.dumps(x) for x in records()).encode(),
-    "a.json": json.dumps(records(meta={"tags": ["]", "}", "\\"]}), indent=2).encode(),
-    "lines.json": "".join(json.dumps(x) + "\n" for x in records()).encode(),
-    "objects.json": "\n".join(json.dumps(x, indent=1) for x in records()).encode(),
-    "a.csv": b"\xef\xbb\xbf" + table(","),
-    "a.tsv": table("\t"),
-    "a.tar": tar([(f"train/{i}.txt", text.encode()) for i, text in enumerate(TEXTS)]),
-    "b.tar": tar([(f"{i}.json", json.dumps(x).encode()) for i, x in enumerate(records())]),
-}
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -263,107 +196,11 @@ def test_a_record_beyond_the_limit_is_refused(
         read(path)
 
 
-@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_a_link_in_a_tar_is_no_text_that_vanishes(tmp_path: Path, kind: bytes) -> None:
-    def packed(name: str) -> Path:
-        with tarfile.open(tmp_path / "a.tar", "w") as archive:
-            folder, link = tarfile.TarInfo("train"), tarfile.TarInfo(f"train/{name}")
-            folder.type, link.type, link.linkname = tarfile.DIRTYPE, kind, "train/a.txt"
-            archive.addfile(folder)
-            archive.addfile(link)
-        return tmp_path / "a.tar"
-
-    with pytest.raises(DataUsageError, match=r"a\.tar: member 'train/b\.txt' is a link or device"):
-        read(packed("b.txt"))
-    (none,) = bad(read(packed("b.png")))
-    assert (none.reason, none.detail) == ("no text member", "it has .png")
-
-
-def test_a_sample_of_a_tar_is_its_text_and_says_when_it_has_none(tmp_path: Path) -> None:
-    members = [
-        ("a.json", b'{"text": "no", "url": "u"}'),
-        ("a.txt", b"one"),
-        ("b.jpg", b"\xff"),
-        ("b.cls", b"7"),
-        ("c.json", b'{"text": "three"}'),
-    ]
-    items = read(write(tmp_path / "a.tar", tar(members)))
-    assert texts(items) == ["one", "three"]
-    (none,) = bad(items)
-    assert (none.place, none.reason) == (f"{tmp_path}/a.tar, sample 'b'", "no text member")
-    assert none.detail == "it has .jpg, .cls"
-
-
 def test_json_nested_too_deeply_is_a_bad_record(tmp_path: Path) -> None:
     deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
     items = read(write(tmp_path / "a.json", deep + b'{"text": "b"}\n'))
     assert texts(items) == ["b"]
     assert [item.reason for item in bad(items)] == ["broken JSON"]
-
-
-def test_a_parquet_id_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    offsets = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0")
-    ids = pyarrow.Array.from_buffers(
-        pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"x\xff")]
-    )
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a", "b"], "id": ids}), tmp_path / "a.parquet"
-    )
-    message = r"a\.parquet, row 2: its id, in column 'id', is not UTF-8 \(invalid start byte at byt"
-    with pytest.raises(DataError, match=message):
-        read(tmp_path / "a.parquet", Reading(id_field="id"))
-
-
-def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
-    for name in ("a.tar", "b.tar.gz", "c.tgz"):
-        packed = name != "a.tar"
-        with webdataset.TarWriter(str(tmp_path / name), compress=packed) as writer:
-            for index, text in enumerate(TEXTS):
-                writer.write({"__key__": f"{index:06d}", "txt": text, "json": {"n": index}})
-        assert texts(read(tmp_path / name)) == TEXTS
-
-
-def parquet(path: Path, columns: dict[str, object], **options: object) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
-    return path
-
-
-def test_parquet_gives_rows_of_plain_dictionary_and_nested_columns(tmp_path: Path) -> None:
-    many = [f"{i} {TEXTS[i % 4]}" for i in range(1000)]
-    nested = [{"body": {"text": text}} for text in many]
-    columns = {"n": list(range(1000)), "text": many, "doc": nested, "a.b": many}
-    columns["category"] = pyarrow.array(many).dictionary_encode()
-    path = parquet(tmp_path / "a.parquet", columns, row_group_size=300, compression="zstd")
-    for field in ("text", "category", "doc.body.text", "a.b"):
-        assert texts(read(path, field)) == many, field
-    for field, message in (
-        ("body", "no column 'body'; its columns are 'n', 'text', 'doc'"),
-        ("doc.title", "no column 'doc.title'; in 'doc' its columns are 'body'"),
-        ("n", "column 'n' holds int64, not text"),
-    ):
-        with pytest.raises(DataUsageError, match=message):
-            read(path, field)
-
-
-def test_a_parquet_file_that_is_cut_or_damaged_is_named(tmp_path: Path) -> None:
-    path = parquet(tmp_path / "a.parquet", {"text": TEXTS * 50}, write_page_checksum=True)
-    whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:30] + b"\0\1" + whole[32:]):
-        with pytest.raises(DataError, match=r"a\.parquet: damaged or cut off after row"):
-            read(write(path, damaged))
-
-
-def test_parquet_values_that_are_no_text_are_named(tmp_path: Path) -> None:
-    raw = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary())
-    path = parquet(tmp_path / "a.parquet", {"text": raw})
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: not UTF-8 at byte offset 3"):
-        read(path)
-    (null, empty) = bad(read(parquet(path, {"text": ["a", None, ""]})))
-    assert (null.reason, null.detail, empty.reason) == (
-        "field is not text",
-        "got null",
-        "empty document",
-    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from data.claim import WORK
 from data.config import PrepareConfig
 from data.jobs import Task
 from data.prepare import STAGES, prepare, prepare_task
-from tests.data.test_prepare import tree
+from tests.data.prepared import tree
 
 corpus, evaluation, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 how, num_kills, workers = sys.argv[4], int(sys.argv[5]), int(sys.argv[6])

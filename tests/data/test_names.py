@@ -29,8 +29,8 @@ from data.sources import open_datasets
 from data.stream import SampleStream
 from data.tokens import TokenSource
 from data.verify import verify
-from tests.data.test_formats import tar
-from tests.data.test_prepare import stored, tree
+from tests.data.files import tar
+from tests.data.prepared import stored, tree
 from tests.data.test_warc import Warc, html
 from tests.data.texts import prose
 from tests.data.tiny import flip_bit

@@ -1,73 +1,24 @@
-"""A preparation loses nothing, repeats itself to the byte, and survives a kill at any moment."""
+"""A preparation loses nothing, repeats itself to the byte, and refuses what is not its own."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sentencepiece
-import tokenizers
 
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.manifest import read_manifest
-from data.prepare import Summary, prepare
+from data.prepare import prepare
 from data.tokenizer import load_tokenizer, tokenizer_file
-from data.tokens import TokenSource
 from data.verify import verify
-from tests.data.texts import prose, write_lines
-
-SETTINGS = {"vocab_size": 400, "val_fraction": 0.2, "part_bytes": 9_000, "shard_bytes": 30_000}
-
-
-def run(path: Path, output: Path, *, workers: int = 1, **settings: object) -> Summary:
-    config = PrepareConfig.model_validate(SETTINGS | settings)
-    return prepare([str(path)], output, config, workers=workers)
-
-
-def stored(dataset: Path, side: str) -> list[list[int]]:
-    """Every document of a side as ids."""
-    manifest = read_manifest(dataset)
-    found: list[list[int]] = []
-    for name in manifest.source_names(side):
-        source = TokenSource(dataset, manifest, side, name)
-        start = 0
-        for document in source.documents(0, source.num_tokens):
-            found.append(source.read(start, start + document.num_tokens).tolist())
-            start += document.num_tokens
-    return found
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A long text of several pieces, small texts and JSON lines."""
-    folder = tmp_path_factory.mktemp("input") / "corpus"
-    folder.mkdir()
-    (folder / "long.txt").write_text(prose(250_000))
-    (folder / "short.txt").write_text(prose(500, seed=1))
-    write_lines(folder / "lines.jsonl", [prose(400, seed=seed) for seed in range(2, 60)])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("dataset") / "dataset"
-    run(corpus, output)
-    return output
+from tests.data.prepared import SETTINGS, run, stored, tree
+from tests.data.prepared import corpus as corpus
+from tests.data.prepared import dataset as dataset
+from tests.data.texts import prose
 
 
 def test_nothing_is_lost_and_nothing_is_on_both_sides(corpus: Path, dataset: Path) -> None:
@@ -262,139 +213,3 @@ def test_skipped_lines_are_counted_and_told(corpus: Path, tmp_path: Path) -> Non
     assert summary.manifest.counts["bad_lines"] == summary.manifest.counts["dropped"] == 1
     assert summary.manifest.preparation["bad_lines"] == {"broken JSON": 1}
     assert summary.manifest.preparation["dropped"] == {"blank line": 1}
-
-
-def bring(corpus: Path, output: Path, tokenizer: Path, **settings: object) -> Summary:
-    config = PrepareConfig.model_validate({"val_fraction": 0.2} | settings)
-    return prepare([str(corpus)], output, config, workers=1, tokenizer=tokenizer)
-
-
-def test_a_brought_sentencepiece_model_is_used_as_it_is(
-    corpus: Path, dataset: Path, tmp_path: Path
-) -> None:
-    model = dataset / "tokenizer.model"
-    summary = bring(corpus, tmp_path / "brought", model)
-    assert (tmp_path / "brought" / "tokenizer.model").read_bytes() == model.read_bytes()
-    assert stored(tmp_path / "brought", "val") == stored(dataset, "val")
-    assert summary.warnings == ()
-    assert not summary.manifest.preparation["tokenizer"]["is_trained_here"]
-    assert bring(corpus, tmp_path / "brought", model).was_complete
-
-
-def test_a_brought_tokenizer_json_is_used_through_the_same_protocol(
-    corpus: Path, tmp_path: Path
-) -> None:
-    vocabulary = {f"word{i}": i for i in range(70_000)} | {chr(i): 70_000 + i for i in range(10)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    letters = sorted(set("".join(path.read_text() for path in corpus.iterdir())))
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.add_tokens(letters)
-    tokenizer.save(str(tmp_path / "mine.json"))
-    summary = bring(corpus, tmp_path / "dataset", tmp_path / "mine.json")
-    assert (tmp_path / "dataset" / "tokenizer.json").is_file()
-    assert summary.manifest.dtype == "<u4"
-    assert summary.manifest.special_ids == {"eos": 70_010}
-    own = load_tokenizer(tmp_path / "dataset")
-    assert own.eos_id == 70_010
-    ids = stored(tmp_path / "dataset", "val")
-    assert all(document[-1] == 70_010 for document in ids)
-    assert np.concatenate(ids).min() > 70_010 - 1
-
-
-def test_a_tokenizer_that_loses_text_is_told(corpus: Path, tmp_path: Path) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((corpus / "long.txt").read_text().split("\n")),
-        model_prefix=str(tmp_path / "other"),
-        vocab_size=200,
-        model_type="unigram",
-        max_sentence_length=100_000,
-        minloglevel=2,
-    )
-    summary = bring(corpus, tmp_path / "dataset", tmp_path / "other.model")
-    lossy, unexportable = summary.warnings
-    assert "the tokenizer is not lossless" in lossy
-    assert "cannot be exported" in unexportable and "unigram" in unexportable
-
-
-def test_a_tokenizer_and_a_vocabulary_size_contradict_each_other(
-    corpus: Path, dataset: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(DataUsageError, match="give only one of them"):
-        bring(corpus, tmp_path / "dataset", dataset / "tokenizer.model", vocab_size=300)
-
-
-def test_the_sign_for_a_space_is_told(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [prose(500, seed=s) + "\u2581" for s in range(9)])
-    summary = run(path, tmp_path / "dataset", vocab_size=350)
-    assert summary.warnings == (
-        "the text holds 9 characters U+2581, sentencepiece's sign for a space: they come back as "
-        "spaces",
-    )
-
-
-KILLS = """
-import os, signal, sys
-from pathlib import Path
-from data import prepare, shards
-from data.config import PrepareConfig
-import webdataset.writer
-
-corpus, folder = sys.argv[1], Path(sys.argv[2])
-settings = PrepareConfig.model_validate_json(sys.argv[3])
-
-def child(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(type(error), error, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-def dying(call, name):
-    # Counts the moments at which files come into being, and dies before or after the call-th.
-    left = [call]
-    for function in ("replace", "fsync", "mkdir"):
-        def counting(*args, real=getattr(os, function), **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-        setattr(os, function, counting)
-    prepare.prepare([corpus], folder / name, settings, workers=1)
-
-call = 1
-while True:
-    name = f"kill-{call}"
-    status = child(lambda: dying(call, name))
-    if os.WIFEXITED(status):
-        assert os.WEXITSTATUS(status) == 0
-        break
-    complete = (folder / name / "manifest.json").exists()
-    status = child(lambda: prepare.prepare([corpus], folder / name, settings, workers=1))
-    assert status == 0, (call, status)
-    print(name, complete, flush=True)
-    call += 1
-"""
-
-
-def test_a_kill_at_any_moment_leaves_what_the_same_command_completes(
-    tmp_path: Path,
-) -> None:
-    corpus = write_lines(tmp_path / "a.jsonl", [prose(300, seed=seed) for seed in range(40)])
-    settings = PrepareConfig(vocab_size=330, val_fraction=0.2, part_bytes=5000, shard_bytes=6000)
-    reference = tmp_path / "reference"
-    prepare([str(corpus)], reference, settings, workers=1)
-    command = [sys.executable, "-c", KILLS, str(corpus), str(tmp_path / "kills")]
-    (tmp_path / "kills").mkdir()
-    command.append(settings.model_dump_json())
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    killed = [line.split() for line in done.stdout.splitlines()]
-    assert len(killed) > 25, "too few moments were tried"
-    assert {complete for _, complete in killed} == {"True", "False"}
-    expected = tree(reference)
-    for name, _ in killed:
-        assert tree(tmp_path / "kills" / name) == expected, name

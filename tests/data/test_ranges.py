@@ -14,7 +14,7 @@ from data import ranges
 from data.config import DataError, PrepareConfig
 from data.prepare import prepare
 from data.readers import Document, Reading, cut_parts, find_files, read_extent
-from tests.data.test_formats import FORMATS, parquet, write
+from tests.data.files import FORMATS, parquet, write
 from tests.data.texts import prose
 
 DOCUMENTS = [prose(300, seed=seed) for seed in range(80)]

@@ -18,8 +18,8 @@ from data.manifest import read_manifest
 from data.prepare import prepare
 from data.shuffle import document_key, num_buckets
 from data.tokenizer import load_tokenizer
-from tests.data.test_formats import parquet
-from tests.data.test_prepare import stored, tree
+from tests.data.files import parquet
+from tests.data.prepared import stored, tree
 from tests.data.texts import prose, write_lines
 
 PER_FILE = 100

@@ -13,7 +13,7 @@ import pytest
 from data.config import DataError, PrepareConfig
 from data.prepare import STAGES, prepare, prepare_task
 from data.stamps import InputChanged, Stamp, Touched, digest, moment, steadily, unchanged
-from tests.data.test_prepare import tree
+from tests.data.prepared import tree
 from tests.data.texts import prose, write_lines
 
 CONFIG = PrepareConfig(vocab_size=400, val_fraction=0, part_bytes=4000, shard_bytes=12_000)

@@ -19,8 +19,8 @@ from data.claim import WORK, holding
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.jobs import Job, Task, alone, do
 from data.prepare import STAGES, TaskSummary, prepare, prepare_task
+from tests.data.prepared import tree
 from tests.data.test_dedup import edited, real_texts
-from tests.data.test_prepare import tree
 from tests.data.texts import prose, write_lines
 
 SETTINGS = {

@@ -14,8 +14,8 @@ from data.clean import Cleaner, StageCount
 from data.config import CleanConfig, DatatroveRule, DataUsageError, PrepareConfig
 from data.prepare import prepare
 from data.trove import MAX_CHARACTERS, TOO_LONG, apply_rules
+from tests.data.prepared import tree
 from tests.data.test_cleaning import texts_of
-from tests.data.test_prepare import tree
 from tests.data.test_quality import plain
 from tests.data.texts import write_lines
 

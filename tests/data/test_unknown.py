@@ -12,7 +12,7 @@ import sentencepiece
 from data.config import PrepareConfig
 from data.prepare import STAGES, Summary, prepare, prepare_task
 from data.vocabulary import CHECKED_BYTES
-from tests.data.test_prepare import stored
+from tests.data.prepared import stored
 from tests.data.texts import prose, write_lines
 
 CONFIG = PrepareConfig(val_fraction=0, part_bytes=400_000, shard_bytes=800_000)

@@ -12,7 +12,7 @@ from data import shuffle
 from data.claim import WORK
 from data.config import DataError, PrepareConfig
 from data.prepare import STAGES, prepare, prepare_task
-from tests.data.test_prepare import tree
+from tests.data.prepared import tree
 from tests.data.texts import prose, write_lines
 
 CONFIG = PrepareConfig.model_validate(

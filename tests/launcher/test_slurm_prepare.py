@@ -11,7 +11,7 @@ import pytest
 
 from data.config import PrepareConfig
 from data.prepare import prepare
-from tests.data.test_prepare import tree
+from tests.data.prepared import tree
 from tests.data.texts import prose, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]

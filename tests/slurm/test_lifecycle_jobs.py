@@ -13,7 +13,7 @@ import pytest
 
 from data.config import PrepareConfig
 from data.prepare import prepare
-from tests.data.test_prepare import tree
+from tests.data.prepared import tree
 from tests.slurm.cluster import Cluster, cluster
 from tests.train.test_pretrain import RECIPE
 
