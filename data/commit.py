@@ -24,6 +24,7 @@ from data.jobs import Job, Report, alone, do
 from data.manifest import MANIFEST, write_manifest
 from data.pool import Pool
 from data.rounds import rule_to_json, survey_total
+from data.selection import unmet
 from data.split import SIDES, SplitRule
 from data.survey import Survey, sample_limit, settle
 from data.survey_words import (
@@ -147,6 +148,7 @@ class CommitJob(Job):
             warnings.append(f"{what} were skipped: {listed(total.bad_lines)}")
         warnings += bad_text_warnings(total)
         warnings += id_warnings(total, work.request.config.id_field)
+        warnings += unmet(work.left_out)
         num_unknown = sum(job.num_unknown() for job in work.shard_jobs)
         warnings += unknown_warnings(num_unknown)
         file = tokenizer_file(output)
@@ -166,6 +168,7 @@ class CommitJob(Job):
                 "bad_lines": dict(sorted(total.bad_lines.items())),
                 "tokenizer": work.settled["tokenizer"],
                 "warnings": warnings,
+                **({"left_out": work.left_out} if work.left_out else {}),
                 **({"unknown_tokens": num_unknown} if num_unknown else {}),
                 **({"clean": work.cleaning["report"]} if work.cleaning else {}),
             },

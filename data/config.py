@@ -107,6 +107,8 @@ class PrepareConfig(BaseModel):
     on_bad_text: BadText = "strict"
     """Text that is not UTF-8: stop, put U+FFFD in (for NUL and half surrogate pairs too), or skip
     the document or line that holds any; what was replaced or skipped is counted."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of files and folders of the input that are left out: data/selection.py."""
     max_bad_lines: Annotated[int, Field(ge=0)] = 0
     """JSON lines that may be skipped: broken, without the text field, or not Unicode text."""
     bos: bool = False
@@ -134,6 +136,16 @@ class PrepareConfig(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _excludes_by_name(self) -> Self:
+        for pattern in self.exclude:
+            if not pattern.strip("/. "):
+                raise ValueError(
+                    f"--exclude {pattern!r} names no file; write a pattern of names, such as "
+                    "'*.png', node_modules or 'docs/*.html'"
+                )
+        return self
+
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
@@ -143,6 +155,8 @@ class PrepareConfig(BaseModel):
             values.pop("on_bad_text", None)
         if not self.id_field:
             values.pop("id_field", None)
+        if not self.exclude:
+            values.pop("exclude", None)
         if not self.shuffle:
             values.pop("shuffle", None)
         return values

@@ -9,8 +9,10 @@ decoding.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,9 @@ RECORD_FORMATS = {".json": "json", ".csv": "csv", ".tsv": "tsv"}
 files of a code tree are."""
 MAX_RECORD_BYTES = 2**30
 """A line, a record or a packed text over 1 GiB is refused, so memory stays bounded."""
+BINARY_BYTES = 8000
+"""A NUL among the first of these makes a file binary, for git and for us."""
+BINARY = "binary file"
 MISSING_FIELD = "missing field"
 NOT_UTF8 = "not UTF-8"
 NUL = "NUL bytes"
@@ -248,6 +253,14 @@ class Reading:
         return Document(offset, encoded, replaced, self.id_of(value))
 
 
+def is_binary(file: InputFile, head: bytes) -> bool:
+    """Whether what a text file that nobody named begins with is no text. UTF-16 is text, if not
+    such as can be read.
+    """
+    is_marked = head.startswith((*_UTF16_MARKS, *_UTF32_MARKS))
+    return file.format == "text" and b"\0" in head[:BINARY_BYTES] and not is_marked
+
+
 def as_id(value: Any) -> str:
     """A string or whole number as an id; anything else is none."""
     if isinstance(value, str):
@@ -318,8 +331,9 @@ def _not_utf8(
     if where is None:
         where = f"{file.path}:{line_number(file, at)}" if file.is_lines else f"{file.path}"
     name = file.path.name
+    leave = shlex.quote(glob.escape(name if file.is_named else str(file.path)))
     return DataError(
         f"{where}: not UTF-8 at byte offset {at} (byte 0x{raw[start]:02x}, {reason}); convert the "
-        f"file first, for example: iconv -f {guess} -t UTF-8 {name} > utf8-{name}, or accept it "
-        "with --on-bad-text replace or skip"
+        f"file first, for example: iconv -f {guess} -t UTF-8 {name} > utf8-{name}, leave it out "
+        f"with --exclude {leave}, or accept it with --on-bad-text replace or skip"
     )

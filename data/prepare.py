@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.claim import LOCK, WORK, holding, read_claim
 from data.commit import KIND, CommitJob, check_same, refuse, tokenize
@@ -23,6 +24,7 @@ from data.jobs import WHOLE, Stage, Task, check_complete, files_of, here, run_st
 from data.manifest import MANIFEST, Manifest, read_manifest
 from data.pool import Pool, Progress, WorkerDied
 from data.readers import InputFile, find_files
+from data.selection import Selection
 from data.shard_jobs import write_shards
 from data.stamps import InputChanged
 from data.survey import first_rule
@@ -68,26 +70,20 @@ def prepare(
     with holding(output):
         is_begun = read_claim(output, KIND) is not None
         if is_begun and (output / MANIFEST).is_file():
-            return _complete(request, _find(request), workers, progress)
+            return _complete(request, workers, progress)
         # Before anything is fetched or written.
         request.cleaner.check()
-        _make(request, _find(request), workers, progress, is_begun=is_begun)
+        _make(request, workers, progress, is_begun=is_begun)
     return finished(output)
 
 
-def _make(
-    request: Request,
-    files: Sequence[InputFile],
-    workers: int,
-    progress: Progress,
-    *,
-    is_begun: bool,
-) -> None:
+def _make(request: Request, workers: int, progress: Progress, *, is_begun: bool) -> None:
     """All stages. What took long is kept for other settings; else a refusal leaves nothing."""
     output, config = request.output, request.config
+    files, left_out = _find(request)
     with _pool(workers, files, config) as pool:
         try:
-            plan = make_plan(request, files, output / WORK)
+            plan = make_plan(request, files, left_out, output / WORK)
             _prepare(Work(request, output / WORK, plan), pool, progress)
         except DataError as error:
             is_precious = request.cleaner.is_on or config.shuffle or isinstance(error, WorkerDied)
@@ -179,7 +175,7 @@ def prepare_task(
     if stage == PLAN:
         request.cleaner.check()
         with holding(output):
-            make_plan(request, _find(request), output / WORK)
+            make_plan(request, *_find(request), output / WORK)
         return TaskSummary(stage, task, 1, False)
     work = Work(request, output / WORK, load_plan(request, output / WORK, command(PLAN, "0/1")))
     before, chosen = _chosen(request, stage)
@@ -254,21 +250,24 @@ def _chosen(request: Request, name: str) -> tuple[list[Stage[Work]], Stage[Work]
     return stages[: names.index(name)], stages[names.index(name)]
 
 
-def _find(request: Request) -> list[InputFile]:
-    """The input; what comes from elsewhere is kept beside the output, which has to be held."""
+def _find(request: Request) -> tuple[list[InputFile], dict[str, Any]]:
+    """The input, and what of it is not read. What comes from elsewhere is kept beside the output,
+    which has to be held.
+    """
     output = request.output
     # `.` and `..` have a name only by where they are.
     place = output if output.name not in ("", "..") else output.resolve()
     keep = place.with_name(f"{place.name}.inputs")
     remove_drafts(keep)
-    files = find_files(request.inputs, keep)
+    selection = Selection(request.config.exclude)
+    files = find_files(request.inputs, keep, selection=selection)
     for named in request.inputs:
         if Path(named).is_dir() and output.resolve().is_relative_to(Path(named).resolve()):
             raise DataUsageError(
                 f"the output {output} lies inside the input {named}, whose files are all read; "
                 "name an output outside of it"
             )
-    return files
+    return files, selection.to_json()
 
 
 def _pool(workers: int, files: Sequence[InputFile], config: PrepareConfig) -> Pool:
@@ -277,18 +276,17 @@ def _pool(workers: int, files: Sequence[InputFile], config: PrepareConfig) -> Po
     return Pool(min(workers, max(1, num_parts)))
 
 
-def _complete(
-    request: Request, files: Sequence[InputFile], workers: int, progress: Progress
-) -> Summary:
+def _complete(request: Request, workers: int, progress: Progress) -> Summary:
     """A dataset that is finished, if it is of the same command: its input is hashed once more."""
     output = request.output
+    files, left_out = _find(request)
     claim = read_claim(output, KIND)
     assert claim is not None
     with (
         tempfile.TemporaryDirectory(prefix="headrace-") as folder,
         _pool(workers, files, request.config) as pool,
     ):
-        work = Work(request, Path(folder), make_plan(request, files, Path(folder)))
+        work = Work(request, Path(folder), make_plan(request, files, left_out, Path(folder)))
         run_stage(stages_of(request)[0], work, pool, progress)
         check_same(output, claim, work)
     # Left by a kill after the manifest was written.

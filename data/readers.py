@@ -15,6 +15,7 @@ from data.compressed import kind_by_content, open_input
 from data.config import DataError, PrepareConfig
 from data.documents import (
     BAD_TEXT,
+    BINARY,
     LINE_SUFFIXES,
     MAX_RECORD_BYTES,
     MISSING_FIELD,
@@ -24,6 +25,7 @@ from data.documents import (
     InputFile,
     Part,
     Reading,
+    is_binary,
     line_number,
 )
 from data.formats import READERS, is_json_lines
@@ -164,6 +166,8 @@ def _read_stream(file: InputFile, reading: Reading) -> Iterator[Document | Dropp
 
 def _packed_text(stream: BinaryIO, file: InputFile, reading: Reading) -> Document | Dropped:
     text = stream.read(MAX_RECORD_BYTES + 1)
+    if not file.is_named and is_binary(file, text):
+        return Dropped(file, 0, BINARY, is_bad=False, where=f"{file.path} (unpacked)")
     if len(text) > MAX_RECORD_BYTES:
         raise DataError(
             f"{file.path} unpacks to one text of more than {MAX_RECORD_BYTES >> 30} GiB; cut it "

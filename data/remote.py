@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -128,11 +129,25 @@ class UrlFiles:
         return self._system
 
 
-def fetch(url: str, folder: Path) -> list[Path]:
-    """Every file that the URL names, a pattern or folder in sorted order, as files in `folder`."""
+def fetch(
+    url: str, folder: Path, excludes: Callable[[str, int], bool] = lambda url, below: False
+) -> list[Path]:
+    """Every file that the URL names, a pattern or folder in sorted order, as files in `folder`;
+    not those that are excluded, of whose parts the first `below` are what a person wrote.
+    """
     scheme = urlsplit(url).scheme
     system = _system(url, scheme, "--input ")
-    return [_fetch_one(system, found, scheme, folder) for found in _expand(system, url, scheme)]
+    found = _expand(system, url, scheme)
+    # In the address of a page a question mark is no part of a name.
+    is_page = scheme in ("http", "https")
+    own = Path(url.partition("?")[0] if is_page else url).parts
+    if found == [url]:
+        below = len(own) - 1
+    else:
+        below = next((i for i, part in enumerate(own) if set(part) & set("*?[")), len(own))
+    names = {name: name.partition("?")[0] if is_page else name for name in found}
+    left = [name for name, told in names.items() if not excludes(told, below)]
+    return [_fetch_one(system, name, scheme, folder) for name in left]
 
 
 def _system(url: str, scheme: str, noun: str) -> Any:

@@ -7,6 +7,7 @@ not depend on the order of files, and held-out text has no say in it.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ from data.durable import write_durably
 from data.piece_model import NORMAL, SPACE
 from data.pool import Pool
 from data.readers import cut_parts, find_files
+from data.selection import Selection, said
 from data.survey import Survey, survey
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from data.tokenizer_json import MODEL_FILE, check_has_twin, copy_tokenizer, special_token_names
+
+log = logging.getLogger(__name__)
 
 CHECKED_BYTES = 2**20
 
@@ -59,7 +63,10 @@ def train_file(inputs: Sequence[str], output: Path, config: PrepareConfig, *, wo
     """Train a tokenizer on the files, folders and patterns in `inputs` and write its model file."""
     if output.exists():
         raise DataUsageError(f"{output} exists already; name a new file")
-    parts = cut_parts(find_files(inputs), config.part_bytes)
+    selection = Selection(config.exclude)
+    parts = cut_parts(find_files(inputs, selection=selection), config.part_bytes)
+    if left_out := selection.to_json():
+        log.warning("left out of the input: %s", said(left_out))
     with Pool(min(workers, len(parts))) as pool:
         _, found = survey(parts, config, pool, config.tokenizer_bytes)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,8 @@ class Work:
     def __init__(self, request: Request, folder: Path, plan: Mapping[str, Any]) -> None:
         self.request = request
         self.folder = folder
+        self.left_out: dict[str, Any] = plan.get("left_out", {})
+        """Files that were found and are not read: Selection.to_json."""
         self.files = [
             replace(file_from_json(value), stamp=Stamp(*stamp))
             for value, stamp in zip(plan["files"], plan["stamps"], strict=True)
@@ -276,12 +278,17 @@ def _limits() -> list[int]:
     return [FORMAT, MAX_JOBS, ranges.LONG_BYTES, ranges.RANGE_BYTES, shuffle.BUCKET_BYTES]
 
 
-def make_plan(request: Request, files: Sequence[InputFile], folder: Path) -> dict[str, Any]:
-    """Name every file for the stages that follow; what was planned before stays as it is."""
+def make_plan(
+    request: Request, files: Sequence[InputFile], left_out: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Name every file for the stages that follow, and count those that they do not read; what was
+    planned before stays as it is.
+    """
     plan = {
         "request": {**request.content, "inputs": list(request.inputs)},
         "files": [file_to_json(file) for file in files],
         "stamps": _stamps_of(files),
+        "left_out": dict(left_out),
     }
     path = folder / PLAN
     if not (path.exists() and {**plan, "sha256": ""} == {**read_sealed(path), "sha256": ""}):

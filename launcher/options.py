@@ -148,6 +148,14 @@ IdField = Annotated[
         "`data inspect`."
     ),
 ]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Leave out these files and folders of the input: '*.png', node_modules, "
+        "'docs/*.html'; repeatable.",
+    ),
+]
 OnBadText = Annotated[
     Literal["strict", "replace", "skip"],
     typer.Option(help="Text that is not UTF-8: stop, put U+FFFD in, or skip the document."),

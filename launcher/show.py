@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from data.selection import said
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -59,6 +61,7 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
     manifest = summary.manifest
     clean = manifest.preparation.get("clean")
     dropped = manifest.preparation.get("dropped", {})
+    left_out = manifest.preparation.get("left_out", {})
     tokens = {split: manifest.num_tokens(split) for split in ("train", "val")}
     if as_json:
         _print_json(
@@ -72,12 +75,15 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
                 "was_complete": summary.was_complete,
                 "warnings": list(summary.warnings),
                 "dropped": dropped,
+                "left_out": left_out,
                 **({"clean": clean} if clean else {}),
             }
         )
         return
     for warning in summary.warnings:
         print(f"warning: {warning}")
+    if words := said(left_out):
+        print(f"left out of the input: {words}")
     if dropped:
         print("without text: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
     for count in clean["stages"] if clean else ():

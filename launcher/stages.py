@@ -6,11 +6,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from data.inputs import find_files
 from data.places import is_url
+from data.selection import Selection
 from launcher import keys
 from launcher.jobs import Job, check_time, render
 from launcher.keys import Origin
@@ -86,7 +88,7 @@ def _prepare(table: Prepare, site: Site, earlier: Earlier) -> Stage:
     output = Path(table.output).resolve()
     inputs: dict[str, str] = {}
     for named in table.inputs:
-        inputs |= _corpus(named)
+        inputs |= _corpus(named, _excluded(table.options))
     settings = {"inputs": list(table.inputs), "options": list(table.options)}
     origin = Origin("prepare", settings, inputs | keys.contents(table.options))
     words = [word for named in table.inputs for word in ("--input", named)]
@@ -95,7 +97,13 @@ def _prepare(table: Prepare, site: Site, earlier: Earlier) -> Stage:
     return _script(table, site, origin, lines)
 
 
-def _corpus(named: str) -> dict[str, str]:
+def _excluded(options: Sequence[str]) -> list[str]:
+    """The values of --exclude among options of `headrace prepare`."""
+    apart = [value for word, value in pairwise(options) if word == "--exclude"]
+    return apart + [o.partition("=")[2] for o in options if o.startswith("--exclude=")]
+
+
+def _corpus(named: str, exclude: Sequence[str]) -> dict[str, str]:
     """Content of the files that an input names; what comes from elsewhere goes by its name."""
     if named == "-" or named.startswith("-."):
         raise SlurmUsageError(
@@ -105,7 +113,7 @@ def _corpus(named: str) -> dict[str, str]:
         return {}
     if named.startswith("@") and "://" in Path(named[1:]).read_text(encoding="utf-8"):
         return {named: keys.content_hash(Path(named[1:]))}
-    files = find_files([named])
+    files = find_files([named], selection=Selection(exclude))
     return {str(file.path): keys.content_hash(file.path) for file in files}
 
 

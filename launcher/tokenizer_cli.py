@@ -33,6 +33,7 @@ def train(
     tokenizer_type: options.TokenizerType = None,
     user_symbols: options.UserSymbols = None,
     text_field: options.TextField = None,
+    exclude: options.Exclude = None,
     workers: options.Workers = 0,
 ) -> None:
     """Train a sentencepiece model, to be given to `headrace prepare --tokenizer`."""
@@ -44,6 +45,7 @@ def train(
         "tokenizer_type": tokenizer_type,
         "user_symbols": user_symbols,
         "text_field": text_field,
+        "exclude": exclude,
         "val_fraction": 0.0,
     }
     config = PrepareConfig.model_validate({k: v for k, v in given.items() if v is not None})

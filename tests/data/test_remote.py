@@ -20,6 +20,7 @@ from data.config import DataError, DataUsageError, PrepareConfig
 from data.inputs import find_files
 from data.prepare import prepare
 from data.readers import Document, cut_parts, read_extent
+from data.selection import Selection
 from tests.data.texts import prose, write_lines
 
 
@@ -285,3 +286,9 @@ def test_the_one_document_that_changes_sides_is_told_from_its_neighbours(tmp_pat
     config = PrepareConfig(vocab_size=400, val_fraction=1e-9)
     summary = prepare([str(tmp_path / "a.jsonl.gz")], tmp_path / "dataset", config, workers=1)
     assert summary.manifest.counts["documents_val"] == 1
+
+
+def test_what_is_excluded_is_not_fetched(server: Server, tmp_path: Path) -> None:
+    urls = [server.url(f"/in/{name}", (200, b"text", 0)) + "?k=v" for name in ("a.txt", "b.md")]
+    (file,) = find_files(urls, tmp_path, selection=Selection(["*.md", "in", "127*"]))
+    assert (file.path.name, server.asked) == ("a.txt", ["/in/a.txt"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataUsageError
+from data.config import DataError, DataUsageError
 from data.manifest import read_manifest
 from launcher.cli import run_command
 
@@ -54,3 +54,20 @@ def test_texts_that_protect_nothing_are_counted(
     held_out.write_text('{"q": "too short"}\n' * 3 + f'{{"q": "{long}"}}\n')
     prepare(corpus, tmp_path / "out", "--tokenizer", str(dataset), "--decontaminate", str(held_out))
     assert "3 of 4 texts of eval.jsonl have fewer than 13 words in a row" in capsys.readouterr().out
+
+
+def test_options_leave_files_of_a_code_tree_out(
+    corpus: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "a.txt").write_bytes(corpus.read_bytes() if corpus.is_file() else b"text " * 999)
+    (code / "old.txt").write_bytes(b"caf\xe9")
+    (code / "x.pyc").write_bytes(bytes(9))
+    options = ("--tokenizer", str(dataset), "--workers", "1")
+    with pytest.raises(DataError, match=r"leave it out with --exclude .*old\.txt, or accept it"):
+        prepare(code, tmp_path / "out", *options)
+    prepare(code, tmp_path / "out", *options, "--exclude", "old*", "--exclude=*.md")
+    printed = capsys.readouterr().out
+    assert "left out of the input: 1 binary file (1 .pyc), 1 by --exclude 'old*'" in printed
+    assert "warning: --exclude '*.md' names no file of the input" in printed
