@@ -17,6 +17,7 @@ from data.manifest import Manifest, read_manifest
 from data.mixture import quotas
 from data.order import Geometry
 from data.places import Place, place_of
+from data.plans import check_plan
 from data.samples import BestFit, Concat, Samples
 from data.tokens import TokenSource
 
@@ -106,6 +107,9 @@ def open_datasets(
     sources: list[Source] = []
     refused: DataUsageError | None = None
     for entry, place, manifest in zip(listed, places, manifests, strict=True):
+        if packing == "best_fit" and split == "train":
+            # The plan of the other split, too: validation may come hours later.
+            check_plan(place, manifest, seq_len)
         try:
             sources += _sources(entry, place, manifest, split, seq_len, packing, kept, alone=alone)
         except DataUsageError as error:
