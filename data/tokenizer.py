@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 
 from data.config import DataError, DataUsageError
 from data.piece_model import PieceModel, read_piece_model
-from data.tokenizer_json import CONFIG_FILE, JSON_FILE, MODEL_FILE, special_token_names
+from data.tokenizer_json import (
+    CONFIG_FILE,
+    JSON_FILE,
+    MODEL_FILE,
+    check_eos_is_known,
+    special_token_names,
+)
 from data.tokenizer_json import copy_tokenizer as copy_tokenizer
 from data.tokenizer_json import export_problem as export_problem
 from data.tokenizer_json import write_huggingface_tokenizer as write_huggingface_tokenizer
@@ -133,6 +139,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        check_eos_is_known(path, vocabulary)
         names = special_token_names(path)
         self.bos_id = vocabulary.get(names.get("bos_token", ""))
         self.pad_id = vocabulary.get(names.get("pad_token", ""))

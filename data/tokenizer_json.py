@@ -9,6 +9,7 @@ own have no such twin and are refused.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,7 @@ def write_huggingface_tokenizer(source: Path, folder: Path, *, bos: bool = False
 
 def special_token_names(path: Path) -> dict[str, str]:
     """{"eos_token": "</s>", ...} of a tokenizer.json: as named beside it, else by common names."""
-    found: dict[str, str] = {}
-    for name in (CONFIG_FILE, "special_tokens_map.json"):
-        beside = path.with_name(name)
-        if beside.is_file():
-            for key, value in _read_json(beside).items():
-                token = value.get("content") if isinstance(value, dict) else value
-                if key in _COMMON_NAMES and isinstance(token, str):
-                    found.setdefault(key, token)
+    found = {key: token for key, (token, _) in _named_beside(path).items()}
     if "eos_token" in found:
         return found
     added = _read_json(path).get("added_tokens") or []
@@ -96,6 +90,36 @@ def special_token_names(path: Path) -> dict[str, str]:
         matches = [name for name in names.split() if name in known]
         if matches:
             found.setdefault(key, matches[0])
+    return found
+
+
+def check_eos_is_known(path: Path, vocabulary: Mapping[str, int]) -> None:
+    """DataUsageError when a file beside a tokenizer.json names an end-of-sequence token that its
+    vocabulary does not hold.
+    """
+    token, beside = _named_beside(path).get("eos_token", ("", path))
+    if not token or token in vocabulary:
+        return
+    known = [name for name in _COMMON_NAMES["eos_token"].split() if name in vocabulary]
+    example = f', perhaps "eos_token": {json.dumps(known[0])}' if known else ""
+    raise DataUsageError(
+        f"{beside}: eos_token is {token!r}, which is none of the {len(vocabulary)} tokens of "
+        f"{path}, so no document could end with it; write the one that the tokenizer has{example}, "
+        f"or fetch both files again from one place, or add {token!r} to its added_tokens with an "
+        'id of its own and "special": true'
+    )
+
+
+def _named_beside(path: Path) -> dict[str, tuple[str, Path]]:
+    """Special tokens as the files beside a tokenizer.json name them, with the file that does."""
+    found: dict[str, tuple[str, Path]] = {}
+    for name in (CONFIG_FILE, "special_tokens_map.json"):
+        beside = path.with_name(name)
+        if beside.is_file():
+            for key, value in _read_json(beside).items():
+                token = value.get("content") if isinstance(value, dict) else value
+                if key in _COMMON_NAMES and isinstance(token, str):
+                    found.setdefault(key, (token, beside))
     return found
 
 

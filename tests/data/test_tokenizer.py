@@ -256,6 +256,24 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path: Path) -> No
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("beside", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_end_of_sequence_that_is_no_token_is_named_with_its_file(
+    byte_level: Path, tmp_path: Path, beside: str
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(byte_level.read_bytes())
+    (tmp_path / beside).write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    with pytest.raises(DataUsageError) as refused:
+        load_tokenizer(tmp_path)
+    message = str(refused.value)
+    assert message.startswith(f"{tmp_path / beside}: eos_token is '<|im_end|>', which is none of")
+    assert f"of the 500 tokens of {file}, so no document could end with it" in message
+    assert 'write the one that the tokenizer has, perhaps "eos_token": "<|endoftext|>"' in message
+    assert "or fetch both files again from one place, or add '<|im_end|>' to its added" in message
+    (tmp_path / beside).write_text('{"eos_token": "<|endoftext|>"}')
+    assert load_tokenizer(tmp_path).eos_id == 0
+
+
 def test_the_model_is_preferred_to_the_json(model: Path, byte_level: Path, tmp_path: Path) -> None:
     with pytest.raises(DataUsageError, match=r"holds no tokenizer \(tokenizer\.model or"):
         load_tokenizer(tmp_path)
