@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ WORK = "headrace.work"
 """A folder in an output for what is needed until it is finished; it may come before the lock."""
 FORMAT = 1
 LETTING_GO_SECONDS = 1.0
+WITHOUT_OPTION = frozenset({"tokenizer_bytes", "shard_bytes", "part_bytes", "seed", "kind"})
+"""Settings that only a program can choose."""
 
 
 def read_claim(folder: Path, kind: str) -> dict[str, Any] | None:
@@ -139,9 +142,33 @@ def _lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys whose values differ, as "key: old then, new now"."""
+    """The settings whose values differ, as "--option: was A, is B"."""
     return [
-        f"{key}: {then.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now"
+        f"{_option(key)}: was {shown(then.get(key))}, is {shown(now.get(key))}"
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
+
+
+def another_command(what: str, found: Sequence[str], advice: str) -> DataUsageError:
+    """For a directory that belongs to another command: a line for each difference."""
+    lines = "\n".join(f"  {line}" for line in found)
+    return DataUsageError(f"{what} by another command:\n{lines}\n{advice}")
+
+
+def shown(value: Any) -> str:
+    """A setting as it is given on a command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None or value == "" or value == () or value == []:
+        return "not given"
+    if isinstance(value, list | tuple):
+        return " ".join(shlex.quote(str(item)) for item in value)
+    return str(value)
+
+
+def _option(key: str) -> str:
+    """What sets a setting; those that have no option go by their own name."""
+    if key in WITHOUT_OPTION:
+        return key
+    return "--" + {"user_symbols": "symbol"}.get(key, key).replace("_", "-")

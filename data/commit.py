@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from data import vocabulary
-from data.claim import read_claim, write_claim
+from data.claim import another_command, read_claim, write_claim
 from data.config import DataUsageError
 from data.durable import file_sha256, write_sealed
 from data.jobs import Job, Report, alone, do
@@ -47,10 +47,10 @@ def check_same(output: Path, claim: Mapping[str, Any], work: Work) -> None:
     found = work.request.differences(claim)
     then, now = claim["inputs"], work.command["inputs"]
     if len(then) != len(now):
-        found.append(f"input files: {len(then)} then, {len(now)} now")
+        found.append(f"input files: was {len(then)}, is {len(now)}")
     changed = [
-        f"{new['name']}: {old['bytes']} bytes with hash {old['xxh3'][:8]} then, "
-        f"{new['bytes']} bytes with hash {new['xxh3'][:8]} now"
+        f"{new['name']}: was {old['bytes']} bytes with hash {old['xxh3'][:8]}, "
+        f"is {new['bytes']} bytes with hash {new['xxh3'][:8]}"
         for old, new in zip(then, now, strict=False)
         if (old["bytes"], old["xxh3"]) != (new["bytes"], new["xxh3"])
     ]
@@ -60,9 +60,10 @@ def check_same(output: Path, claim: Mapping[str, Any], work: Work) -> None:
 def refuse(output: Path, found: Sequence[str]) -> None:
     """Refuse where a dataset that was begun differs from what is asked for."""
     if found:
-        raise DataUsageError(
-            f"{output} was begun by another command ({'; '.join(found)}); give the same input and "
-            "settings to continue it, or name another output"
+        raise another_command(
+            f"{output} was begun",
+            found,
+            "give the same input and settings to continue it, or name another output",
         )
 
 

@@ -126,6 +126,10 @@ class PrepareConfig(BaseModel):
     clean: CleanConfig = CleanConfig()
     """Recorded only where something is cleaned, so what was recorded before stays as it is."""
 
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name, those of cleaning beside the others."""
+        return {**{k: v for k, v in self if k != "clean"}, **dict(self.clean)}
+
     @model_validator(mode="after")
     def _no_special_piece(self) -> Self:
         for symbol in self.user_symbols:

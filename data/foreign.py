@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.claim import differences, holding, read_claim, write_claim
+from data.claim import another_command, differences, holding, read_claim, write_claim
 from data.config import DataError, DataUsageError, PrepareConfig
 from data.durable import file_sha256
 from data.foreign_tar import TYPES, Array, read_arrays
@@ -260,12 +260,17 @@ def _is_complete(output: Path, command: Mapping[str, Any]) -> bool:
 
 def _check_same(output: Path, claim: Mapping[str, Any], command: Mapping[str, Any]) -> None:
     """Refuse to continue another command, with the difference."""
-    found = differences(claim["config"], command["config"])
-    found += differences(claim["tokenizer"] or {}, command["tokenizer"])
-    if claim["inputs"] != command["inputs"]:
-        found.append("other tars, or other content")
+    if "kind" in claim["config"]:
+        found = differences(claim["config"], command["config"])
+        if claim["tokenizer"] != command["tokenizer"]:
+            found.append("--tokenizer: another one")
+        if claim["inputs"] != command["inputs"]:
+            found.append("other tars, or other content")
+    else:
+        found = ["it was made by `headrace prepare`"]
     if found:
-        raise DataUsageError(
-            f"{output} was begun by another command ({'; '.join(found)}); give the same tars and "
-            "settings to continue it, or name another output"
+        raise another_command(
+            f"{output} was begun",
+            found,
+            "give the same tars and settings to continue it, or name another output",
         )

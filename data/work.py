@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data import cleaning, ranges, shuffle, vocabulary
-from data.claim import WORK, differences
+from data.claim import WORK, another_command, differences, shown
 from data.clean import Cleaner
 from data.cleaning import Cleaned, CleanJob, DropJob
 from data.config import DataUsageError, PrepareConfig
@@ -81,10 +81,35 @@ class Request:
 
     def differences(self, then: Mapping[str, Any]) -> list[str]:
         """What an earlier request asked for otherwise."""
-        found = differences(then["config"], self.content["config"])
-        for key in ("tokenizer", "decontaminate"):
-            found += differences(then.get(key) or {}, self.content.get(key) or {})
+        if "kind" in then["config"]:
+            return [f"it was made by `headrace data {then['config']['kind']}`"]
+        before = PrepareConfig.model_validate(then["config"]).settings()
+        own, brought = then.get("tokenizer"), self.content["tokenizer"]
+        now = self.config.settings()
+        if (own is None) != (brought is None):
+            before, now = (
+                {k: v for k, v in s.items() if k not in _TRAINING} for s in (before, now)
+            )
+        found = differences(before, now)
+        if own != brought:
+            found.append(f"--tokenizer: was {_told_tokenizer(own)}, is {_told_tokenizer(brought)}")
+        held, holds = then.get("decontaminate") or {}, self.content.get("decontaminate") or {}
+        for name in sorted({*held, *holds}):
+            if held.get(name) != holds.get(name):
+                was, now_is = (shown(side.get(name, "")[:8]) for side in (held, holds))
+                found.append(f"--decontaminate {name}: was {was}, is {now_is}")
         return found
+
+
+_TRAINING = ("vocab_size", "tokenizer_type", "user_symbols", "tokenizer_bytes")
+"""Settings that mean nothing where a tokenizer is brought."""
+
+
+def _told_tokenizer(identity: Mapping[str, Any] | None) -> str:
+    if identity is None:
+        return "none, so that one is trained"
+    names = [f"{key} {value}" for key, value in identity.items() if key != "sha256"]
+    return " with ".join([f"sha256 {identity['sha256'][:8]}", *names])
 
 
 class Work:
@@ -308,12 +333,10 @@ def load_plan(request: Request, folder: Path, command: str) -> dict[str, Any]:
     then = plan["request"]
     found = request.differences(then)
     if then["inputs"] != list(request.inputs):
-        found.append(f"inputs: {' '.join(then['inputs'])} then, {' '.join(request.inputs)} now")
+        found.append(f"--input: was {shown(then['inputs'])}, is {shown(request.inputs)}")
     if found:
-        raise DataUsageError(
-            f"{request.output} was planned by another command ({'; '.join(found)}); give the same "
-            f"input and settings to every task, or plan anew: {command}"
-        )
+        advice = f"give the same input and settings to every task, or plan anew: {command}"
+        raise another_command(f"{request.output} was planned", found, advice)
     return plan
 
 

@@ -129,6 +129,6 @@ def test_a_preparation_says_what_the_policy_did(tmp_path: Path) -> None:
         " ".join(summary.warnings)
     )
     assert summary.manifest.preparation["dropped"] == {"not UTF-8": 2}
-    with pytest.raises(DataUsageError, match="on_bad_text: 'skip' then, 'replace' now"):
+    with pytest.raises(DataUsageError, match="--on-bad-text: was skip, is replace"):
         config = PrepareConfig(**settings, on_bad_text="replace")
         prepare([str(corpus)], tmp_path / "skipped", config, workers=1)

@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 
-from data.claim import LOCK, differences, holding, is_abandoned, read_claim, write_claim
-from data.config import DataError, DataUsageError
+from data.claim import (
+    LOCK,
+    WITHOUT_OPTION,
+    differences,
+    holding,
+    is_abandoned,
+    read_claim,
+    write_claim,
+)
+from data.config import DataError, DataUsageError, PrepareConfig
+from launcher.cli import app
 
 
 def test_a_missing_or_empty_directory_is_free(tmp_path: Path) -> None:
@@ -60,7 +70,21 @@ def test_a_directory_is_abandoned_when_nobody_holds_it(tmp_path: Path) -> None:
 
 
 def test_differences_name_the_key_and_both_values() -> None:
-    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": "x"}) == [
-        "b: 2 then, 3 now",
-        "c: 'absent' then, 'x' now",
+    then = {"same": 1, "val_fraction": 0.2, "user_symbols": (), "exclude": ["*.a b"], "bos": True}
+    now = {"same": 1, "val_fraction": 0.3, "user_symbols": ("x",), "bos": False, "seed": 1}
+    assert differences(then, now) == [
+        "--bos: was on, is off",
+        "--exclude: was '*.a b', is not given",
+        "seed: was not given, is 1",
+        "--symbol: was not given, is x",
+        "--val-fraction: was 0.2, is 0.3",
     ]
+
+
+def test_every_difference_is_told_by_an_option_that_there_is() -> None:
+    command = typer.main.get_command(app).commands["prepare"]  # type: ignore[attr-defined]
+    known = {name for option in command.params for name in option.opts}
+    for key in PrepareConfig().settings():
+        (line,) = differences({key: 1}, {key: 2})
+        name = line.removesuffix(": was 1, is 2")
+        assert (name in known) == (key not in WITHOUT_OPTION), line

@@ -78,7 +78,9 @@ def test_the_bytes_depend_on_the_input_alone_and_a_finished_index_is_kept(
     (tmp_path / "x" / "manifest.json").unlink()
     assert not index([tar], tmp_path / "x", tokenizer=tokenizer, val_fraction=0.2).was_complete
     assert _bytes(first.output) == _bytes(second.output)
-    with pytest.raises(DataUsageError, match=r"was begun by another command \(val_fraction: 0\.2"):
+    with pytest.raises(
+        DataUsageError, match=r"another command:\n  --val-fraction: was 0\.2, is 0\.3"
+    ):
         index([tar], tmp_path / "x", tokenizer=tokenizer, val_fraction=0.3)
 
 
@@ -203,7 +205,7 @@ def test_an_output_that_another_index_finishes_meanwhile_is_kept(
 
     slow = Slow([one], other)
     with pytest.raises(
-        DataUsageError, match=r"begun by another command .*other tars, or other con"
+        DataUsageError, match=r"begun by another command:\n  other tars, or other con"
     ):
         index(slow, tmp_path / "out", tokenizer=tokenizer)
     assert slow.num_reads == 3

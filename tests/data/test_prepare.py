@@ -111,20 +111,31 @@ def test_another_command_is_refused_with_the_difference(
     corpus: Path, dataset: Path, tmp_path: Path
 ) -> None:
     before = tree(dataset)
-    with pytest.raises(
-        DataUsageError, match=r"begun by another command \(vocab_size: 400 then, 500 now\)"
-    ):
-        run(corpus, dataset, vocab_size=500)
+    with pytest.raises(DataUsageError) as refused:
+        run(corpus, dataset, vocab_size=500, bos=True, clean={"dedup": "near"}, part_bytes=9)
+    assert str(refused.value) == (
+        f"{dataset} was begun by another command:\n"
+        "  --bos: was off, is on\n"
+        "  --dedup: was off, is near\n"
+        "  part_bytes: was 9000, is 9\n"
+        "  --vocab-size: was 400, is 500\n"
+        "give the same input and settings to continue it, or name another output"
+    )
     other = tmp_path / "corpus"
     shutil.copytree(corpus, other)
     text = (other / "short.txt").read_text()
     (other / "short.txt").write_text("X" + text[1:])
-    with pytest.raises(DataUsageError, match=rf"corpus/short\.txt: {len(text)} bytes with hash"):
+    with pytest.raises(
+        DataUsageError, match=rf"corpus/short\.txt: was {len(text)} bytes with hash"
+    ):
         run(other, dataset)
     (other / "more.txt").write_text("more")
-    with pytest.raises(DataUsageError, match="input files: 3 then, 4 now"):
+    with pytest.raises(DataUsageError, match="input files: was 3, is 4"):
         run(other, dataset)
-    with pytest.raises(DataUsageError, match=r"sha256: 'absent' then, '[0-9a-f]{64}' now"):
+    with pytest.raises(
+        DataUsageError,
+        match=r"--tokenizer: was none, so that one is trained, is sha256 [0-9a-f]{8}\n",
+    ):
         prepare(
             [str(corpus)],
             dataset,
