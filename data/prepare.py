@@ -24,11 +24,12 @@ from data.jobs import WHOLE, Stage, Task, check_complete, files_of, here, run_st
 from data.manifest import MANIFEST, Manifest, read_manifest
 from data.pool import Pool, Progress, WorkerDied
 from data.readers import InputFile, find_files
+from data.request import Request
 from data.selection import Selection
 from data.shard_jobs import write_shards
 from data.stamps import InputChanged
 from data.survey import first_rule
-from data.work import Request, Work, load_plan, make_plan, remove_work
+from data.work import Work, load_plan, make_plan, remove_work
 
 PLAN = "plan"
 _ALONE = (PLAN, "tokenizer", "commit")

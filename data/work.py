@@ -1,5 +1,4 @@
-"""What a preparation is about, and every stage's jobs as they follow from it and from the stages
-before.
+"""Every stage's jobs, as they follow from what is asked for and from the stages before.
 
 Results lie in OUTPUT/headrace.work, each stage's in a folder named by a hash of all that they
 depend on: other settings or other input have other folders, so nothing stale is ever read, and what
@@ -11,17 +10,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data import cleaning, ranges, shuffle, vocabulary
-from data.claim import WORK, another_command, differences, shown
-from data.clean import Cleaner
+from data.claim import WORK, another_command, shown
 from data.cleaning import Cleaned, CleanJob, DropJob
-from data.config import DataUsageError, PrepareConfig
-from data.decontaminate import evaluation_files
+from data.config import DataUsageError
 from data.dedup import RangeJob, range_jobs
 from data.durable import file_sha256, read_sealed, write_sealed, writing
 from data.intake import (
@@ -35,6 +32,7 @@ from data.intake import (
 from data.jobs import MAX_JOBS, Job, key_of
 from data.manifest import dtype_for
 from data.readers import InputFile, cut_parts, reading_of
+from data.request import Request
 from data.rounds import SurveyParts, Text, check_count, rule_from_json, survey_jobs
 from data.shard_jobs import Encoding, ShardJob, shard_jobs
 from data.shuffle import BucketJob, ScatterJob
@@ -46,70 +44,6 @@ from data.tokenizer import load_tokenizer, tokenizer_file
 FORMAT = 2
 """Of the results; other code that writes others has another number."""
 PLAN = "plan.json"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a person asked for."""
-
-    inputs: tuple[str, ...]
-    output: Path
-    config: PrepareConfig
-    tokenizer: Path | None
-    cleaner: Cleaner
-    content: dict[str, Any]
-    """The settings as they are recorded and compared."""
-
-    @classmethod
-    def of(
-        cls,
-        inputs: Sequence[str],
-        output: Path,
-        config: PrepareConfig,
-        tokenizer: Path | None,
-        decontaminate: Sequence[Path],
-    ) -> Request:
-        """Raises DataUsageError for a tokenizer or evaluation files that cannot be used."""
-        cleaner = Cleaner(config.clean, evaluation_files(tuple(decontaminate)))
-        if tokenizer is not None and tokenizer.is_dir():
-            tokenizer = tokenizer_file(tokenizer)
-        given = tokenizer and vocabulary.tokenizer_identity(tokenizer, config)
-        content: dict[str, Any] = {"config": config.model_dump(mode="json"), "tokenizer": given}
-        if decontaminate:
-            content["decontaminate"] = {file.path.name: file.xxh3 for file in cleaner.evaluation}
-        return cls(tuple(inputs), output, config, tokenizer, cleaner, content)
-
-    def differences(self, then: Mapping[str, Any]) -> list[str]:
-        """What an earlier request asked for otherwise."""
-        if "kind" in then["config"]:
-            return [f"it was made by `headrace data {then['config']['kind']}`"]
-        before = PrepareConfig.model_validate(then["config"]).settings()
-        own, brought = then.get("tokenizer"), self.content["tokenizer"]
-        now = self.config.settings()
-        if (own is None) != (brought is None):
-            before, now = (
-                {k: v for k, v in s.items() if k not in _TRAINING} for s in (before, now)
-            )
-        found = differences(before, now)
-        if own != brought:
-            found.append(f"--tokenizer: was {_told_tokenizer(own)}, is {_told_tokenizer(brought)}")
-        held, holds = then.get("decontaminate") or {}, self.content.get("decontaminate") or {}
-        for name in sorted({*held, *holds}):
-            if held.get(name) != holds.get(name):
-                was, now_is = (shown(side.get(name, "")[:8]) for side in (held, holds))
-                found.append(f"--decontaminate {name}: was {was}, is {now_is}")
-        return found
-
-
-_TRAINING = ("vocab_size", "tokenizer_type", "user_symbols", "tokenizer_bytes")
-"""Settings that mean nothing where a tokenizer is brought."""
-
-
-def _told_tokenizer(identity: Mapping[str, Any] | None) -> str:
-    if identity is None:
-        return "none, so that one is trained"
-    names = [f"{key} {value}" for key, value in identity.items() if key != "sha256"]
-    return " with ".join([f"sha256 {identity['sha256'][:8]}", *names])
 
 
 class Work:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from data.claim import LOCK
 from data.config import DataError, DataUsageError, PrepareConfig
+from data.durable import read_sealed, write_sealed
 from data.manifest import read_manifest
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, tokenizer_file
@@ -121,6 +123,11 @@ def test_another_command_is_refused_with_the_difference(
         "  --vocab-size: was 400, is 500\n"
         "give the same input and settings to continue it, or name another output"
     )
+    newer = shutil.copytree(dataset, tmp_path / "newer")
+    claim = read_sealed(newer / LOCK)
+    write_sealed(newer / LOCK, {**claim, "config": {**claim["config"], "later": 1}})
+    with pytest.raises(DataUsageError, match="does not know its settings: later: Extra inputs"):
+        run(corpus, newer)
     other = tmp_path / "corpus"
     shutil.copytree(corpus, other)
     text = (other / "short.txt").read_text()
