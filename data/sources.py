@@ -7,7 +7,7 @@ keys of the sample order. Cost: one manifest per dataset; no token is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -241,19 +241,35 @@ def _check_distinct(sources: list[Source]) -> None:
             )
 
 
-def check_continues(known: dict[str, str], found: dict[str, str]) -> None:
+def check_continues(known: Mapping[str, str], sources: Iterable[Source]) -> None:
     """DataError when a source of a run has become other data, or came back under another name."""
     names = {fingerprint: name for name, fingerprint in known.items()}
-    for name, fingerprint in found.items():
-        if known.get(name, fingerprint) != fingerprint:
-            raise DataError(
-                f"source {name!r} was data of fingerprint {known[name]} in this run and is "
-                f"{fingerprint} now; give new data a name of its own, so that no place in the old "
-                "one is taken for a place in the new"
-            )
-        if names.get(fingerprint, name) != name:
+    for source in sources:
+        name, was = source.name, known.get(source.name, source.fingerprint)
+        other = names.get(source.fingerprint, name)
+        if was != source.fingerprint:
+            raise DataError(_changed(source, was, other))
+        if other != name:
             raise DataUsageError(
-                f"source {name!r} is the data that this run reads as {names[fingerprint]!r}; call "
-                f"it {names[fingerprint]!r}, or its samples would be trained on again from the "
-                "first"
+                f"source {name!r} is the data that this run reads as {other!r}; call it {other!r}, "
+                "or its samples would be trained on again from the first"
             )
+
+
+def _changed(source: Source, was: str, other: str) -> str:
+    name, dataset = source.name, source.dataset
+    now = f"fingerprint {was[:16]} then, {source.fingerprint[:16]} now"
+    if other != name:
+        return (
+            f"source {name!r}: {dataset} is the data that this run reads as {other!r} ({now}), so "
+            "paths were exchanged and samples would be repeated and left out; give each source "
+            "the path of its own data again"
+        )
+    return (
+        f"source {name!r}: {dataset} holds other data than this run was trained on ({now}, with "
+        f"{source.tokens.num_tokens:,} tokens): it was prepared again with other text, settings or "
+        "tokenizer, or was replaced. Places in the old data mean nothing in the new, so samples "
+        "would be repeated and left out. Put the old dataset back, or name it where it is now "
+        "(data=PATH, or the source's path); or train on the new one, too, under a name of its own "
+        "in [[data.sources]] with --allow-change data.sources; or begin a new --run"
+    )

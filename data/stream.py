@@ -84,7 +84,7 @@ class SampleStream:
             phases = Phases([first_phase(1, datasets.slots(), fingerprints, seq_len=seq_len)])
         self.mixture = Mixture(phases.mixture())
         self._fingerprints = {name: phases.fingerprints[name] for name in self.mixture.names}
-        check_continues(self._fingerprints, fingerprints)
+        check_continues(self._fingerprints, datasets.sources)
 
     def at(self, seq_len: int) -> SampleStream:
         """The stream whose samples have another length: that of other phases of the same run."""

@@ -111,7 +111,7 @@ def phases_of(
         return phases
     if last.seq_len != seq_len and "seq_len" not in allow_change:
         return phases
-    check_continues(phases.fingerprints, fingerprints)
+    check_continues(phases.fingerprints, datasets.sources)
     check_shares(weights)
     new = RunPhase(
         first_step=history.steps + 1,

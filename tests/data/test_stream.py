@@ -12,6 +12,8 @@ import pytest
 import xxhash
 
 from data.config import DataError, DataUsageError
+from data.phases import Phases, first_phase
+from data.sources import open_datasets
 from data.stream import SampleStream, sample_hash
 from tests.data.tiny import documents, write_dataset
 
@@ -164,3 +166,25 @@ def _epoch(stream: SampleStream, epoch: int) -> list[bytes]:
     count = stream.num_samples_per_epoch
     rows = stream.batch(np.arange(epoch * count, (epoch + 1) * count))
     return [row.tobytes() for row in rows]
+
+
+def test_a_dataset_that_was_replaced_is_told_with_every_way_on(tmp_path: Path) -> None:
+    folder = tmp_path / "web"
+    write_dataset(folder, {"train/main": documents(40)})
+    then = open_datasets(folder, seq_len=16)
+    phases = Phases([first_phase(1, then.slots(), then.fingerprints(), seq_len=16)])
+    SampleStream(then, seq_len=16, seed=0, phases=phases)
+    write_dataset(folder, {"train/main": documents(40, seed=1)})
+    now = open_datasets(folder, seq_len=16)
+    with pytest.raises(DataError) as refused:
+        SampleStream(now, seq_len=16, seed=0, phases=phases)
+    was, is_now = (d.fingerprints()["main"][:16] for d in (then, now))
+    assert str(refused.value) == (
+        f"source 'main': {folder} holds other data than this run was trained on (fingerprint {was} "
+        f"then, {is_now} now, with {now.sources[0].tokens.num_tokens:,} tokens): it was prepared "
+        "again with other text, settings or tokenizer, or was replaced. Places in the old data "
+        "mean nothing in the new, so samples would be repeated and left out. Put the old dataset "
+        "back, or name it where it is now (data=PATH, or the source's path); or train on the new "
+        "one, too, under a name of its own in [[data.sources]] with --allow-change data.sources; "
+        "or begin a new --run"
+    )

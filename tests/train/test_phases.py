@@ -158,7 +158,8 @@ def test_a_dropped_source_is_known_when_it_comes_back(datasets: list[Path], tmp_
     with pytest.raises(DataUsageError, match=r"'new' is the data that this run reads as 'code'"):
         reopen(run, config(datasets, data={"sources": renamed}), "data.sources", steps=6)
     swapped = config([datasets[1], datasets[0]])
-    with pytest.raises(DataError, match=r"source '\w+' was data of fingerprint .* name of its own"):
+    message = r"source '\w+': .* is the data that this run reads as '\w+' .*paths were exchanged"
+    with pytest.raises(DataError, match=message):
         reopen(run, swapped, "data.sources", steps=6)
 
 
