@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataUsageError
-from data.durable import read_sealed, write_sealed, writing
+from data.durable import is_leftover, read_sealed, write_sealed, writing
 
 LOCK = "headrace.lock.json"
 WORK = "headrace.work"
@@ -38,8 +38,8 @@ def read_claim(folder: Path, kind: str) -> dict[str, Any] | None:
         return None
     if not (folder / LOCK).is_file():
         # A kill between making the directory and renaming the lock leaves only its draft.
-        own = (f"{LOCK}.tmp", WORK)
-        strangers = sorted(path.name for path in folder.iterdir() if path.name not in own)
+        names = (path.name for path in folder.iterdir())
+        strangers = sorted(n for n in names if n != WORK and not is_leftover(n, of=LOCK))
         if strangers:
             raise DataUsageError(
                 f"{folder} is not empty and was not begun by this command (it holds "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data.durable import publish, writing
+from data.durable import publish, remove_leftovers, writing
 
 _FOLDER = ".drafts"
 
@@ -37,3 +37,4 @@ def draft(path: Path, folder: Path) -> Iterator[Path]:
 def remove_drafts(folder: Path) -> None:
     """Remove what a kill has left; nobody else may be writing there."""
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+    remove_leftovers(*folder.glob("*/"))

@@ -1,9 +1,11 @@
 """Writes that survive: after a crash a file is the old one or the new one, and never half of it.
 
-A file is written beside its place, synced, renamed, and its folder synced: two fsyncs per file. A
-sealed file is canonical JSON that ends in its own sha256, so that a flipped bit anywhere in it is
-found before one value is believed. A disk that is full, read-only or failing is a StorageError,
-which tells path, reason and remedy; what was finished before stays as it was.
+A file is written beside its place, under a name that no other writer has, synced, renamed, and its
+folder synced: two fsyncs per file. What a killed writer leaves is called NAME.xxxxxxxx.tmp: nobody
+reads it, and whoever owns the folder removes it. A sealed file is canonical JSON that ends in its
+own sha256, so that a flipped bit anywhere in it is found before one value is believed. A disk that
+is full, read-only or failing is a StorageError, which tells path, reason and remedy; what was
+finished before stays as it was.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +26,7 @@ from data.errors import DataError
 RESTORE = "; restore it from a copy, or run the same `headrace prepare` into a new directory"
 
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n\Z')
+_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.tmp\Z")
 _SEAL_BYTES = len(',"sha256":""}\n') + 64
 
 _FULL = {
@@ -76,10 +80,11 @@ def write_stream(path: Path, pieces: Iterable[bytes]) -> None:
     """`write_durably` of what comes in pieces; an error of theirs, too, leaves the old content and
     nothing beside it.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # Two that write one path at once have a file each, and the last rename wins as a whole.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 for piece in pieces:
                     file.write(piece)
                 file.flush()
@@ -89,6 +94,23 @@ def write_stream(path: Path, pieces: Iterable[bytes]) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def is_leftover(name: str, *, of: str = "") -> bool:
+    """Whether a name is one under which a file is written, that of the file `of` if it is given."""
+    found = _LEFTOVER.search(name)
+    return found is not None and of in ("", name[: found.start()])
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what killed writers have left in folders, not below them; nobody else may be writing
+    there. One that stays, as on storage that refuses, is room alone: nobody reads it.
+    """
+    for folder in folders:
+        with suppress(OSError):
+            for path in folder.iterdir():
+                if is_leftover(path.name):
+                    path.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -219,7 +241,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _storage_error(error: OSError, path: str) -> StorageError:
-    where = error.filename if isinstance(error.filename, str) else path
+    # By the name that people know.
+    where = _LEFTOVER.sub("", error.filename if isinstance(error.filename, str) else path)
     reason, advice = os.strerror(error.errno or 0), _ADVICE[error.errno or 0]
     if error.errno == errno.ENOSPC and _has_no_inode(Path(where)):
         reason = "No inode is left there, so no further file can be made, although bytes are free"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data.config import AccessError, DataError, DataUsageError, MissingError
-from data.durable import is_sealed, unsealed, write_durably, write_sealed
+from data.durable import is_sealed, remove_leftovers, unsealed, write_durably, write_sealed
 from data.places import MANIFEST as MANIFEST
 from data.places import Place, place_of
 
@@ -121,13 +121,15 @@ def write_manifest(
     counts: Mapping[str, int] | None = None,
     block_tokens: int = BLOCK_TOKENS,
 ) -> Manifest:
-    """Commit a dataset whose shards and tokenizer are on disk. Equal arguments write equal bytes.
+    """Commit a dataset whose shards and tokenizer are on disk, and nobody else writes to. Equal
+    arguments leave equal bytes, however often the work before was killed.
 
     `tokenizer` is the file in the dataset; `preparation` and `counts` are only recorded.
     """
     entries = tuple(sorted(shards, key=lambda entry: entry.path))
     assert entries, "a dataset has at least one shard"
     assert len({entry.path for entry in entries}) == len(entries), "a shard is listed twice"
+    remove_leftovers(dataset, *{(dataset / entry.path).parent for entry in entries})
     table = _table_bytes(entries)
     write_durably(dataset / TABLE, table)
     manifest = Manifest(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data.arrays import check_lens
 from data.claim import holding
 from data.config import AccessError, DataError, DataUsageError, MissingError
-from data.durable import write_durably, writing
+from data.durable import remove_leftovers, write_durably, writing
 from data.manifest import Manifest, ShardEntry, read_manifest
 from data.packing import pack
 from data.places import Place, place_of
@@ -96,6 +96,7 @@ def pack_dataset(
             with writing(folder):
                 # An old plan must not vouch for new files.
                 (folder / PLAN).unlink(missing_ok=True)
+            remove_leftovers(folder)
             shards = _pack_shards(dataset, manifest, seq_len, workers, progress)
             write_plan(dataset, manifest, seq_len, shards)
             plan = read_plan(place_of(dataset), manifest, seq_len)
@@ -172,6 +173,7 @@ def _pack_shards(
         folder = plan_folder(dataset, seq_len) / parent
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
     shards = []
     with Pool(workers) as pool:
         packed = pool.map(partial(_write_shard, dataset, seq_len), manifest.shards)

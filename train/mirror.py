@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 
 from data.config import DataUsageError
-from data.durable import write_durably
+from data.durable import is_leftover, write_durably
 from data.store import FolderStore, Store, store_of
 from train.checkpoint import (
     MANIFEST,
@@ -129,6 +129,8 @@ class Mirror:
         saved = open_checkpoint(self._run, step)
         folder, source = saved.folder.name, FolderStore(saved.folder)
         self._remove(step)
+        for name in filter(is_leftover, self._store.names()):
+            self._store.remove(name)
         for name in RUN_FILES:
             if (self._run / name).is_file():
                 self._store.write(name, [(self._run / name).read_bytes()])

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from data.durable import StorageError
+from data.durable import StorageError, remove_leftovers
 from train import run as run_directory
 from train.checkpoint import CheckpointError, committed, completed_steps
 from train.device import machine
-from train.ownership import Ownership, RunInUse, own
+from train.exclusion import exclusion_file
+from train.ownership import FOLDER, Ownership, RunInUse, own
 from train.promise import promise
 from train.rollback import leave_spikes
 from train.run import Outcome
@@ -70,6 +71,7 @@ def claim(world: World, run: Path, work: Work, done: int) -> Ownership:
     had it since the run was found to stand at step `done`. One rank only.
     """
     owner = own(run, slurm_job=slurm_job())
+    remove_leftovers(run, run / FOLDER, exclusion_file(run).parent)
     try:
         run_directory.open_run(run, work.config, work.identity, allow_change=work.allow_change)
         _record(world, run, work, owner.number, done)

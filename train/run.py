@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import data.tokenizer
-from data.durable import write_durably, writing
+from data.durable import is_leftover, write_durably, writing
 from data.phases import RunPhase
 from data.tokenizer import tokenizer_file
 from train.attempts import Outcome as Outcome
@@ -56,9 +56,9 @@ what becomes of a sample that would have stopped the run. guard.* does change wh
 it is what somebody changes after trouble, and every step that was not taken says so in
 metrics.jsonl, so that the run remains explained."""
 
-MAY_BE_FIRST = {"logs", "code", "attempts", "config.json.tmp"}
-"""What a run directory may hold before its config: a batch job's logs and code, a start that was
-killed or refused.
+MAY_BE_FIRST = {"logs", "code", "attempts"}
+"""What a run directory may hold before its config, but for drafts of that: a batch job's logs and
+code, a start that was killed or refused.
 """
 
 
@@ -80,7 +80,7 @@ def check_run(
         # Without a recorded phase there is nothing that a new one could go on from.
         allowed = allow_change if read_phases(run) else ()
         _compare(run, now(run, _read(path)), _content(config, identity), allowed)
-    elif run.exists() and {entry.name for entry in run.iterdir()} - MAY_BE_FIRST:
+    elif run.exists() and any(map(_is_strange, run.iterdir())):
         raise ConfigError(
             f"{run} is not empty and no run of ours (it has no config.json); choose another --run"
         )
@@ -133,6 +133,10 @@ def copy_tokenizer(source: Path, run: Path) -> None:
         data.tokenizer.copy_tokenizer(file, run)
         if problem := data.tokenizer.export_problem(file):
             log.warning("%s", problem)
+
+
+def _is_strange(entry: Path) -> bool:
+    return entry.name not in MAY_BE_FIRST and not is_leftover(entry.name, of="config.json")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,8 +24,11 @@ def test_a_missing_or_empty_directory_is_free(tmp_path: Path) -> None:
     assert read_claim(tmp_path / "new", "dataset") is None
     assert read_claim(tmp_path, "dataset") is None
     # What a kill leaves between making the directory and renaming the lock.
-    (tmp_path / f"{LOCK}.tmp").write_text("{")
+    (tmp_path / f"{LOCK}.0123abcd.tmp").write_text("{")
     assert read_claim(tmp_path, "dataset") is None
+    (tmp_path / "other.json.0123abcd.tmp").write_text("{")
+    with pytest.raises(DataUsageError, match=r"it holds other\.json\.0123abcd\.tmp"):
+        read_claim(tmp_path, "dataset")
 
 
 def test_a_claim_is_read_back(tmp_path: Path) -> None:

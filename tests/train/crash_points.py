@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from train.retention import Retention
 from train.slices import write_slices
 
 AUDITED = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.chmod"}
+DRAFT = re.compile(r"\.[0-9a-f]{8}\.tmp\Z")
 GAVE_UP = 3
 
 
@@ -67,6 +69,8 @@ class Trace:
     def point(self, what: str, path: str) -> bool:
         """Whether this point is to be cut in the middle; does not return where it is cut before."""
         number = len(self.points)
+        # The name of a file that is being written is another one every time.
+        path = DRAFT.sub(".tmp", path)
         self.points.append(f"{what} {path.removeprefix(self._run).lstrip('/') or '.'}")
         if self._kill == (number, "before"):
             die()

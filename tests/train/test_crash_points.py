@@ -31,6 +31,8 @@ ROOT = Path(__file__).parent.parent.parent
 STEP = 40
 EARLIER = (10, 20, 30)
 SAMPLE = 60
+LEFT = "manifest.json.0123abcd.tmp"
+"""What a commit that was killed leaves."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Stage:
             write(self._base, step, num_ranks=variant.num_ranks)
         for step in variant.leftovers:
             begin(self._base, step)
-            for name in ("rank-00000.safetensors", "rank-00001.safetensors", "manifest.json.tmp"):
+            for name in ("rank-00000.safetensors", "rank-00001.safetensors", LEFT):
                 (step_folder(self._base, step) / name).write_bytes(b"cut")
         for step in variant.damaged:
             path = step_folder(self._base, step) / "rank-00000.safetensors"
