@@ -4,10 +4,11 @@ Every document has a key: blake2b of its place in the input (number of the file,
 and the seed. The first pass scatters documents to buckets, which are equal ranges of keys; the
 second sorts each bucket. So the order is that of the keys, a pure function of seed and input, and
 depends on neither parts, tasks nor workers. A bucket is a file of JSON lines that is read on like
-any other input; how many there are follows from the bytes of the input alone.
+any other input; how many there are follows from the bytes of all lines, which the first pass has
+counted: however tight the input is packed, a bucket holds BUCKET_BYTES on average.
 Every line is held against its hash, and a bucket that is read on against its own.
 Cost: the text written and read twice, about 1 s per 100 MB; twice its size on the disk while the
-preparation lasts. Memory: about 128 MiB of text in each process.
+preparation lasts. Memory: about 128 MiB of text in each process, or the longest document.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -42,8 +43,7 @@ from data.stamps import Kept, damaged
 from data.survey import Survey
 
 BUCKET_BYTES = 2**27
-PACKED_FACTOR = 8
-"""Bytes of text that a byte of a packed file is taken for."""
+"""Lines that a bucket holds on average."""
 _ID_FIELD = "id"
 _KEY_RANGE = 2**64
 
@@ -51,16 +51,6 @@ _KEY_RANGE = 2**64
 def buckets_reading(reading: Reading) -> Reading:
     """How the files of buckets are read, whatever the input was read like."""
     return Reading(id_field=_ID_FIELD if reading.id_field else "")
-
-
-def num_buckets(files: Iterable[InputFile], bucket_bytes: int = BUCKET_BYTES) -> int:
-    """Buckets of about `bucket_bytes` of text, by the bytes of the input."""
-    plain = ("text", "lines", "json", "csv", "tsv", "tar")
-    size = sum(
-        file.num_bytes * (1 if file.format in plain and not file.compression else PACKED_FACTOR)
-        for file in files
-    )
-    return max(1, -(-size // bucket_bytes))
 
 
 def document_key(seed: int, file: int, offset: int) -> int:
@@ -117,7 +107,8 @@ class ScatterJob(Job):
         publish(temporary, path)
         index = np.concatenate(rows)
         save(index_file(self.folder, self.number), index[np.argsort(index[:, 0], kind="stable")])
-        write_sealed(self.result, {"skipped": skipped.to_json(), "documents": len(index)})
+        content = {"documents": len(index), "num_bytes": int(index[:, 2].sum())}
+        write_sealed(self.result, {**content, "skipped": skipped.to_json()})
 
 
 @dataclass(frozen=True)
@@ -190,11 +181,10 @@ def scatter_jobs(
     return jobs
 
 
-def bucket_jobs(
-    folder: Path, scattered: Sequence[ScatterJob], files: Sequence[InputFile]
-) -> list[BucketJob]:
-    """Every bucket."""
-    count = num_buckets(files, BUCKET_BYTES)
+def bucket_jobs(folder: Path, scattered: Sequence[ScatterJob]) -> list[BucketJob]:
+    """Every bucket, as many as the lines that were scattered fill."""
+    num_bytes = sum(read_sealed(job.result)["num_bytes"] for job in scattered)
+    count = max(1, -(-num_bytes // BUCKET_BYTES))
     source = scattered[0].folder
     return [BucketJob(folder, n, 1, source, len(scattered), count) for n in range(count)]
 

@@ -41,7 +41,7 @@ from data.stamps import Stamp
 from data.survey import Survey
 from data.tokenizer import load_tokenizer, tokenizer_file
 
-FORMAT = 2
+FORMAT = 3
 """Of the results; other code that writes others has another number."""
 PLAN = "plan.json"
 
@@ -122,7 +122,7 @@ class Work:
         """Buckets to put in order."""
         config = self.request.config
         folder = self._folder("shuffle", self._cleaning_depends_on, config.seed, config.id_field)
-        return shuffle.bucket_jobs(folder, self.scatter_jobs, self.files)
+        return shuffle.bucket_jobs(folder, self.scatter_jobs)
 
     @cached_property
     def text(self) -> Text:

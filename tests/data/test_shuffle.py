@@ -5,18 +5,34 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import lzma
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import shuffle
 from data.config import PrepareConfig
-from data.documents import InputFile
+from data.documents import Reading
+from data.inputs import find_files
+from data.jobs import do
 from data.manifest import read_manifest
 from data.prepare import prepare
-from data.shuffle import document_key, num_buckets
+from data.readers import cut_parts
+from data.shuffle import (
+    BucketJob,
+    ScatterJob,
+    bucket_jobs,
+    document_key,
+    num_scattered,
+    scatter_jobs,
+)
 from data.tokenizer import load_tokenizer
 from tests.data.files import parquet
 from tests.data.prepared import stored, tree
@@ -184,12 +200,82 @@ def test_another_seed_is_another_order(
     assert sorted(same) == sorted(first) and same != first
 
 
-def test_buckets_follow_from_the_bytes_of_the_input() -> None:
-    files = [
-        InputFile(Path("a.txt"), "a.txt", 1000),
-        InputFile(Path("b.jsonl"), "b.jsonl", 1000),
-        InputFile(Path("c.jsonl.gz"), "c.jsonl.gz", 1000),
-        InputFile(Path("d.parquet"), "d.parquet", 1000),
-    ]
-    assert [num_buckets([file], 1000) for file in files] == [1, 1, 8, 8]
-    assert num_buckets(files, 1000) == 18 and num_buckets(files, 10**6) == 1
+@given(
+    texts=st.lists(st.tuples(st.text(max_size=400), st.integers(1, 60)), max_size=12),
+    packing=st.sampled_from(["plain", "gzip", "xz", "zstd"]),
+    bucket_bytes=st.integers(60, 3_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_bucket_is_larger_than_its_share_however_the_input_is_packed(
+    texts: list[tuple[str, int]], packing: str, bucket_bytes: int
+) -> None:
+    """Lines of one letter pack a hundredfold; what a process holds must not follow from that."""
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shuffle, "BUCKET_BYTES", bucket_bytes)
+        folder = Path(name)
+        lines = [text * repeats for text, repeats in texts]
+        file = packed(folder / "a.jsonl", lines, packing)
+        inputs = find_files([str(file)])
+        parts = cut_parts(inputs, 10**6)
+        scattered = scatter_jobs(folder / "scatter", inputs, parts, Reading(), None, seed=3)
+        buckets = done(folder / "shuffle", scattered)
+        sizes = [job.lines.stat().st_size for job in buckets]
+        total, longest = sum(sizes), max(json_bytes(lines), default=0)
+        assert len(buckets) == max(1, -(-total // bucket_bytes))
+        assert sum(job.lines.read_bytes().count(b"\n") for job in buckets) == num_scattered(
+            scattered
+        )
+        # The mean is bounded to the byte; the keys are random, so one may have a few lines more.
+        assert total / len(buckets) <= bucket_bytes
+        assert max(sizes) <= 6 * (bucket_bytes + longest)
+
+
+def test_a_file_that_packs_three_hundredfold_makes_as_many_buckets_as_its_text(
+    tmp_path: Path,
+) -> None:
+    texts = [f"{number} {'spam ' * 2_000}" for number in range(60)]
+    counts = {}
+    for packing in ("plain", "xz"):
+        file = packed(tmp_path / packing / "a.jsonl", texts, packing)
+        inputs = find_files([str(file)])
+        scattered = scatter_jobs(
+            tmp_path / packing / "scatter",
+            inputs,
+            cut_parts(inputs, 10**7),
+            Reading(),
+            None,
+            seed=3,
+        )
+        counts[packing] = len(done(tmp_path / packing / "shuffle", scattered))
+    assert (tmp_path / "plain" / "a.jsonl").stat().st_size > 300 * file.stat().st_size
+    assert counts["plain"] == counts["xz"] == -(-sum(json_bytes(texts)) // 20_000) > 20
+
+
+def packed(path: Path, texts: Sequence[str], packing: str) -> Path:
+    """The texts as JSON lines in a file."""
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    suffix, pack = {
+        "plain": ("", bytes),
+        "gzip": (".gz", gzip.compress),
+        "xz": (".xz", lzma.compress),
+        "zstd": (".zst", zstandard.ZstdCompressor().compress),
+    }[packing]
+    path = path.with_name(path.name + suffix)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pack(content))
+    return path
+
+
+def json_bytes(texts: Sequence[str]) -> list[int]:
+    """Of the lines in which texts are scattered."""
+    return [len(json.dumps({"text": text}, ensure_ascii=False).encode()) + 1 for text in texts]
+
+
+def done(folder: Path, scattered: list[ScatterJob]) -> list[BucketJob]:
+    """Both passes; the buckets."""
+    for job in scattered:
+        do(job)
+    buckets = bucket_jobs(folder, scattered)
+    for bucket in buckets:
+        do(bucket)
+    return buckets
