@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from data.inspect import Inspection
     from data.lookup import Lookup
+    from data.manifest import Manifest
     from data.prepare import Summary, TaskSummary
     from data.verify import Verification
     from train.export import ExportSummary
@@ -74,6 +75,7 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
                 "fingerprint": manifest.fingerprint,
                 "was_complete": summary.was_complete,
                 "warnings": list(summary.warnings),
+                "notes": _notes(manifest),
                 "dropped": dropped,
                 "left_out": left_out,
                 **({"clean": clean} if clean else {}),
@@ -94,11 +96,27 @@ def show_preparation(summary: Summary, *, as_json: bool) -> None:
                 f"  {file['too_short']:,} of {file['texts']:,} texts of {file['name']} have fewer "
                 "than 13 words in a row: nothing is dropped for those"
             )
+    for note in _notes(manifest):
+        print(f"note: {note}")
     print(
         f"{summary.output}{' was complete' if summary.was_complete else ''}: "
         f"{tokens['train']:,} training and {tokens['val']:,} validation tokens, vocabulary "
         f"{manifest.vocab_size:,}, fingerprint {manifest.fingerprint[:16]}"
     )
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    """What is as it was asked for, and still good to know."""
+    # Settings of cleaning that was not asked for are not recorded.
+    dedup = manifest.preparation["config"].get("clean", {}).get("dedup")
+    num_tokens = manifest.num_tokens("val")
+    if dedup == "near" or not num_tokens:
+        return []
+    return [
+        f"near copies were not looked for, so some of the {num_tokens:,} validation tokens may "
+        "nearly repeat training text, which makes the validation loss too low (equal text lies on "
+        "one side); --dedup near keeps one of each"
+    ]
 
 
 def show_task(done: TaskSummary, *, as_json: bool) -> None:

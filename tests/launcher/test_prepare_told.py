@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from data.config import DataError, DataUsageError
 from data.manifest import read_manifest
+from data.tokenizer import load_tokenizer
 from launcher.cli import run_command
+from tests.data.prepared import stored
+from tests.data.texts import prose, write_lines
 
 
 def prepare(corpus: Path | str, output: Path, *options: str) -> None:
@@ -71,3 +75,46 @@ def test_options_leave_files_of_a_code_tree_out(
     printed = capsys.readouterr().out
     assert "left out of the input: 1 binary file (1 .pyc), 1 by --exclude 'old*'" in printed
     assert "warning: --exclude '*.md' names no file of the input" in printed
+
+
+def near_copies(folder: Path) -> Path:
+    """Forty stories, each in two versions that differ in their last word."""
+    stories = [prose(500, seed=seed) for seed in range(40)]
+    versions = [f"{story} {word}" for story in stories for word in ("first", "second")]
+    return write_lines(folder / "stories.jsonl", versions)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        ((), True),
+        (("--dedup", "exact"), True),
+        (("--dedup", "near"), False),
+        (("--val-fraction", "0"), False),
+    ],
+)
+def test_a_note_says_that_near_copies_may_lie_on_both_sides(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    is_told: bool,
+) -> None:
+    corpus, output = near_copies(tmp_path), tmp_path / "out"
+    options = ("--vocab-size", "330", "--val-fraction", "0.3", "--workers", "1", *options)
+    prepare(corpus, output, *options)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert bool(notes) == is_told
+    if is_told:
+        assert "near copies were not looked for, so some of the " in notes[0]
+        assert notes[0].endswith("--dedup near keeps one of each")
+    # And so it is: a story is on both sides exactly where the note says that it may be.
+    tokenizer = load_tokenizer(output)
+    sides = [
+        {tokenizer.decode(ids).rsplit(" ", 1)[0] for ids in stored(output, side)}
+        for side in ("train", "val")
+        if (output / side).is_dir()
+    ]
+    assert bool(sides[0].intersection(*sides[1:]) if sides[1:] else ()) == is_told
+    prepare(corpus, output, *options, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert [f"note: {note}" for note in told["notes"]] == notes
