@@ -29,6 +29,7 @@ bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks.train_speed $(BENCH)
 	$(BIN)/python -m tests.benchmarks.checkpoint_speed
 	$(BIN)/python -m tests.benchmarks.manifest_speed
+	$(BIN)/python -m tests.benchmarks.check_cost
 	$(BIN)/python -m tests.benchmarks.gpu_speed
 
 bench-data: .venv/installed

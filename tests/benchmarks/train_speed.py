@@ -37,6 +37,15 @@ from train.plain import PlainEngine
 from train.world import World, join_world
 
 SEQ_LEN, BATCH, VOCAB = 256, 8, 65
+MODEL = ModelConfig(
+    vocab_size=VOCAB,
+    num_layers=6,
+    hidden_size=384,
+    num_heads=6,
+    ffn_size=1024,
+    max_seq_len=SEQ_LEN,
+    tie_embeddings=True,
+)
 CASES = [("plain", "fp32"), ("zero1", "fp32"), ("plain", "bf16"), ("zero1", "bf16")]
 
 Figures = dict[str, float]
@@ -53,35 +62,32 @@ class Trained:
 
 def ours(engine_name: str, precision: Precision, world: World) -> Trained:
     """The benchmark job on an engine of ours."""
-    config = ModelConfig(
-        vocab_size=VOCAB,
-        num_layers=6,
-        hidden_size=384,
-        num_heads=6,
-        ffn_size=1024,
-        max_seq_len=SEQ_LEN,
-        tie_embeddings=True,
-    )
-    job = JobConfig.model_validate({"precision": precision, "zero": {"stage": 1}})
-    module = GPT(config)
+    engine = build(precision, world, stage=None if engine_name == "plain" else 1)
+    return Trained(lambda: step(engine, world), flops_per_token(MODEL, SEQ_LEN), world.device)
+
+
+def build(precision: Precision, world: World, *, stage: int | None) -> Engine:
+    """The engine of the job at a ZeRO stage; without one the plain one."""
+    job = JobConfig.model_validate({"precision": precision, "zero": {"stage": stage or 0}})
+    module = GPT(MODEL)
     init_weights(module, 0)
-    engine: Engine = (
-        PlainEngine(module, job, world)
-        if engine_name == "plain"
-        else DeepSpeedEngine(module, job, world, micro_batch=BATCH, accumulation=1)
-    )
+    if stage is None:
+        return PlainEngine(module, job, world)
+    return DeepSpeedEngine(module, job, world, micro_batch=BATCH, accumulation=1)
+
+
+def step(engine: Engine, world: World) -> None:
+    """Collective. A step of the job, BATCH sequences on every rank."""
 
     def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return token_loss_sum(module(batch["x"]), batch["y"])
 
-    def step() -> None:
-        x, y = random_batch()
-        engine.forward_backward({"x": x, "y": y}, num_valid=BATCH * SEQ_LEN, loss_sum=loss_sum)
-        engine.step(lr=1e-3)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return Trained(step, flops_per_token(config, SEQ_LEN), world.device)
+    x, y = random_batch()
+    num_valid = world.size * BATCH * SEQ_LEN
+    engine.forward_backward({"x": x, "y": y}, num_valid=num_valid, loss_sum=loss_sum)
+    engine.step(lr=1e-3)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def nanogpt(checkout: Path) -> Trained:

@@ -12,6 +12,7 @@ import torch
 
 from tests.train.test_pretrain import RECIPE, losses
 from train.checkpoint import committed, step_folder
+from train.replicas import checksum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,3 +90,9 @@ def test_a_rank_stays_on_the_cores_near_its_gpu() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_computes_the_checksum_that_a_cpu_does() -> None:
+    tensor = torch.randn(5 * 2**22 + 3, generator=torch.Generator().manual_seed(1))
+    for one in (tensor, tensor.bfloat16(), tensor[1:].half()):
+        assert int(checksum(one.cuda())) == int(checksum(one))

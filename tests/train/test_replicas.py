@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import train.replicas
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from tests.train.toy import make_engine, run_steps
@@ -15,11 +18,12 @@ from train import faults
 from train.checkpoint import committed
 from train.config import JobConfig, RunConfig
 from train.events import read_events
-from train.replicas import ReplicasDiffer, check_replicas
+from train.replicas import ReplicasDiffer, check_replicas, checksum
 from train.world import World
 
 SIZE = 6
-CASES = [
+Case = tuple[str, int, str]
+CASES: list[Case] = [
     ("fp32", 0, "embedding.weight"),
     ("fp32", 0, "wide.weight (exp_avg_sq)"),
     ("fp32", 1, "narrow.weight"),
@@ -30,10 +34,16 @@ CASES = [
 ]
 
 
-def alarms(world: World, run: Path, culprit: int) -> list[tuple[str, str]]:
-    """What is said of each case before a bit of `culprit` flips, and after."""
+def alarms(
+    world: World, run: Path, culprit: int, cases: list[Case], is_far: bool = False
+) -> list[tuple[str, str]]:
+    """What is said of each case before a bit of `culprit` flips, and after. `is_far`: with the
+    checksum of a GPU.
+    """
+    if is_far:
+        train.replicas.is_near = lambda _: False
     found = []
-    for precision, stage, name in CASES:
+    for precision, stage, name in cases:
         settings = {"precision": precision, "zero": {"stage": stage}}
         engine, accumulation = make_engine(
             JobConfig.model_validate(settings), world, size=SIZE, micro_batch=2
@@ -63,7 +73,7 @@ def alarm(engine: Any, world: World, run: Path) -> str:
 
 
 def test_the_odd_rank_and_its_tensor_are_named(tmp_path: Path) -> None:
-    for rank, found in enumerate(run_ranks(3, alarms, tmp_path, 1)):
+    for rank, found in enumerate(run_ranks(3, alarms, tmp_path, 1, CASES)):
         for (before, after), (precision, stage, name) in zip(found, CASES, strict=True):
             where = f"{precision} z{stage} {name}, rank {rank}"
             assert before == "", where
@@ -77,9 +87,53 @@ def test_the_odd_rank_and_its_tensor_are_named(tmp_path: Path) -> None:
 
 
 def test_of_two_ranks_nobody_is_right(tmp_path: Path) -> None:
-    ((before, after), *_) = run_ranks(2, alarms, tmp_path, 0)[0]
+    ((before, after),) = run_ranks(2, alarms, tmp_path, 0, CASES[:1])[0]
     assert before == ""
     assert "the ranks [0, 1] differ in embedding.weight, and no majority tells" in after
+
+
+def test_the_checksum_of_a_gpu_names_the_same_tensor(tmp_path: Path) -> None:
+    cases = [CASES[1], CASES[4], CASES[6]]
+    found = run_ranks(2, alarms, tmp_path, 1, cases, True)[0]
+    for (before, after), (_, _, name) in zip(found, cases, strict=True):
+        assert before == ""
+        assert f"the ranks [0, 1] differ in {name}, and no majority tells" in after
+
+
+NUMBERS = [torch.float32, torch.bfloat16, torch.float64, torch.uint8]
+
+
+@given(
+    dtype=st.sampled_from(NUMBERS),
+    size=st.integers(1, 40),
+    flips=st.lists(st.integers(0, 2**20), min_size=1, max_size=2, unique=True),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_flipped_bit_and_any_two_change_the_checksum(
+    dtype: torch.dtype, size: int, flips: list[int], seed: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.replicas, "PIECE", 7)
+        generator = torch.Generator().manual_seed(seed)
+        tensor = torch.randint(0, 200, (size,), generator=generator).to(dtype)
+        before = int(checksum(tensor))
+        assert int(checksum(tensor.clone())) == before
+        # However it lies in memory.
+        assert int(checksum(tensor.repeat_interleave(2)[::2])) == before
+        bits = tensor.view(torch.uint8)
+        places = {flip % (8 * len(bits)) for flip in flips}
+        for place in places:
+            bits[place // 8] ^= 1 << place % 8
+        assert int(checksum(tensor)) != before
+
+
+def test_a_checksum_tells_numbers_that_changed_places() -> None:
+    tensor = torch.arange(3 * 2**20, dtype=torch.float32)
+    moved = tensor.clone()
+    moved[[5, 2_000_000]] = tensor[[2_000_000, 5]]
+    found = [int(checksum(one)) for one in (tensor, moved, tensor.flip(0), tensor.roll(1))]
+    assert len(set(found)) == 4
 
 
 def flipping(world: World, made: RunConfig, run: Path, text: str) -> str:
