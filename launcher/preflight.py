@@ -22,6 +22,7 @@ from launcher.show_preflight import show_preflight
 from launcher.slurm import hosts_of
 from train.config import RunConfig
 from train.exclusion import exclude, exclusion_file, host_name
+from train.rendezvous import RendezvousError
 
 GRACE_SECONDS = 3.0
 """How long who gives up waits for others that do."""
@@ -51,8 +52,8 @@ def preflight(config: RunConfig, run: Path, *, seconds: float, as_json: bool) ->
         presence.tell(**node_facts.dataset(config, presence.facts.host))
     try:
         facts = _together(presence, run, seconds)
-    except RuntimeError as error:
-        # What torch raises when ranks do not come, or a connection breaks.
+    except (RendezvousError, RuntimeError) as error:
+        # Ranks do not come, or, which torch tells, a connection breaks.
         log.debug("preflight", exc_info=error)
         return _alone(presence, run, error, seconds=seconds, as_json=as_json)
     if presence.facts.rank == 0:

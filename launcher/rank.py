@@ -24,8 +24,9 @@ from pathlib import Path
 
 from data.durable import told
 from launcher import mailbox, slurm
-from train import watch
+from train import rendezvous, watch
 from train.progress import at
+from train.rendezvous import RendezvousError
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def run_rank(train: Callable[[], str]) -> int:
     role, rank = recognise(os.environ), rank_of(os.environ)
     if role is Role.SRUN_RANK:
         os.environ.update(slurm.rendezvous(os.environ))
+    rendezvous.expected_hosts = partial(slurm.hosts_of, os.environ)
     folder = mailbox.folder_of(os.environ)
     if folder is None:
         _greet(role, rank)
@@ -88,7 +90,7 @@ def run_rank(train: Callable[[], str]) -> int:
             return 1 if train() == "failed" else 0
         except Exception as error:
             # What all ranks refuse alike is no death of a host.
-            if getattr(error, "exit_code", None) is None:
+            if getattr(error, "exit_code", None) is None or isinstance(error, RendezvousError):
                 _outlast_rendezvous()
             raise
     if not folder.is_dir():

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 
 from train.affinity import stay_near
 from train.deadline import Deadline
 from train.device import keep_freed_memory
 from train.exclusion import host_name
 from train.progress import at, starting
+from train.rendezvous import Meeting, meet
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +164,8 @@ def join_world(
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     _quiet()
     _give_every_group_a_timeout(timeout)
-    store = torch._C._distributed_c10d.HashStore() if size == 1 else None
     at("rendezvous")
+    store = _store(rank, size, timeout)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
@@ -204,6 +206,30 @@ def _place() -> tuple[int, int, int]:
         env.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
         return int(rank), int(size), int(local)
     return 0, 1, 0
+
+
+def _store(rank: int, size: int, timeout: datetime.timedelta) -> c10d.Store:
+    """Collective. What all ranks talk through until they have connections; all of them are there.
+    RendezvousError names those that are not.
+    """
+    if size == 1:
+        return c10d.HashStore()
+    host = host_name(os.environ)
+    meeting = Meeting.of(os.environ, rank=rank, size=size, host=host, timeout=timeout)
+
+    def connect() -> c10d.Store:
+        # As torch's env:// does it, but for who is waited for.
+        return c10d.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            size,
+            is_master=meeting.holds_store,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+
+    return c10d.PrefixStore("default_pg", meet(meeting, connect))
 
 
 def _quiet() -> None:
