@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
@@ -19,6 +18,7 @@ expected_hosts: Callable[[], Sequence[str]] = tuple
 """Hosts that are to come, where somebody knows; set by the launcher."""
 READ_SECONDS = 2.0
 """How long the rank that holds the store stays, for others to read what was found."""
+_MET = "met"
 
 
 class RendezvousError(ValueError):
@@ -33,6 +33,7 @@ class Store(Protocol):
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
     def add(self, key: str, amount: int, /) -> int: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
     def wait(self, keys: list[str], timeout: datetime.timedelta, /) -> None: ...
 
@@ -98,25 +99,30 @@ def meet(meeting: Meeting, connect: Callable[[], S]) -> S:
     except RuntimeError as error:
         if meeting.holds_store:
             raise
-        said = str(error).splitlines()[0]
-        raise RendezvousError(_unreachable(meeting, said)) from error
+        raise RendezvousError(_unreachable(meeting, error)) from error
     count = store.add(f"headrace/{meeting.attempt}/count", 1)
     # A store that outlives its ranks without a new number of the attempt: another meeting.
     prefix = f"headrace/{meeting.attempt}/{(count - 1) // meeting.size}"
     store.set(f"{prefix}/{meeting.rank}", meeting.host)
+    # Set once: all ranks hear the same, also where the last one comes as another loses patience.
+    outcome = f"{prefix}/outcome"
     if count % meeting.size == 0:
-        store.set(f"{prefix}/over", "")
+        store.compare_set(outcome, "", _MET)
     try:
-        store.wait([f"{prefix}/over"], meeting.timeout)
-    except RuntimeError as error:
-        with suppress(RuntimeError):
+        try:
+            store.wait([outcome], meeting.timeout)
+        except RuntimeError:
             came = _came(store, prefix, meeting.size)
-            store.set(f"{prefix}/absent", absent(meeting, came, expected_hosts()))
-            store.set(f"{prefix}/over", "")
-        _end(store, prefix, meeting, error)
-    if store.check([f"{prefix}/absent"]):
-        _end(store, prefix, meeting, None)
-    return store
+            if len(came) < meeting.size:
+                store.compare_set(outcome, "", absent(meeting, came, expected_hosts()))
+        told = store.get(outcome).decode()
+    except RuntimeError as error:
+        raise RendezvousError(_unreachable(meeting, error)) from error
+    if told == _MET:
+        return store
+    if meeting.holds_store:
+        time.sleep(READ_SECONDS)
+    raise RendezvousError(told)
 
 
 def absent(meeting: Meeting, came: Mapping[int, str], expected: Sequence[str] = ()) -> str:
@@ -151,19 +157,8 @@ def _came(store: Store, prefix: str, size: int) -> dict[int, str]:
     return found
 
 
-def _end(store: Store, prefix: str, meeting: Meeting, error: RuntimeError | None) -> None:
-    """RendezvousError with what the first has found that lost patience."""
-    try:
-        told = store.get(f"{prefix}/absent").decode()
-    except RuntimeError as gone:
-        said = str(error or gone).splitlines()[0]
-        raise RendezvousError(_unreachable(meeting, said)) from gone
-    if meeting.holds_store:
-        time.sleep(READ_SECONDS)
-    raise RendezvousError(told) from error
-
-
-def _unreachable(meeting: Meeting, said: str) -> str:
+def _unreachable(meeting: Meeting, error: RuntimeError) -> str:
+    said = str(error).splitlines()[0]
     return (
         f"rank {meeting.rank} on {meeting.host} waited in vain for rank 0, which holds the "
         f"rendezvous at {meeting.address} ({said}). See in the log what has become of rank 0, and "

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
 import pytest
+from torch.distributed import HashStore, TCPStore
 
 from tests.ranks import _context, _free_port, start_server
-from train.rendezvous import Meeting, RendezvousError, absent
+from train.rendezvous import Meeting, RendezvousError, absent, meet
 
-SECONDS = 3
+SECONDS, TRIALS, PATIENCE = 3, 80, timedelta(milliseconds=40)
 Told = tuple[str, str]
 """Type of what a rank raised, and its message; ("", "met") when it met the others."""
 
@@ -92,8 +95,6 @@ def test_the_rank_that_holds_the_rendezvous_is_named_when_nobody_answers() -> No
 
 
 def test_ranks_meet_in_a_store_that_outlives_them_and_later_ones_hear_who_was_missing() -> None:
-    from torch.distributed import TCPStore
-
     port = _free_port()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -107,6 +108,29 @@ def test_ranks_meet_in_a_store_that_outlives_them_and_later_ones_hear_who_was_mi
         met = ranks(port, 2, {0: "n1", 1: "n2"}, **shared)
         assert met == {0: ("", "met 2"), 1: ("", "met 2")}
     assert store.num_keys() > 0
+
+
+def attend(rank: int, store: HashStore, delay: float) -> str:
+    """Come after so many seconds; what is heard."""
+    time.sleep(delay)
+    own = replace(MEETING, rank=rank, size=3, holds_store=False, timeout=PATIENCE)
+    try:
+        meet(own, lambda: store)
+    except RendezvousError as error:
+        return str(error)
+    return "met"
+
+
+def test_all_ranks_hear_the_same_when_the_last_one_comes_as_patience_ends() -> None:
+    met = []
+    for trial in range(TRIALS):
+        store = HashStore()
+        delays = (0.0, 0.0, 2 * PATIENCE.total_seconds() * trial / TRIALS)
+        with ThreadPoolExecutor(3) as pool:
+            heard = set(pool.map(attend, range(3), [store] * 3, delays))
+        assert len(heard) == 1, heard
+        met.append(heard == {"met"})
+    assert met[0] and not met[-1]
 
 
 MEETING = Meeting(0, 8, "a", "a:29500", timedelta(seconds=660), "0", True, 4)
