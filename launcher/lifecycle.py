@@ -43,6 +43,8 @@ class Resources(Table):
     """Seconds before the limit at which training is asked to save."""
     stage_code: bool = False
     """Copy the code of training to every node's own disk first, by sbcast."""
+    preflight: bool | None = None
+    """Look at the nodes before each attempt of pretrain; None: as the site says."""
     partition: str = ""
     """In place of the site's."""
     account: str = ""

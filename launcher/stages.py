@@ -233,6 +233,7 @@ def _job(
         lead=lead_of(output, asked.lead),
         code=code,
         copies_code=asked.stage_code,
+        preflight=site.preflight if asked.preflight is None else asked.preflight,
         record=keys.record_of(output, origin),
     )
     return Stage(origin.stage, output, origin, render(job), code)

@@ -269,6 +269,22 @@ def test_a_file_that_cannot_run_is_refused_before_anything_is_submitted(
     assert chain.submitted == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "site", "told"),
+    [("", 1, 1), ("preflight = false, ", 1, 0), ("preflight = true, ", 0, 1)],
+)
+def test_a_stage_may_differ_from_its_site(
+    chain: Chain, asked: str, site: int, told: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain.change("nodes = 2, ", f"nodes = 2, {asked}")
+    (chain.folder / "site.toml").write_text("preflight = true\n" * site)
+    argv = ["submit", "life.toml", "--dry-run", "--json", "--site", "site.toml"]
+    run_command(argv, standalone=False)
+    scripts = {row["stage"]: row["script"] for row in json.loads(capsys.readouterr().out)}
+    assert f"PREFLIGHT=${{PREFLIGHT:-{told}}}\n" in scripts["pretrain"]
+    assert "PREFLIGHT" not in scripts["finetune"]
+
+
 def test_what_a_file_says_is_no_option(chain: Chain) -> None:
     with pytest.raises(
         typer.BadParameter, match=r"life\.toml is a life cycle, in which each stage has its"
