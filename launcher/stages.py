@@ -111,7 +111,8 @@ def _corpus(named: str) -> dict[str, str]:
 
 def _pretrain(table: Pretrain, site: Site, earlier: Earlier) -> Stage:
     overrides = list(table.overrides)
-    if "prepare" in earlier and not any(o.startswith("data") for o in overrides):
+    names_data = ("data=", "data.path=", "data.sources=")
+    if "prepare" in earlier and not any(o.startswith(names_data) for o in overrides):
         overrides.insert(0, f"data={earlier['prepare'].output}")
     found = find_recipe(table.recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides, name=found.name)

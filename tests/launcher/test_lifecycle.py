@@ -269,6 +269,13 @@ def test_a_file_that_cannot_run_is_refused_before_anything_is_submitted(
     assert chain.submitted == []
 
 
+def test_a_key_of_the_data_is_no_dataset(chain: Chain) -> None:
+    chain.change('"steps=8"', '"data.num_workers=2", "steps=8"')
+    chain.submit()
+    script = (chain.folder / "work/run/logs/pretrain.sbatch").read_text()
+    assert f"set -- tiny-cpu data={chain.folder}/work/dataset data.num_workers=2 " in script
+
+
 @pytest.mark.parametrize(
     ("asked", "site", "told"),
     [("", 1, 1), ("preflight = false, ", 1, 0), ("preflight = true, ", 0, 1)],
