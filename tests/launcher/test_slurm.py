@@ -185,7 +185,7 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
     argv = (cluster.state / "srun").read_text().split("\0")[:-1]
     assert argv[:4] == [
         "--kill-on-bad-exit=1", "--wait=60", "--cpu-bind=none",
-        f"--output={cluster.run}/logs/attempt-0-node-%n.log",
+        f"--output={cluster.run}/logs/attempt-123456-0-node-%n.log",
     ]  # fmt: skip
     # What is in between, tests/launcher/test_slurm_wrapper.py runs.
     assert argv[4:6] == ["bash", "-c"]

@@ -51,3 +51,34 @@ def test_a_node_that_the_job_must_have_is_not_left_out(cluster: Cluster) -> None
     done = cluster.submitted()
     assert "n2 is in" in done.stdout and "or --nodelist names it" in done.stdout, done.stderr
     assert asked(cluster) == ["requeue 123456"]
+
+
+PREFLIGHT = """
+case " $* " in
+  *" launcher preflight "*) ;;
+  *pretrain*) touch $STATE/trained; exit 0 ;;
+  *) exit 0 ;;
+esac
+for word; do case $word in --output=*) log=${word#--output=} ;; esac; done
+echo "error: not fit to train: $TOLD" >>"${log/\\%n/0}"
+echo "torchrun's own words" >>"${log/\\%n/0}"
+"""
+
+
+def test_another_job_of_the_run_says_what_its_own_preflight_has_found(cluster: Cluster) -> None:
+    """Both begin with attempt 0, and Slurm appends to logs that are there."""
+    (cluster.run / "logs" / "exclude").unlink()
+    cluster.command("srun", PREFLIGHT)
+    cluster.submitted(PREFLIGHT="1", TOLD="n1", SLURM_JOB_ID="7")
+    done = cluster.submitted(PREFLIGHT="1", TOLD="n3", SLURM_JOB_ID="8")
+    assert "error: not fit to train: n3\n" in done.stdout and "n1\n" not in done.stdout
+    assert "torchrun's own words" not in done.stdout
+
+
+def test_a_job_whose_time_ends_in_the_preflight_trains_no_more(cluster: Cluster) -> None:
+    (cluster.run / "logs" / "exclude").unlink()
+    verdict = f"{cluster.run}/logs/preflight/verdict.json"
+    fit = f"""printf '{{\n "fit": true\n}}\n' >{verdict}; kill -USR1 "$PPID"\n"""
+    cluster.command("srun", PREFLIGHT.replace("for word", f"{fit}for word"))
+    cluster.submitted(PREFLIGHT="1")
+    assert cluster.requeued and not (cluster.state / "trained").exists()
