@@ -82,3 +82,36 @@ def test_a_job_whose_time_ends_in_the_preflight_trains_no_more(cluster: Cluster)
     cluster.command("srun", PREFLIGHT.replace("for word", f"{fit}for word"))
     cluster.submitted(PREFLIGHT="1")
     assert cluster.requeued and not (cluster.state / "trained").exists()
+
+
+STOPPED = """
+trap 'cat "$STATE/row" >>RUN/attempts.jsonl; exit 0' USR1
+kill -USR1 "$PPID"
+for _ in {1..200}; do /bin/sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(("left", "codes"), [("-10 seconds", [0, 0, 1]), ("+1 hour", [0, 0, 0, 0])])
+def test_a_limit_that_leaves_no_time_for_a_step_is_not_met_forever(
+    left: str, codes: list[int], cluster: Cluster
+) -> None:
+    """A job that is preempted as often before its first step is no failure."""
+    (cluster.run / "logs" / "exclude").unlink()
+    (cluster.state / "row").write_text('{"outcome": "stopped", "reason": "SIGUSR1"}\n')
+    cluster.command("squeue", f'date -d "{left}" +%FT%T')
+    cluster.command("srun", STOPPED.replace("RUN", str(cluster.run)))
+    done = [cluster.submitted(SLURM_RESTART_COUNT=str(count)) for count in range(len(codes))]
+    assert [one.returncode for one in done] == codes, done[-1].stdout + done[-1].stderr
+    gave_up = "had most of its time and made no step: write a longer --time" in done[-1].stdout
+    assert gave_up == (codes[-1] == 1)
+
+
+def test_a_limit_that_brought_progress_forgives_a_failure(cluster: Cluster) -> None:
+    (cluster.run / "logs" / "exclude").unlink()
+    cluster.command("squeue", 'date -d "-10 seconds" +%FT%T')
+    for count in range(5):
+        cluster.ends(count % 2, outcome="failed" if count % 2 else "stopped",
+                     reason="9 s before the end of the Slurm job",
+                     checkpoint="" if count % 2 else f"step-{count:09d}")  # fmt: skip
+        done = cluster.submitted(SLURM_RESTART_COUNT=str(count), MAX_FAILURES="2")
+        assert done.returncode == 0, done.stdout
