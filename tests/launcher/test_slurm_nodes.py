@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.site import Site
 from tests.launcher.slurm_stand_ins import Cluster
 
 
@@ -82,6 +83,18 @@ def test_a_job_whose_time_ends_in_the_preflight_trains_no_more(cluster: Cluster)
     cluster.command("srun", PREFLIGHT.replace("for word", f"{fit}for word"))
     cluster.submitted(PREFLIGHT="1")
     assert cluster.requeued and not (cluster.state / "trained").exists()
+
+
+@pytest.mark.parametrize(("binding", "told"), [("", []), ("node", ["--numa-binding=node"])])
+def test_ranks_are_bound_to_cores_where_that_is_asked_for(
+    binding: str, told: list[str], cluster: Cluster
+) -> None:
+    (cluster.run / "logs" / "exclude").unlink()
+    cluster.ends(0, outcome="complete")
+    site = Site(environment={"NUMA_BINDING": binding})
+    assert cluster.submitted(site=site).returncode == 0
+    argv = (cluster.state / "srun").read_text().split("\0")
+    assert [word for word in argv if word.startswith("--numa")] == told
 
 
 STOPPED = """
