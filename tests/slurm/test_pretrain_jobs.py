@@ -15,6 +15,7 @@ from tests.slurm.jobs import STEPS, Pretraining, submit
 from tests.train.test_pretrain import losses
 from train.attempts import attempts
 from train.checkpoint import committed
+from train.metrics import read_metrics
 
 pytestmark = pytest.mark.slurm
 
@@ -67,20 +68,41 @@ def test_a_job_that_makes_way_for_another_one_goes_on_after_it(
     check_equal(job, plain)
 
 
-def test_a_node_that_dies_is_replaced(slurm: Cluster, dataset: Path, plain: Path) -> None:
-    job = submit(slurm, dataset, "power-off")
+@pytest.mark.parametrize("fate", ["power_off", "hang"])
+def test_a_node_that_dies_or_hangs_is_replaced(
+    fate: str, slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, fate)
     job.reaches(120)
     lost = slurm.job(job.job)["NodeList"]
     victim = "n2" if "2" in lost else "n3"
-    slurm.power_off(victim)
+    getattr(slurm, fate)(victim)
     try:
         assert slurm.wait(job.job) == "COMPLETED", job.said()
     finally:
+        if fate == "hang":
+            slurm.power_off(victim)
         slurm.power_on(victim)
     nodes = slurm.job(job.job)["NodeList"]
     assert victim[1] not in nodes, nodes
     assert job.outcomes()[-1] == ("complete", "")
     check_equal(job, plain)
+
+
+def test_a_run_goes_on_with_fewer_nodes_and_reads_the_same(
+    slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    """No bit of the losses is promised at another world size, but every sample in its order is."""
+    job = submit(slurm, dataset, "fewer")
+    job.reaches(120)
+    slurm.run("scancel", job.job)
+    assert slurm.wait(job.job) == "CANCELLED"
+    again = submit(slurm, dataset, "fewer", "--nodes", "1")
+    assert slurm.wait(again.job) == "COMPLETED", again.said()
+    starts = [row for row in attempts(again.run) if row["event"] == "start"]
+    assert [row["world_size"] for row in starts] == [2, 1]
+    assert starts[1]["resumed_from"] >= 120
+    assert samples(again.run) == samples(plain) and len(samples(plain)) == STEPS
 
 
 def test_a_run_that_crashes_without_progress_is_given_up(slurm: Cluster, dataset: Path) -> None:
@@ -133,6 +155,11 @@ def test_a_controller_that_dies_takes_no_job_with_it(
     assert slurm.wait(job.job) == "COMPLETED", job.said()
     assert slurm.job(job.job)["Restarts"] == "0"
     check_equal(job, plain)
+
+
+def samples(run: Path) -> dict[int, Any]:
+    """Step -> hash of what it has read."""
+    return {row["step"]: row["data_hash"] for row in read_metrics(run) if "data_hash" in row}
 
 
 def _all_rows(run: Path) -> list[dict[str, Any]]:
