@@ -249,6 +249,9 @@ def test_a_dry_run_prints_every_script_and_the_chain(
         ("[export]", "[exports]", r"life\.toml: unknown stage 'exports'; did you mean 'export'\?"),
         ("tasks = 2", "task = 2", r"life\.toml \[prepare\]: unknown key 'task'; did you mean 'ta"),
         ("nodes = 2, ", "nods = 2, ", r"unknown key 'slurm\.nods'; did you mean 'slurm\.nodes'\?"),
+        ("lead = 60", "cpus_per_task = 2", r"\[finetune\]: slurm\.cpus_per_task is for prepare and "
+                                           r"evaluate alone; leave it out"),
+        ("lead = 60", "preflight = true", r"slurm\.preflight is for pretrain alone"),
         ("lead = 60", "nodes = 2", r"\[finetune\]: slurm\.nodes = 2, but only pretrain runs"),
         ("work/scores", "work/tuned", r"two stages write work/tuned; give each an output of its"),
         ("steps=8", "step=8", r"tiny-cpu: unknown key 'step'; did you mean 'steps'\?"),
