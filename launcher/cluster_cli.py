@@ -54,6 +54,14 @@ Lead = Annotated[
 CopyCode = Annotated[
     bool, typer.Option("--stage", help="Copy the code to every node's own disk first, by sbcast.")
 ]
+Preflight = Annotated[
+    bool | None,
+    typer.Option(
+        "--preflight/--no-preflight",
+        help="Look at the nodes before each attempt, as `headrace preflight` does.",
+        show_default="the site's, or not",
+    ),
+]
 SbatchOptions = Annotated[
     list[str] | None,
     typer.Option("--sbatch", help="Further sbatch option, such as --sbatch=--nodelist=n[1-4]."),
@@ -72,18 +80,8 @@ Recipe = Annotated[
     ),
 ]
 OF_A_RUN = (
-    *(
-        "overrides",
-        "run",
-        "nodes",
-        "min_nodes",
-        "gpus_per_node",
-        "time",
-        "partition",
-        "account",
-        "lead",
-    ),
-    *("stage", "sbatch", "test_only"),
+    *("overrides", "run", "nodes", "min_nodes", "gpus_per_node", "time", "partition"),
+    *("account", "lead", "stage", "preflight", "sbatch", "test_only"),
 )
 """Parameters that a life cycle has in its file, for each stage."""
 
@@ -103,6 +101,7 @@ def submit(
     site: SiteFile = None,
     lead: Lead = None,
     stage: CopyCode = False,
+    preflight: Preflight = None,
     sbatch: SbatchOptions = None,
     test_only: TestOnly = False,
     dry_run: DryRun = False,
@@ -146,6 +145,7 @@ def submit(
         lead=lead_of(folder, lead),
         code=take(folder / "code", found.path.resolve() if found.is_file else None),
         copies_code=stage,
+        preflight=cluster.preflight if preflight is None else preflight,
     )
     # What lies elsewhere is asked for by the job; this machine may not even reach it.
     local = [Path(path) for path in config.data.paths if not is_url(path)]

@@ -77,7 +77,7 @@ class Facts:
     disk: float | None = None
     """Bytes/s written and synced where the run is."""
     skew_seconds: float | None = None
-    """Of the node's clock, against that of rank 0."""
+    """By how much its clock is ahead of rank 0's."""
     pairs: Mapping[str, float] = field(default_factory=dict)
     """Bytes/s of an all-reduce with each other node that this one was tried with."""
     all_reduce: float | None = None
@@ -307,12 +307,15 @@ def _slow(facts: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def _clocks(facts: Sequence[Facts]) -> Iterator[Finding]:
-    for one in facts:
-        if one.skew_seconds is not None and abs(one.skew_seconds) > SKEW_SECONDS:
+    known = {one.host: one.skew_seconds for one in facts if one.skew_seconds is not None}
+    # It may be rank 0's own clock that is wrong; of two that differ nobody can say which.
+    usual = median(known.values()) if known else 0.0
+    for host, skew in known.items():
+        if abs(skew - usual) > SKEW_SECONDS:
             yield Finding(
-                "clock", (one.host,), f"its clock differs by {one.skew_seconds:+,.1f} s from that "
-                "of rank 0", "start chronyd or systemd-timesyncd there",
-                is_fatal=abs(one.skew_seconds) > REFUSED_SKEW_SECONDS,
+                "clock", (host,), f"its clock differs by {skew - usual:+,.1f} s from the median",
+                "start chronyd or systemd-timesyncd there",
+                is_fatal=abs(skew - usual) > REFUSED_SKEW_SECONDS,
             )  # fmt: skip
 
 

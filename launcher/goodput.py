@@ -91,7 +91,9 @@ def checkpoint_figures(
     """Size, seconds, interval and goodput; then days, GPU-hours and energy with failures."""
     size, costs = checkpoint_bytes(config), save_costs(config, cluster)
     _check(config, costs, step_seconds)
-    best = choose(costs, step_seconds)
+    # A run is saved at its end in any case.
+    steps = min(choose(costs, step_seconds).steps, config.steps)
+    best = goodput(steps * step_seconds, costs)
     yield sized("checkpoint_bytes", size, "(4 weights + 8 moments) B x parameters, in fp32")
     rate = f"{cluster.nodes:,} nodes x {cluster.write_bytes / 1e9:g} GB/s (--write-rate)"
     copy = f"{COPY_SHARE:g} x {cluster.gpu.host_bytes / 1e9:g} GB/s of PCIe"
@@ -106,33 +108,32 @@ def checkpoint_figures(
     )
     yield counted(
         "checkpoint_interval",
-        best.steps,
+        steps,
         f"steps; exp(-(t + C) / M) = 1 - t / M (Daly 2006; sqrt(2 C M) to first order) with C = "
         f"{costs.stall:.3g} s, M = {costs.between_failures:,.0f} s, t not below {costs.lag:.3g} s, "
-        f"nor above {duration(LONGEST_SECONDS)}",
+        f"nor above {duration(LONGEST_SECONDS)} or the run",
     )
     yield Figure(
         "goodput",
-        best.goodput,
-        f"{best.goodput:.2%}",
+        best,
+        f"{best:.2%}",
         f"t exp(-R / M) / (M (exp((t + C) / M) - 1)) with R = {costs.restart:g} s, "
-        f"t = {best.steps:,} steps",
+        f"t = {steps:,} steps",
     )
-    every = config.checkpoint.every
-    share = best.goodput
-    if isinstance(every, int) and every:
-        share = goodput(every * step_seconds, costs)
+    share, configured = best, _steps_between(config)
+    if configured is not None:
+        share = goodput(configured * step_seconds, costs)
         yield Figure(
             "goodput_as_configured",
             share,
             f"{share:.2%}",
-            f"the same with checkpoint.every={every:,}",
+            f"the same with checkpoint.every={config.checkpoint.every:,}, t = {configured:,} steps",
         )
     yield from _whole_run(config, cluster, step_seconds / share)
 
 
 def _check(config: RunConfig, costs: Costs, step_seconds: float) -> None:
-    """GoodputError when hardly any checkpoint would ever be on disk before the next failure."""
+    """GoodputError when hardly any step, or its checkpoint, would end before the next failure."""
     failure = f"a failure is expected every {duration(costs.between_failures)}"
     if costs.lag > MOST_INTERVALS * costs.between_failures:
         raise GoodputError(
@@ -140,12 +141,23 @@ def _check(config: RunConfig, costs: Costs, step_seconds: float) -> None:
             "kept; take fewer nodes, or say that they write faster (--write-rate) or fail less "
             "often (--node-mtbf)"
         )
-    every = config.checkpoint.every
-    if isinstance(every, int) and every * step_seconds > MOST_INTERVALS * costs.between_failures:
+    if step_seconds > MOST_INTERVALS * costs.between_failures:
         raise GoodputError(
-            f"checkpoint.every={every:,} saves every {duration(every * step_seconds)}, and "
+            f"a step takes {duration(step_seconds)}, and {failure}: no step would be kept; take "
+            "more GPUs, a smaller batch_tokens, or say that nodes fail less often (--node-mtbf)"
+        )
+    interval = (_steps_between(config) or 0) * step_seconds
+    if interval > MOST_INTERVALS * costs.between_failures:
+        raise GoodputError(
+            f"checkpoint.every={config.checkpoint.every:,} saves every {duration(interval)}, and "
             f"{failure}: the run would not end; write checkpoint.every=auto"
         )
+
+
+def _steps_between(config: RunConfig) -> int | None:
+    """Steps between saves as configured, the last one among them; None where a run chooses them."""
+    every = config.checkpoint.every
+    return min(every or config.steps, config.steps) if isinstance(every, int) else None
 
 
 def _disk(config: RunConfig, size: int, step_seconds: float) -> Figure:

@@ -47,6 +47,8 @@ class Job:
     """What the job runs from; None: what is installed."""
     copies_code: bool = False
     """Whether every node gets the code on its own disk first."""
+    preflight: bool = False
+    """Whether the nodes are looked at before each attempt, in pretraining."""
     record: Path | None = None
     """What the script copies when the run is complete (launcher/keys.py)."""
 
@@ -79,8 +81,11 @@ def render(job: Job) -> str:
         f"MIN_NODES={least}",
         f"RECORD={shlex.quote(str(job.record or ''))}",
         *shell_lines(job.site, job.folder, job.run, gpus=job.gpus_per_node > 0),
-        f"set -- {shlex.join([recipe, *job.overrides])}",
     ]
+    if job.kind == "pretrain":
+        # What the environment says of it wins, as in a script that is submitted by hand.
+        lines.append(f"PREFLIGHT=${{PREFLIGHT:-{int(job.preflight)}}}")
+    lines.append(f"set -- {shlex.join([recipe, *job.overrides])}")
     return fill(f"{job.kind}.sbatch", directives, lines, options=job.options)
 
 

@@ -45,6 +45,8 @@ class Resources(Table):
     """Seconds before the limit at which training is asked to save."""
     stage_code: bool = False
     """Copy the code of training to every node's own disk first, by sbcast."""
+    preflight: bool | None = None
+    """Look at the nodes before each attempt of pretrain; None: as the site says."""
     partition: str = ""
     """In place of the site's."""
     account: str = ""
@@ -125,6 +127,17 @@ STAGES: Mapping[str, type[StageTable]] = {
 """In their order."""
 
 
+ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "min_nodes": ("pretrain",),
+    "lead": ("pretrain", "finetune"),
+    "stage_code": ("pretrain", "finetune"),
+    "preflight": ("pretrain",),
+    "cpus_per_task": ("prepare", "evaluate"),
+    "mem_per_cpu": ("prepare", "evaluate"),
+}
+"""Key of `slurm` -> the stages whose script knows it; the others take whole nodes."""
+
+
 def is_lifecycle(path: str) -> bool:
     """Whether a file holds stages, and not the keys of a recipe."""
     if not path.endswith(".toml") or not Path(path).is_file():
@@ -157,6 +170,11 @@ def load_lifecycle(path: Path) -> dict[str, StageTable]:
                 f"{path} [{name}]: slurm.nodes = {stage.slurm.nodes}, but only pretrain runs on "
                 "several nodes" + ("; tasks = N spreads prepare" if name == "prepare" else "")
             )
+        for key, users in ONLY_FOR.items():
+            if key in stage.slurm.model_fields_set and name not in users:
+                raise SlurmUsageError(
+                    f"{path} [{name}]: slurm.{key} is for {' and '.join(users)} alone; leave it out"
+                )
     outputs = [stage.output for stage in stages.values()]
     if twice := next((output for output in outputs if outputs.count(output) > 1), None):
         raise SlurmUsageError(f"{path}: two stages write {twice}; give each an output of its own")

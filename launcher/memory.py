@@ -136,11 +136,15 @@ def _activation_figures(config: RunConfig, micro_batch: int, width: int) -> Iter
     kept = activation_bytes(
         model, micro_batch=micro_batch, seq_len=config.seq_len, value_bytes=width
     )
+    layer = f"((6 hidden + 2 kv + 3 feed-forward) x {width} B + (heads + 2) x 4 B)"
+    if model.activation_checkpointing:
+        summed = f"layers x hidden x {width} B + {layer} of one layer"
+    else:
+        summed = f"layers x {layer}"
     yield sized(
         "memory_activations",
         kept,
-        f"{tokens:,} tokens x (layers x (6 hidden + 2 kv + 3 feed-forward) x {width} B + fp32 log-"
-        f"probabilities){', one layer kept whole' if model.activation_checkpointing else ''}",
+        f"{tokens:,} tokens x ({summed} + 2 hidden x {width} B + (ids + 1) x 4 B)",
     )
     if config.data.boundaries == "attention":
         # torch makes a bias of the compute type of it in every layer, and keeps that.

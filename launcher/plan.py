@@ -299,13 +299,22 @@ def _warnings(config: RunConfig, cluster: Cluster, plan: Plan) -> Iterator[str]:
     if isinstance(every, int) and every:
         share, best = plan["goodput_as_configured"], plan["goodput"]
         if share < best - GOODPUT_MARGIN:
-            yield (
-                f"checkpoint.every={every:,} is productive {share:.1%} of the time, a checkpoint "
-                f"every {plan['checkpoint_interval']:,} steps {best:.1%}; write checkpoint.every="
-                f"{plan['checkpoint_interval']}, or auto to choose by what is measured"
-            )
+            yield _better_interval(config, plan)
     elif every == 0 and plan["days"] * 86_400 > cluster.between_failures:
         yield (
             "checkpoint.every=0 saves at the end only, and a failure is expected every "
             f"{cluster.between_failures / 3600:,.1f} h; write checkpoint.every=auto"
         )
+
+
+def _better_interval(config: RunConfig, plan: Plan) -> str:
+    best = int(plan["checkpoint_interval"])
+    if best == config.steps:
+        instead, advice = "at the end alone", "0, which saves at the end"
+    else:
+        instead, advice = f"every {best:,} steps", f"{best}, or auto to choose by what is measured"
+    return (
+        f"checkpoint.every={config.checkpoint.every:,} is productive "
+        f"{plan['goodput_as_configured']:.1%} of the time, a checkpoint {instead} "
+        f"{plan['goodput']:.1%}; write checkpoint.every={advice}"
+    )

@@ -5,6 +5,7 @@
     modules = ["cuda/12.4"]
     network_interface = "ib0"
     scratch = "/local"
+    preflight = true
     environment = { HTTPS_PROXY = "http://proxy:3128" }
 
     [container]
@@ -64,6 +65,8 @@ class Site(Table):
     """Variables of every job."""
     scratch: str = ""
     """Folder on each node's own disk, for caches; empty: TMPDIR, or /tmp."""
+    preflight: bool = False
+    """Whether `headrace preflight` looks at the nodes before each attempt of pretraining."""
     container: Container = Container()
     """What ranks run in."""
 

@@ -119,7 +119,8 @@ def _corpus(named: str, exclude: Sequence[str]) -> dict[str, str]:
 
 def _pretrain(table: Pretrain, site: Site, earlier: Earlier) -> Stage:
     overrides = list(table.overrides)
-    if "prepare" in earlier and not any(o.startswith("data") for o in overrides):
+    names_data = ("data=", "data.path=", "data.sources=")
+    if "prepare" in earlier and not any(o.startswith(names_data) for o in overrides):
         overrides.insert(0, f"data={earlier['prepare'].output}")
     found = find_recipe(table.recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides, name=found.name)
@@ -242,6 +243,7 @@ def _job(
         lead=lead_of(output, asked.lead),
         code=code,
         copies_code=asked.stage_code,
+        preflight=site.preflight if asked.preflight is None else asked.preflight,
         record=keys.record_of(output, origin),
     )
     return Stage(origin.stage, output, origin, render(job), code)

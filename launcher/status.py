@@ -193,4 +193,5 @@ def _job(run: Path, number: str | None, jobs: Iterable[QueuedJob]) -> QueuedJob 
     """
     logs = f"{(run / 'logs').resolve()}/"
     found = [job for job in jobs if job.output.startswith(logs) or job.id == number]
-    return found[-1] if found else None
+    # squeue lists by priority, and one that is known by its number comes last.
+    return max(found, key=lambda job: int(job.id), default=None)

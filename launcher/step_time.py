@@ -8,7 +8,7 @@ Pointwise operations and AdamW run at HBM_SHARE of the memory's bandwidth. Colle
 over NVLink in a node, else as fast as the ports of a node together. Stages 0 to 2 wait for them,
 as DeepSpeed does by default; stage 3 hides them behind the computation, but for EXPOSED_SHARE.
 
-Fitted to one H200 (docs/evidence/gpu_speed.json) and two published A100 runs; traffic between
+Fitted to one H200 (docs/evidence/gpu_speed.json) and one published A100 run; traffic between
 GPUs has been compared with published runs, and measured by us on no cluster.
 """
 

@@ -42,7 +42,7 @@ class Cluster:
         """Put a shell script called `name` first in PATH."""
         path = self._bin / name
         if name == "srun":
-            body = 'if [[ $* == *rm\\ -rf* ]]; then exec rm -rf "${@: -1}"; fi\n' + body
+            body = 'if [[ $* == *--overlap\\ rm\\ -rf* ]]; then exec rm -rf "${@: -1}"; fi\n' + body
         path.write_text(f"#!/bin/bash\n{body}\n".replace("\\n", "\n"))
         path.chmod(0o755)
 

@@ -70,7 +70,7 @@ def test_equal_nodes_are_fit() -> None:
         ({"matmul": 1e11}, "matmul", "rank 1: 0.1 TFLOP/s, below 33% of the median, 1"),
         ({"disk": 1e8}, "disk", "rank 1: 100 MB/s, below 20% of the median, 1e+03"),
         ({"pairs": {"n1": 1e8, "n3": 1e8}}, "network", "rank 1: 0.1 GB/s, below 50% of the median"),
-        ({"skew_seconds": -400.0}, "clock", "its clock differs by -400.0 s from that of rank 0"),
+        ({"skew_seconds": -400.0}, "clock", "its clock differs by -400.0 s from the median"),
     ],
 )  # fmt: skip
 def test_the_node_that_differs_is_named_and_excluded(
@@ -101,6 +101,17 @@ def test_what_does_not_keep_from_training_is_a_note(changes: dict[str, Any], mes
     (finding,) = verdict.findings
     assert finding.message.startswith(message) and finding.hosts == ("n2",)
     assert verdict.is_fit and verdict.exclude == ()
+
+
+def test_a_first_node_whose_clock_is_wrong_has_no_others_excluded() -> None:
+    """Ranks compare their clocks with that of rank 0."""
+    facts = [one if one.rank == 0 else replace(one, skew_seconds=-400.0) for one in healthy(3)]
+    verdict = judge(facts, size=3)
+    (finding,) = verdict.findings
+    assert finding.message == "its clock differs by +400.0 s from the median"
+    assert verdict.exclude == ("n1",)
+    two = judge(but(healthy(2), 1, skew_seconds=-400.0), size=2)
+    assert not two.is_fit and two.exclude == ()
 
 
 def test_a_slow_link_between_two_good_nodes_excludes_neither() -> None:

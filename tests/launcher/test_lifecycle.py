@@ -249,6 +249,9 @@ def test_a_dry_run_prints_every_script_and_the_chain(
         ("[export]", "[exports]", r"life\.toml: unknown stage 'exports'; did you mean 'export'\?"),
         ("tasks = 2", "task = 2", r"life\.toml \[prepare\]: unknown key 'task'; did you mean 'ta"),
         ("nodes = 2, ", "nods = 2, ", r"unknown key 'slurm\.nods'; did you mean 'slurm\.nodes'\?"),
+        ("lead = 60", "cpus_per_task = 2", r"\[finetune\]: slurm\.cpus_per_task is for prepare and "
+                                           r"evaluate alone; leave it out"),
+        ("lead = 60", "preflight = true", r"slurm\.preflight is for pretrain alone"),
         ("lead = 60", "nodes = 2", r"\[finetune\]: slurm\.nodes = 2, but only pretrain runs"),
         ("work/scores", "work/tuned", r"two stages write work/tuned; give each an output of its"),
         ("steps=8", "step=8", r"tiny-cpu: unknown key 'step'; did you mean 'steps'\?"),
@@ -267,6 +270,29 @@ def test_a_file_that_cannot_run_is_refused_before_anything_is_submitted(
         chain.submit()
     assert getattr(refused.value, "exit_code", None) == 2
     assert chain.submitted == []
+
+
+def test_a_key_of_the_data_is_no_dataset(chain: Chain) -> None:
+    chain.change('"steps=8"', '"data.num_workers=2", "steps=8"')
+    chain.submit()
+    script = (chain.folder / "work/run/logs/pretrain.sbatch").read_text()
+    assert f"set -- tiny-cpu data={chain.folder}/work/dataset data.num_workers=2 " in script
+
+
+@pytest.mark.parametrize(
+    ("asked", "site", "told"),
+    [("", 1, 1), ("preflight = false, ", 1, 0), ("preflight = true, ", 0, 1)],
+)
+def test_a_stage_may_differ_from_its_site(
+    chain: Chain, asked: str, site: int, told: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain.change("nodes = 2, ", f"nodes = 2, {asked}")
+    (chain.folder / "site.toml").write_text("preflight = true\n" * site)
+    argv = ["submit", "life.toml", "--dry-run", "--json", "--site", "site.toml"]
+    run_command(argv, standalone=False)
+    scripts = {row["stage"]: row["script"] for row in json.loads(capsys.readouterr().out)}
+    assert f"PREFLIGHT=${{PREFLIGHT:-{told}}}\n" in scripts["pretrain"]
+    assert "PREFLIGHT" not in scripts["finetune"]
 
 
 def test_what_a_file_says_is_no_option(chain: Chain) -> None:

@@ -71,6 +71,26 @@ def test_activations_of_one_layer_by_hand() -> None:
     assert plan["memory_logits"] == (4 + 4) * 128 * 64
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_the_formula_of_activations_gives_their_figure(recomputes: bool) -> None:
+    chosen = config(
+        "llama-1b", "model.vocab_size=500", f"model.activation_checkpointing={recomputes}".lower()
+    )
+    plan = make_plan(chosen, nodes=1, gpus_per_node=8, gpu="h100")
+    (told,) = (f.formula for f in plan.figures if f.key == "memory_activations")
+    layers, hidden, kv, feed_forward, heads, ids = 22, 2048, 4 * 64, 5632, 32, 500
+    layer = (6 * hidden + 2 * kv + 3 * feed_forward) * 2 + (heads + 2) * 4
+    end = 2 * hidden * 2 + (ids + 1) * 4
+    words = "((6 hidden + 2 kv + 3 feed-forward) x 2 B + (heads + 2) x 4 B)"
+    if recomputes:
+        expected = layers * hidden * 2 + layer + end
+        words = f"layers x hidden x 2 B + {words} of one layer"
+    else:
+        expected, words = layers * layer + end, f"layers x {words}"
+    assert plan["memory_activations"] == 8 * 2048 * expected
+    assert told == f"16,384 tokens x ({words} + 2 hidden x 2 B + (ids + 1) x 4 B)"
+
+
 def test_checkpointing_activations_saves_most_of_them() -> None:
     on, off = (
         make_plan(
@@ -258,6 +278,10 @@ def test_an_interval_that_loses_time_is_warned_about() -> None:
         warning,
     )
     assert warnings("checkpoint.every=auto") == ()
+    chosen = config("llama-7b", "checkpoint.every=0")
+    alone = make_plan(chosen, nodes=32, gpus_per_node=8, gpu="h100", node_hours=100)
+    # One save, at the end of days of training that hardly ever stay whole.
+    assert alone["goodput_as_configured"] < 0.01 and alone["wall_days"] > 100 * alone["days"]
     (warning,) = warnings("checkpoint.every=0")
     assert warning == (
         "checkpoint.every=0 saves at the end only, and a failure is expected every 3.1 h; write "
@@ -287,3 +311,18 @@ def test_a_run_that_would_never_end_is_refused() -> None:
     with pytest.raises(GoodputError, match=message):
         plan("checkpoint.every=2000", node_hours=1)
     plan("checkpoint.every=auto", node_hours=1)
+
+
+def test_a_step_that_no_failure_lets_end_is_refused() -> None:
+    chosen = config("llama-7b", "precision=fp32", "checkpoint.every=auto")
+    message = (
+        r"a step takes [\d.]+ hours, and a failure is expected every 36 seconds: no step would"
+    )
+    with pytest.raises(GoodputError, match=message):
+        make_plan(chosen, nodes=1, gpus_per_node=1, gpu="a100", node_hours=0.01)
+
+
+def test_no_interval_is_advised_that_is_longer_than_the_run() -> None:
+    plan = make_plan(config("tiny-cpu"), nodes=1, gpus_per_node=1, gpu="h100")
+    assert plan["checkpoint_interval"] == config("tiny-cpu").steps
+    assert plan.warnings[-1].endswith("; write checkpoint.every=0, which saves at the end")

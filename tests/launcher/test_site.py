@@ -21,6 +21,7 @@ qos = "long"
 modules = ["cuda/12.4", "nccl"]
 network_interface = "ib0"
 scratch = "/local"
+preflight = true
 environment = { HTTPS_PROXY = "http://proxy:3128", NCCL_IB_HCA = "mlx5" }
 [container]
 runtime = "pyxis"
@@ -99,6 +100,34 @@ def test_options_win_over_the_file(
     assert "#SBATCH --account=other" in directives and "#SBATCH -p short" in directives
     assert "#SBATCH --qos=long" in directives and "#SBATCH --partition=gpu" not in directives
     assert "WITHIN=(apptainer exec --nv " in script and "new.sif)\n" in script
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_asked"), [((), 1), (("--preflight",), 1), (("--no-preflight",), 0)]
+)
+def test_a_preflight_is_asked_for_by_an_option_or_by_the_site(
+    asked: tuple[str, ...],
+    is_asked: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The environment of the job has the last word, as in a script that is submitted by hand."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["submit", "tiny-cpu", "data=x", "--dry-run", *asked]
+    run_command(argv, standalone=False)
+    without = int("--preflight" in asked)
+    assert f"PREFLIGHT=${{PREFLIGHT:-{without}}}\n" in capsys.readouterr().out
+    (tmp_path / "site.toml").write_text("preflight = true\n")
+    run_command([*argv, "--site", "site.toml"], standalone=False)
+    block = capsys.readouterr().out.split(BEGIN)[1].split(END)[0]
+    for environ, told in (({}, is_asked), ({"PREFLIGHT": "0"}, 0), ({"PREFLIGHT": "1"}, 1)):
+        done = subprocess.run(
+            ["bash", "-c", f'{block}printf %s "$PREFLIGHT"'],
+            env=environ, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout == str(told)
 
 
 def test_nobody_guesses_what_runs_an_image() -> None:

@@ -185,12 +185,12 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
     argv = (cluster.state / "srun").read_text().split("\0")[:-1]
     assert argv[:5] == [
         "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60", "--cpu-bind=none",
-        f"--output={cluster.run}/logs/attempt-0-node-%n.log",
+        f"--output={cluster.run}/logs/attempt-123456-0-node-%n.log",
     ]  # fmt: skip
+    # What is in between, tests/launcher/test_slurm_wrapper.py runs.
     assert argv[5:7] == ["bash", "-c"]
-    assert argv[7] == ('trap "" USR1; ulimit -c 0; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"')
     assert argv[8:] == [
-        "_", sys.executable, "-m", "torch.distributed.run",
+        "_", "/tmp/headrace-123456", sys.executable, "-m", "torch.distributed.run",
         "--nnodes=2", "--nproc-per-node=8", "--max-restarts=0", "--master-addr=n1",
         "--master-port=23456", "-m", "--", "launcher", "pretrain", "llama-7b",
         "data=/data/books and more", "optim.lr=1e-4", "--run", str(cluster.run),

@@ -137,6 +137,19 @@ def test_a_job_is_found_by_its_log_or_by_its_number(run: Path, tmp_path: Path) -
     assert ", job 6 RUNNING on n[1-2], 1:00 left" in next(paragraph(status_of(copy, jobs)))
 
 
+def test_a_run_that_was_submitted_again_is_told_by_its_new_job(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    rows = [row | {"slurm_job": "99"} for row in attempts(copy)]
+    (copy / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (copy / "logs").mkdir(exist_ok=True)
+    log = f"{copy.resolve()}/logs/slurm-100.out"
+    jobs = [
+        QueuedJob("100", "PENDING", "Priority", "30:00", 0, "", log),
+        QueuedJob("99", "FAILED", "NonZeroExitCode", "0:00", 0, "n1", "/a/slurm-99.out"),
+    ]
+    assert ", job 100 PENDING (Priority)" in next(paragraph(status_of(copy, jobs)))
+
+
 def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     assert last_rows(path) == []

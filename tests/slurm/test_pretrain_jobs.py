@@ -67,15 +67,20 @@ def test_a_job_that_makes_way_for_another_one_goes_on_after_it(
     check_equal(job, plain)
 
 
-def test_a_node_that_dies_is_replaced(slurm: Cluster, dataset: Path, plain: Path) -> None:
-    job = submit(slurm, dataset, "power-off")
+@pytest.mark.parametrize("fate", ["power_off", "hang"])
+def test_a_node_that_dies_or_hangs_is_replaced(
+    fate: str, slurm: Cluster, dataset: Path, plain: Path
+) -> None:
+    job = submit(slurm, dataset, fate)
     job.reaches(120)
     lost = slurm.job(job.job)["NodeList"]
     victim = "n2" if "2" in lost else "n3"
-    slurm.power_off(victim)
+    getattr(slurm, fate)(victim)
     try:
         assert slurm.wait(job.job) == "COMPLETED", job.said()
     finally:
+        if fate == "hang":
+            slurm.power_off(victim)
         slurm.power_on(victim)
     nodes = slurm.job(job.job)["NodeList"]
     assert victim[1] not in nodes, nodes

@@ -68,3 +68,23 @@ def test_the_code_is_copied_to_every_node_and_removed_from_it(
     job = slurm.run(*more, HEADRACE_FAULT="forward:2:1:raise", MAX_FAILURES="1")
     assert slurm.wait(job) == "FAILED"
     assert f'File "/dev/shm/headrace-{job}/code/train/' in said(fault, job)
+
+
+def test_a_job_that_is_cancelled_leaves_nothing_on_the_disk_of_any_node(
+    slurm: Cluster, dataset: Path
+) -> None:
+    run = slurm.folder / "cancelled"
+    (slurm.folder / "site.toml").write_text('scratch = "/dev/shm"\n')
+    asked = ("headrace", "submit", "small.toml", f"data={dataset}", "--run", run, *LAYOUT)
+    job = slurm.run(*asked, "steps=100000", "--site", "site.toml", "--stage")
+    slurm.until(
+        lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) > 5, "its first steps"
+    )
+    held = ("srun", "--overlap", f"--jobid={job}", "-N2", "--ntasks-per-node=1", "ls", "-d")
+    assert slurm.run(*held, f"/dev/shm/headrace-{job}/code").count("code") == 2
+    slurm.run("scancel", job)
+    assert slurm.wait(job) == "CANCELLED"
+    slurm.until(lambda: slurm.commands() == [], "end of all processes", seconds=30)
+    nodes = slurm.job(job)["NodeList"]
+    left = slurm.run("srun", "-w", nodes, "-N2", "--ntasks-per-node=1", "ls", "/dev/shm")
+    assert f"headrace-{job}" not in left, said(run, job)
