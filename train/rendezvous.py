@@ -90,9 +90,9 @@ class Meeting:
         )
 
 
-def meet(meeting: Meeting, connect: Callable[[], S]) -> S:
-    """Collective. The store, when every rank has come to it. RendezvousError on every rank that is
-    there, naming those that are not.
+def meet(meeting: Meeting, connect: Callable[[], S]) -> tuple[S, str]:
+    """Collective. The store, when every rank has come to it, and what keys of this meeting begin
+    with. RendezvousError on every rank that is there, naming those that are not.
     """
     try:
         store = connect()
@@ -101,7 +101,8 @@ def meet(meeting: Meeting, connect: Callable[[], S]) -> S:
             raise
         raise RendezvousError(_unreachable(meeting, error)) from error
     count = store.add(f"headrace/{meeting.attempt}/count", 1)
-    # A store that outlives its ranks without a new number of the attempt: another meeting.
+    # A store may outlive its ranks without a new number of the attempt: that is another meeting,
+    # where addresses that ranks of the last one left lead nowhere.
     prefix = f"headrace/{meeting.attempt}/{(count - 1) // meeting.size}"
     store.set(f"{prefix}/{meeting.rank}", meeting.host)
     # Set once: all ranks hear the same, also where the last one comes as another loses patience.
@@ -119,7 +120,7 @@ def meet(meeting: Meeting, connect: Callable[[], S]) -> S:
     except RuntimeError as error:
         raise RendezvousError(_unreachable(meeting, error)) from error
     if told == _MET:
-        return store
+        return store, prefix
     if meeting.holds_store:
         time.sleep(READ_SECONDS)
     raise RendezvousError(told)

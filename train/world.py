@@ -229,7 +229,8 @@ def _store(rank: int, size: int, timeout: datetime.timedelta) -> c10d.Store:
             multi_tenant=True,
         )
 
-    return c10d.PrefixStore("default_pg", meet(meeting, connect))
+    store, prefix = meet(meeting, connect)
+    return c10d.PrefixStore(f"{prefix}/default_pg", store)
 
 
 def _quiet() -> None:
