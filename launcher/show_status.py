@@ -43,7 +43,7 @@ def show_status(runs: Sequence[Path], *, as_json: bool) -> None:
 
 
 def watch_status(runs: Sequence[Path], *, seconds: float = WATCH_SECONDS) -> None:
-    """Show the state of runs until Ctrl-C: in one place of a terminal, in a file each below the last."""
+    """Show the state of runs until Ctrl-C: in place on a terminal, in a file one by one."""
     known, asked = _jobs(runs), time.monotonic()
     with suppress(KeyboardInterrupt), _screen() as show:
         while True:
