@@ -113,6 +113,30 @@ def test_a_job_without_a_dataset_is_not_submitted(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_to_stand_still_is_not_submitted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    message = r"/run/STOP keeps the run standing, and a job would leave at once; remove it and "
+    with pytest.raises(SlurmUsageError, match=message):
+        submit(job(run), dataset_in(tmp_path))
+    assert list(run.iterdir()) == [run / "STOP"]
+
+
+def test_a_person_is_told_where_to_look_and_a_program_gets_the_number_alone(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", cluster.path)
+    cluster.command("sbatch", "echo 71")
+    data = dataset_in(cluster.state)
+    run_command(["submit", "tiny-cpu", f"data={data}", "--run", str(cluster.run)], standalone=False)
+    out, err = capsys.readouterr()
+    assert out == "71\n"
+    assert err == (
+        f"log: {cluster.run}/logs/slurm-71.out; how it is doing: headrace status {cluster.run}\n"
+    )
+
+
 def test_submit_hands_the_script_to_sbatch(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
