@@ -251,8 +251,12 @@ def test_a_run_that_was_ahead_of_the_signal_goes_on(cluster: Cluster) -> None:
 def test_an_older_outcome_does_not_hide_a_failure(cluster: Cluster) -> None:
     (cluster.run / "attempts.jsonl").write_text('{"outcome": "complete"}\n')
     cluster.ends(1)
-    cluster.submitted()
+    done = cluster.submitted(SLURM_RESTART_COUNT="4")
     assert cluster.requeued
+    assert (
+        "attempt 4: failure 1 of 3 without a new checkpoint; what its ranks said: "
+        f"{cluster.run}/logs/attempt-4-node-*.log\n"
+    ) in done.stdout
 
 
 def test_failures_without_progress_end_the_job(cluster: Cluster) -> None:
