@@ -299,10 +299,13 @@ def _warnings(config: RunConfig, cluster: Cluster, plan: Plan) -> Iterator[str]:
     if isinstance(every, int) and every:
         share, best = plan["goodput_as_configured"], plan["goodput"]
         if share < best - GOODPUT_MARGIN:
+            steps = int(plan["checkpoint_interval"])
+            is_end = steps >= config.steps
+            better = "one at the end" if is_end else f"a checkpoint every {steps:,} steps"
             yield (
-                f"checkpoint.every={every:,} is productive {share:.1%} of the time, a checkpoint "
-                f"every {plan['checkpoint_interval']:,} steps {best:.1%}; write checkpoint.every="
-                f"{plan['checkpoint_interval']}, or auto to choose by what is measured"
+                f"checkpoint.every={every:,} is productive {share:.1%} of the time, {better} "
+                f"{best:.1%}; write checkpoint.every={0 if is_end else steps}, or auto to choose "
+                "by what is measured"
             )
     elif every == 0 and plan["days"] * 86_400 > cluster.between_failures:
         yield (
