@@ -26,6 +26,7 @@ from tests.train.test_pretrain import config, train_run
 from train.attempts import attempts
 from train.events import read_events, record
 from train.rows import last_rows
+from train.world import World, cause_of
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,31 @@ def test_ranks_that_were_killed_have_ended_without_a_word(dataset: Path, tmp_pat
     status = status_of(tmp_path / "run")
     assert (status.state, status.step, status.eta_seconds) == ("gone", 4, None)
     assert "ended without a word, last heartbeat" in _text(tmp_path / "run")
+
+
+def test_a_rank_that_only_heard_of_a_death_says_so(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure):
+        run_ranks(2, _die_second, config(dataset), tmp_path / "run")
+    text = _text(tmp_path / "run")
+    assert ": failed, attempt 1 on 2 ranks" in text
+    assert re.search(
+        r"\n  another rank was gone, its connection from \S+ broke; what ended that rank stands in "
+        r"its own log, or in that of its host\n",
+        text,
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Read error [10.0.0.2]:36240: Connection reset by peer. GLHF!", "another rank was gone,"),
+        ("Connection closed by peer [10.0.0.2]:33713. GLHF!", "another rank was gone,"),
+        ("Timed out waiting 1000ms", "RuntimeError: [/g/gloo/pair.cc:5] Timed out"),
+    ],
+)
+def test_of_what_gloo_says_the_peer_is_kept(said: str, told: str) -> None:
+    cause = cause_of(RuntimeError(f"[/g/gloo/pair.cc:5] {said}"))
+    assert cause.startswith(told) and ("from 10.0.0.2 broke" in cause) == ("peer" in said)
 
 
 def test_an_attempt_elsewhere_lives_as_long_as_its_heart_beats(run: Path, tmp_path: Path) -> None:
@@ -234,6 +260,13 @@ def _die(world: object, *args: object) -> str:
     from train import faults
 
     faults.arm("forward:5:0:kill", 0)
+    return train_run(world, *args)  # type: ignore[arg-type]
+
+
+def _die_second(world: World, *args: object) -> str:
+    from train import faults
+
+    faults.arm("forward:5:1:kill", world.rank)
     return train_run(world, *args)  # type: ignore[arg-type]
 
 
