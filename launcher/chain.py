@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher import keys, slurm
 from launcher.queue import QueuedJob, jobs
 from launcher.stages import Stage, is_whole
-from launcher.template import SlurmUsageError
+from launcher.template import SlurmError, SlurmUsageError
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def submit_chain(stages: Sequence[Stage]) -> list[Link]:
             continue
         state, job = "queued", _job_of(stage, queued)
         if not job:
-            state, job = "submitted", _submit(stage, after)
+            state, job = "submitted", _submitted(stage, after, links)
         links.append(Link(stage.name, state, job, str(stage.output)))
         after = job
     return links
@@ -78,6 +78,19 @@ def refuse_other_outputs(stages: Iterable[Stage]) -> None:
             + "\n".join(told)
             + "\nname other outputs, or remove the folders (with their .stage) to make them again"
         )
+
+
+def _submitted(stage: Stage, after: str, links: Sequence[Link]) -> str:
+    """Like `_submit`; SlurmError says which stage it was, and what stays in the queue."""
+    try:
+        return _submit(stage, after)
+    except SlurmError as error:
+        waiting = ", ".join(f"{link.stage} (job {link.job})" for link in links if link.job)
+        stays = f"; in the queue stay {waiting}" if waiting else ""
+        raise SlurmError(
+            f"[{stage.name}] {error}{stays}; mend the stage and submit the file again: it goes on "
+            "from here"
+        ) from None
 
 
 def _submit(stage: Stage, after: str) -> str:

@@ -6,6 +6,7 @@ What a command needs is imported inside it, as in launcher/cli.py.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -164,6 +165,10 @@ def _submit_run(
     else:
         number = jobs.submit(job, *datasets)
         print(json.dumps({"job": number, "run": str(job.run)}) if as_json else number)
+        print(
+            f"log: {job.run}/logs/slurm-{number}.out; how it is doing: headrace status {job.run}",
+            file=sys.stderr,
+        )
 
 
 def _refuse_options_of_a_run(context: typer.Context, file: str) -> None:

@@ -14,6 +14,7 @@ from launcher.lead import DEFAULT_SECONDS, Lead
 from launcher.site import Site, shell_lines
 from launcher.snapshot import Snapshot
 from launcher.template import SlurmUsageError, filename_pattern, fill
+from train.stop import STOP_FILE
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,15 @@ def render(job: Job) -> str:
 def submit(job: Job, *datasets: Path) -> str:
     """Write the script into RUN/logs, hand it to sbatch and return the job id.
 
-    SlurmUsageError when one of `datasets` is none: better here than after hours in the queue.
+    SlurmUsageError when one of `datasets` is none, or the run has a STOP file: better here than
+    after hours in the queue.
     """
     text = render(job)
+    if (job.run / STOP_FILE).exists():
+        raise SlurmUsageError(
+            f"{job.run / STOP_FILE} keeps the run standing, and a job would leave at once; remove "
+            "it and submit again"
+        )
     missing = [path for path in datasets if not (path / "manifest.json").is_file()]
     if missing:
         raise SlurmUsageError(

@@ -1,8 +1,10 @@
 """Which layouts of a run there are, which fit, and which of those is fastest.
 
 A layout is micro_batch, zero.stage and model.activation_checkpointing. Micro-batches are the
-divisors of a rank's share of the batch, so that none adds dummies. Stages are those that the run
-may take: bf16 has no stage 0, and `across_world_sizes` has nothing else and a fixed micro-batch.
+smallest of every number of passes: a larger one would add dummies to as many passes. Not only the
+divisors of a rank's share, which has no others than 1 and 43 where 24 ranks share 1,024 sequences:
+4 passes of 11 are 13 % faster than 43 of 1. Stages are those that the run may take: bf16 has no
+stage 0, and `across_world_sizes` has nothing else and a fixed micro-batch.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def _choice(config: RunConfig, *, nodes: int, gpus_per_node: int, gpu: Gpu) -> C
 
 def _changes(config: RunConfig, ranks: int) -> Iterator[Change]:
     share = -(-config.batch_samples // ranks)
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    sizes = sorted({-(-share // passes) for passes in range(1, share + 1)})
     stages = [1, 2, 3] if config.precision != "fp32" else [0, 1, 2, 3]
     if config.train.reproducible == "across_world_sizes":
         sizes, stages = [config.micro_batch], [0]

@@ -72,6 +72,11 @@ def read_preflight(run: Path, *, as_json: bool) -> None:
     if facts and (problem := port_problem(os.environ)):
         facts[0] = replace(facts[0], port_problem=problem)
     hosts = hosts_of(os.environ)
+    if not facts and not hosts:
+        raise PreflightError(
+            f"{folder_of(run)} holds nothing of a preflight; name the --run of one, or leave out "
+            "--read to look at the nodes now"
+        )
     size = max((one.size for one in facts), default=len(hosts))
     done = len(facts) == size and all(one.phase == "done" for one in facts)
     verdict = judge(facts, size=size, hosts=hosts, failed=not done)

@@ -86,6 +86,8 @@ def keep_verdict(run: Path, verdict: Verdict, facts: Iterable[Facts]) -> None:
     """Leave what has come out beside what it came from."""
     path = folder_of(run) / "verdict.json"
     with writing(path):
+        # Where no rank has come, none has made it.
+        path.parent.mkdir(parents=True, exist_ok=True)
         mailbox.write(path, json.dumps(as_json(verdict, facts), indent=1) + "\n")
 
 

@@ -48,7 +48,11 @@ def _ask(*which: str) -> list[QueuedJob]:
         return []
     rows = [line.split("|")[: len(FIELDS)] for line in done.stdout.splitlines()]
     return [
-        QueuedJob(number, state, reason, left, int(restarts or 0), nodes, output)
+        # squeue tells the file as it was asked for.
+        QueuedJob(
+            *(number, state, reason, left, int(restarts or 0), nodes),
+            output.replace("%j", number),
+        )
         for number, state, reason, left, restarts, nodes, output in (
             map(str.strip, row) for row in rows if len(row) == len(FIELDS)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from launcher.chain import Link
@@ -18,16 +18,23 @@ def show_chain(links: Sequence[Link], scripts: Mapping[str, str], as_json: bool)
     for link in links:
         if link.stage in scripts:
             print(f"##### {link.stage} #####\n{scripts[link.stage]}")
+    told = list(_told(links))
+    width = max(map(len, told), default=0)
+    for link, words in zip(links, told, strict=True):
+        print(f"{link.stage:<9} {words:<{width}}  {link.folder}")
+
+
+def _told(links: Sequence[Link]) -> Iterator[str]:
+    """What became of each stage."""
     before = ""
     for link in links:
         if link.state == "skipped":
-            told = "skipped: unchanged"
+            yield "skipped: unchanged"
         elif link.state == "planned":
-            told = f"afterok:{before}" if before else "at once"
+            yield f"afterok:{before}" if before else "at once"
             before = link.stage
         else:
-            told = f"job {link.job}" + (" (in the queue already)" if link.state == "queued" else "")
-        print(f"{link.stage:<9} {told:<18} {link.folder}")
+            yield f"job {link.job}" + (" (in the queue already)" if link.state == "queued" else "")
 
 
 def _script(link: Link, scripts: Mapping[str, str]) -> dict[str, str]:

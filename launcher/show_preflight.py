@@ -78,4 +78,8 @@ def _least(rates: Iterable[float | None]) -> float | None:
 
 
 def _shown(value: float | None, unit: float) -> str:
-    return "-" if value is None else f"{value / unit:,.3g}"
+    if value is None:
+        return "-"
+    scaled = value / unit
+    # g would write a thousand as 1e+03.
+    return f"{scaled:,.0f}" if scaled >= 999.5 else f"{scaled:.3g}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,19 +43,34 @@ def show_status(runs: Sequence[Path], *, as_json: bool) -> None:
 
 
 def watch_status(runs: Sequence[Path], *, seconds: float = WATCH_SECONDS) -> None:
-    """Show the state of runs until Ctrl-C."""
+    """Show the state of runs until Ctrl-C: in place on a terminal, in a file one by one."""
+    known, asked = _jobs(runs), time.monotonic()
+    with suppress(KeyboardInterrupt), _screen() as show:
+        while True:
+            show(_look(runs, known))
+            time.sleep(seconds)
+            if time.monotonic() - asked > ASK_SECONDS:
+                known, asked = _jobs(runs), time.monotonic()
+
+
+@contextmanager
+def _screen() -> Iterator[Callable[[Sequence[Status]], None]]:
+    """Shows states, each in place of the one before where that is possible."""
+    from rich.console import Console
     from rich.live import Live
 
-    known, asked = _jobs(runs), time.monotonic()
-    with Live(_rendered(_look(runs, known)), auto_refresh=False) as live:
-        try:
-            while True:
-                time.sleep(seconds)
-                if time.monotonic() - asked > ASK_SECONDS:
-                    known, asked = _jobs(runs), time.monotonic()
-                live.update(_rendered(_look(runs, known)), refresh=True)
-        except KeyboardInterrupt:
-            return
+    if not sys.stdout.isatty():
+        # Live would hold everything back until its end.
+        console = Console(width=FILE_WIDTH, highlight=False)
+
+        def show(found: Sequence[Status]) -> None:
+            console.print(_rendered(found), soft_wrap=len(found) == 1)
+            sys.stdout.flush()
+
+        yield show
+        return
+    with Live(auto_refresh=False) as live:
+        yield lambda found: live.update(_rendered(found), refresh=True)
 
 
 def paragraph(status: Status) -> Iterator[str]:
@@ -109,7 +125,8 @@ def _rendered(found: Sequence[Status]) -> RenderableType:
 def _headline(status: Status) -> str:
     parts = [_state(status)]
     if status.attempt is not None:
-        parts.append(f"attempt {status.attempt} on {status.ranks:,} ranks")
+        ranks = f"{status.ranks:,} rank" + "s" * (status.ranks != 1)
+        parts.append(f"attempt {status.attempt} on {ranks}")
         parts.append(status.owner)
     if status.job is not None:
         parts.append(_job(status))

@@ -84,6 +84,8 @@ def job_of(run: Path) -> str | None:
 
 def status_of(run: Path, jobs: Iterable[QueuedJob] = ()) -> Status:
     """The state of a run. StatusError when the folder is none."""
+    if (run / "headrace.json").exists():  # and its own config.json
+        raise StatusError(f"{run} is an exported model, and no run; name the run it came from")
     names = ("config.json", "attempts.jsonl", "checkpoints", "logs")
     if not any((run / name).exists() for name in names):
         raise StatusError(
@@ -139,8 +141,11 @@ def _progress(run: Path, steps: int | None, *, is_running: bool) -> dict[str, An
     }
     if trained:
         recent = [row for row in trained if row["attempt"] == trained[-1]["attempt"]][-RECENT:]
-        found |= {"loss": trained[-1]["loss"], "mfu": trained[-1].get("mfu")}
+        found["loss"] = trained[-1]["loss"]
         found["tokens_per_second"] = median(row["tokens_per_second"] for row in recent)
+        # Of the same steps: read beside the speed, it must not tell of another one.
+        shares = [row["mfu"] for row in recent if row.get("mfu")]
+        found["mfu"] = median(shares) if shares else None
         if is_running:
             seconds = median(row["step_seconds"] for row in recent)
             left = None if steps is None else (steps - found["step"]) * seconds

@@ -36,7 +36,7 @@ from train.stop import StopRequest
 from train.timing import Timing
 from train.watch import Watch
 from train.work import Work
-from train.world import World, slurm_deadline
+from train.world import World, cause_of, slurm_deadline
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _recorded(world: World, run: Path, attempt: int, owner: Ownership | None) ->
         yield
     except BaseException as error:
         if world.is_main:
-            reason = f"{type(error).__name__}: {error}"
+            reason = cause_of(error)
             # Storage that refuses this row most likely is the error.
             with suppress(StorageError):
                 run_directory.end_attempt(run, attempt, outcome="failed", step=None, reason=reason)

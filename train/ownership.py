@@ -187,10 +187,17 @@ def _described(owner: Mapping[str, Any]) -> str:
     if not owner:
         return "whose file is torn, so nobody can tell who it is"
     job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
-    minutes = max(time.time() - float(owner.get("time", 0)), 0) / 60
-    return (
-        f"process {owner.get('pid')} on {owner.get('host')}{job}, begun {minutes:.0f} minutes ago"
-    )
+    begun = ago(max(time.time() - float(owner.get("time", 0)), 0))
+    return f"process {owner.get('pid')} on {owner.get('host')}{job}, begun {begun}"
+
+
+def ago(seconds: float) -> str:
+    """How long something is past, in the unit that a person would choose."""
+    for unit, length in (("days", 86_400), ("hours", 3_600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit} ago"
+    minutes = round(seconds / 60)
+    return f"{minutes} minute{'s' * (minutes != 1)} ago"
 
 
 def _self() -> dict[str, Any]:

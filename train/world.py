@@ -11,6 +11,7 @@ import datetime
 import functools
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,20 @@ class World:
                 if code is None:
                     message = f"{what} failed on rank {rank}: {kind}: {message}"
                 raise RankError(message, code or 1) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """An error in words. Of a connection that broke gloo tells the file and line of its own source,
+    on a rank that only heard of it.
+    """
+    text = f"{type(error).__name__}: {error}"
+    if not re.search(r"gloo/\S+\] .*Connection (closed|reset) by peer", text):
+        return text
+    peer = re.search(r"\] .*?\[(\S+?)\]", text)
+    return (
+        f"another rank was gone, its connection from {peer[1] if peer else '?'} broke; what ended "
+        "that rank stands in its own log, or in that of its host"
+    )
 
 
 class RankError(ValueError):

@@ -67,7 +67,8 @@ def find_recipe(name: str, command: Command | None = None) -> Recipe:
     belongs = command_of(recipe.text)
     if command and belongs not in (None, command):
         raise RecipeError(
-            f"recipe {name!r} is for `headrace {belongs}`, not for `headrace {command}`"
+            f"recipe {name!r} is for `headrace {belongs}`; this takes one for `headrace "
+            f"{command}`, such as {_first(command)}"
         )
     return recipe
 

@@ -17,6 +17,8 @@ from tests.launcher.test_plan import config
         ("llama-7b", ("micro_batch=8", "zero.stage=3"), 1, "a100"),
         ("llama-1b", ("precision=fp32",), 2, "h200"),
         ("llama-7b", ("model.hidden_size=8192", "model.num_layers=64"), 8, "h100"),
+        # 24 ranks share 1,024 sequences, 43 to each: a prime number.
+        ("llama-1b", (), 3, "h100"),
     ],
 )
 def test_fit_is_the_fastest_of_all_layouts_that_fit(
@@ -30,7 +32,7 @@ def test_fit_is_the_fastest_of_all_layouts_that_fit(
     again = made(*fitted.overrides)
     assert fitted.fits and again.fits
     assert again["step_seconds"] == fitted["step_seconds"]
-    for micro_batch in (1, 2, 4, 8):
+    for micro_batch in (1, 2, 4, 8, 11):
         for stage in (1, 2, 3):
             for value in ("false", "true"):
                 other = made(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.fitness import PHASES, SLOW, Facts, judge
-from launcher.show_preflight import lines
+from launcher.show_preflight import lines, show_preflight
 
 
 def healthy(num_hosts: int, ranks_per_host: int = 1, **changes: Any) -> list[Facts]:
@@ -48,6 +48,13 @@ def test_equal_nodes_are_fit() -> None:
     assert list(lines(verdict, healthy(4, 2))) == [
         "all-reduce over 8 ranks: 1 GB/s per rank", "fit to train",
     ]  # fmt: skip
+
+
+def test_figures_above_a_thousand_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = but(healthy(1, 1), 0, disk=1.3149e9, num_shards=12_345, matmul=0.0651e12)
+    show_preflight(judge(facts, size=1), facts, as_json=False)
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[3] == "0.0651" and row[5] == "1,315" and row[-1] == "12,345"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import typer
 
 from launcher.cli import run_command
 from launcher.lifecycle import STAGES
-from launcher.template import FOLDER
+from launcher.template import FOLDER, SlurmError
 
 LIFECYCLE = """
 [prepare]
@@ -189,6 +189,37 @@ def test_a_job_that_is_in_the_queue_is_not_submitted_again(chain: Chain) -> None
         ["export", "job 11"],
     ]  # fmt: skip
     assert chain.submitted[0] == "11 export.sbatch  after 7"
+
+
+def test_a_stage_that_slurm_refuses_is_named_with_what_stays_in_the_queue(chain: Chain) -> None:
+    (chain.state / "wait").touch()
+    sbatch = chain.folder / "bin" / "sbatch"
+    taken = sbatch.read_text()
+    refuses = 'case "$*" in *export.sbatch*) echo "too many processors" >&2; exit 1 ;; esac\n'
+    sbatch.write_text(taken.replace("\n", f"\n{refuses}", 1))
+    message = (
+        r"^\[export\] `sbatch .*export\.sbatch` left with 1: too many processors; in the queue "
+        r"stay prepare \(job 6\), pretrain \(job 7\); mend the stage and submit the file again: "
+        r"it goes on from here$"
+    )
+    with pytest.raises(SlurmError, match=message):
+        chain.submit()
+    sbatch.write_text(taken)
+    rows = [f"{job}|PENDING|Dependency|30|0||x|" for job in (6, 7)]
+    (chain.state / "queue").write_text("\n".join(rows) + "\n")
+    assert [told for _, told in chain.submit()] == [
+        "job 6 (in the queue already)", "job 7 (in the queue already)", "job 8", "job 9", "job 10",
+    ]  # fmt: skip
+
+
+def test_folders_stand_below_each_other(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    (chain.state / "wait").touch()
+    chain.submit()
+    (chain.state / "queue").write_text("6|PENDING|Dependency|30|0||x|\n")
+    run_command(["submit", "life.toml"], standalone=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert "(in the queue already)" in lines[0]
+    assert len({line.index(str(chain.folder)) for line in lines}) == 1
 
 
 def test_an_output_that_was_made_from_something_else_is_not_touched(chain: Chain) -> None:

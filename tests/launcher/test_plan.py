@@ -289,6 +289,20 @@ def test_an_interval_that_loses_time_is_warned_about() -> None:
     )
 
 
+def test_no_interval_is_longer_than_the_run() -> None:
+    chosen = config("tiny-cpu", "steps=50", "checkpoint.every=10")
+    plan = make_plan(chosen, nodes=1, gpus_per_node=2, gpu="h100")
+    assert plan["checkpoint_interval"] == 50
+    (warning,) = plan.warnings
+    assert re.fullmatch(
+        r"checkpoint\.every=10 is productive [\d.]+% of the time, a checkpoint at the end alone "
+        r"[\d.]+%; write checkpoint\.every=0, which saves at the end",
+        warning,
+    )
+    chosen = config("tiny-cpu", "steps=50", "checkpoint.every=0")
+    assert make_plan(chosen, nodes=1, gpus_per_node=2, gpu="h100").warnings == ()
+
+
 def test_a_run_that_would_never_end_is_refused() -> None:
     def plan(*overrides: str, node_hours: float, write_bytes: float = 1e9) -> None:
         chosen = config("llama-7b", *overrides)

@@ -140,6 +140,20 @@ def test_a_rank_that_never_comes_is_missed_and_read_says_it_again(
     assert read.returncode == 1 and said in read.stdout, read.stdout + read.stderr
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_read_of_nothing_is_no_verdict(dataset: Path, tmp_path: Path, is_there: bool) -> None:
+    left = tmp_path / "run" / "logs" / "preflight"
+    if is_there:
+        left.mkdir(parents=True)
+    asked = ("preflight", "tiny-cpu", f"data={dataset}", "--run", tmp_path / "run", "--read")
+    read = headrace(*asked, cwd=tmp_path, SLURM_JOB_NODELIST="", SLURM_STEP_NODELIST="")
+    assert read.returncode == 1 and read.stdout == ""
+    assert read.stderr == (
+        f"error: {left} holds nothing of a preflight; name the --run of one, or leave out --read "
+        "to look at the nodes now\n"
+    )
+
+
 def test_a_node_with_another_library_is_told(dataset: Path, tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
     other = tmp_path / "other" / "numpy-9.9.dist-info"

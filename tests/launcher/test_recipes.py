@@ -43,7 +43,7 @@ def test_a_recipe_is_found_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("./gone.toml", r"no recipe file at gone\.toml; built-in ones need no path: classify"),
         ("data=X", r"'data=X' looks like a key=value override, but the recipe comes first: "
                    r"headrace pretrain tiny-cpu data=X"),
-        ("classify", r"recipe 'classify' is for `headrace finetune`, not for `headrace pretrain`"),
+        ("classify", r"is for `headrace finetune`; this takes one for `headrace pretrain`, such"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_is_not_there_is_refused_with_help(name: str, message: str) -> None:

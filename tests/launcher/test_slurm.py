@@ -113,6 +113,30 @@ def test_a_job_without_a_dataset_is_not_submitted(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_to_stand_still_is_not_submitted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    message = r"/run/STOP keeps the run standing, and a job would leave at once; remove it and "
+    with pytest.raises(SlurmUsageError, match=message):
+        submit(job(run), dataset_in(tmp_path))
+    assert list(run.iterdir()) == [run / "STOP"]
+
+
+def test_a_person_is_told_where_to_look_and_a_program_gets_the_number_alone(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", cluster.path)
+    cluster.command("sbatch", "echo 71")
+    data = dataset_in(cluster.state)
+    run_command(["submit", "tiny-cpu", f"data={data}", "--run", str(cluster.run)], standalone=False)
+    out, err = capsys.readouterr()
+    assert out == "71\n"
+    assert err == (
+        f"log: {cluster.run}/logs/slurm-71.out; how it is doing: headrace status {cluster.run}\n"
+    )
+
+
 def test_submit_hands_the_script_to_sbatch(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,8 +251,12 @@ def test_a_run_that_was_ahead_of_the_signal_goes_on(cluster: Cluster) -> None:
 def test_an_older_outcome_does_not_hide_a_failure(cluster: Cluster) -> None:
     (cluster.run / "attempts.jsonl").write_text('{"outcome": "complete"}\n')
     cluster.ends(1)
-    cluster.submitted()
+    done = cluster.submitted(SLURM_RESTART_COUNT="4")
     assert cluster.requeued
+    assert (
+        "attempt 4: failure 1 of 3 without a new checkpoint; what its ranks said: "
+        f"{cluster.run}/logs/attempt-4-node-*.log\n"
+    ) in done.stdout
 
 
 def test_failures_without_progress_end_the_job(cluster: Cluster) -> None:

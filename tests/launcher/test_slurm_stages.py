@@ -110,3 +110,9 @@ def test_a_script_that_is_submitted_without_arguments_says_how(script: Path) -> 
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert done.returncode != 0
     assert f"usage: sbatch slurm/{script.name} " in done.stderr
+
+
+def test_a_preparation_without_arguments_submits_nothing() -> None:
+    done = subprocess.run(["bash", str(FOLDER / "prepare.sbatch")], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "usage: TASKS=64 bash slurm/prepare.sbatch --input FILE --output DATASET" in done.stderr

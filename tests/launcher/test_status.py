@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.queue import QueuedJob
+from launcher.queue import QueuedJob, jobs
 from launcher.show_status import duration, paragraph
 from launcher.status import status_of
 from tests.launcher.test_cli import ROOT, headrace
@@ -26,6 +26,7 @@ from tests.train.test_pretrain import config, train_run
 from train.attempts import attempts
 from train.events import read_events, record
 from train.rows import last_rows
+from train.world import World, cause_of
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,31 @@ def test_ranks_that_were_killed_have_ended_without_a_word(dataset: Path, tmp_pat
     assert "ended without a word, last heartbeat" in _text(tmp_path / "run")
 
 
+def test_a_rank_that_only_heard_of_a_death_says_so(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure):
+        run_ranks(2, _die_second, config(dataset), tmp_path / "run")
+    text = _text(tmp_path / "run")
+    assert ": failed, attempt 1 on 2 ranks" in text
+    assert re.search(
+        r"\n  another rank was gone, its connection from \S+ broke; what ended that rank stands in "
+        r"its own log, or in that of its host\n",
+        text,
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Read error [10.0.0.2]:36240: Connection reset by peer. GLHF!", "another rank was gone,"),
+        ("Connection closed by peer [10.0.0.2]:33713. GLHF!", "another rank was gone,"),
+        ("Timed out waiting 1000ms", "RuntimeError: [/g/gloo/pair.cc:5] Timed out"),
+    ],
+)
+def test_of_what_gloo_says_the_peer_is_kept(said: str, told: str) -> None:
+    cause = cause_of(RuntimeError(f"[/g/gloo/pair.cc:5] {said}"))
+    assert cause.startswith(told) and ("from 10.0.0.2 broke" in cause) == ("peer" in said)
+
+
 def test_an_attempt_elsewhere_lives_as_long_as_its_heart_beats(run: Path, tmp_path: Path) -> None:
     """The attempt of another machine, of which only the files can be seen."""
     copy = shutil.copytree(run, tmp_path / "copy")
@@ -124,17 +150,66 @@ def test_an_attempt_elsewhere_lives_as_long_as_its_heart_beats(run: Path, tmp_pa
 def test_a_job_is_found_by_its_log_or_by_its_number(run: Path, tmp_path: Path) -> None:
     (tmp_path / "new" / "logs").mkdir(parents=True)
     log = f"{tmp_path.resolve()}/new/logs/slurm-7.out"
-    jobs = [
+    queued = [
         QueuedJob("6", "RUNNING", "None", "1:00", 0, "n[1-2]", "/elsewhere/slurm-6.out"),
         QueuedJob("7", "PENDING", "Resources", "30:00", 0, "", log),
     ]
-    assert status_of(run, jobs).job is None
-    found = status_of(tmp_path / "new", jobs)
+    assert status_of(run, queued).job is None
+    found = status_of(tmp_path / "new", queued)
     assert next(paragraph(found)).endswith("/new: not started, job 7 PENDING (Resources)")
     copy = shutil.copytree(run, tmp_path / "copy")
     rows = [row | {"slurm_job": "6"} for row in attempts(copy)]
     (copy / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert ", job 6 RUNNING on n[1-2], 1:00 left" in next(paragraph(status_of(copy, jobs)))
+    assert ", job 6 RUNNING on n[1-2], 1:00 left" in next(paragraph(status_of(copy, queued)))
+
+
+def test_the_log_of_a_job_is_named_as_it_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = "7:|RUNNING:|None:|1:00:|0:|n1:|/runs/a/logs/slurm-%j.out:|"
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '{row.replace(':|', '|')}'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert [job.output for job in jobs()] == ["/runs/a/logs/slurm-7.out"]
+
+
+def test_speed_and_mfu_are_of_the_same_steps(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    rows = [row for row in last_rows(run / "metrics.jsonl") if row["attempt"] == 2]
+    shares = iter([0.2, 0.3, 0.2, 0.9])
+    told = [
+        row | {"tokens_per_second": 1e4 * (share := next(shares)), "mfu": share}
+        for row in rows
+        if "loss" in row
+    ]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    assert "2,500 tokens/s, mfu 25.0%" in _text(copy)
+
+
+def test_an_exported_model_is_no_run(tmp_path: Path) -> None:
+    for name in ("config.json", "headrace.json"):
+        (tmp_path / name).write_text("{}")
+    said = headrace("status", tmp_path, cwd=tmp_path)
+    assert said.returncode == 2
+    assert f"error: {tmp_path} is an exported model, and no run; name the run it" in said.stderr
+
+
+def test_watch_into_a_file_shows_one_state_below_the_other(run: Path, tmp_path: Path) -> None:
+    copy, file = shutil.copytree(run, tmp_path / "copy"), tmp_path / "file"
+    with (
+        file.open("wb") as out,
+        subprocess.Popen(
+            [sys.executable, "-m", "launcher", "status", copy, "--watch"],
+            cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
+        ) as process,
+    ):  # fmt: skip
+        end = time.monotonic() + 20
+        while file.read_text().count("complete, attempt 2") < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert file.read_text().count(f"{copy}: complete, attempt 2 on 2 ranks") >= 2
 
 
 def test_a_run_that_was_submitted_again_is_told_by_its_new_job(run: Path, tmp_path: Path) -> None:
@@ -170,13 +245,18 @@ def test_watch_shows_what_changes_until_it_is_interrupted(run: Path, tmp_path: P
     with subprocess.Popen(
         [sys.executable, "-m", "launcher", "status", copy, "--watch"],
         cwd=ROOT, stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+        # Wide enough for the path: what is looked for must not be broken in two.
+        env=os.environ | {"COLUMNS": "400"},
     ) as process:  # fmt: skip
         os.close(inside)
-        shown = _until(outside, "complete, attempt 2")
-        (copy / "STOP").touch()
-        shown += _until(outside, "keeps the run standing")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0, shown
+        try:
+            shown = _until(outside, "complete, attempt 2")
+            (copy / "STOP").touch()
+            shown += _until(outside, "keeps the run standing")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0, shown
+        finally:
+            process.kill()
     os.close(outside)
     refused = headrace("status", copy, "--watch", "--json", cwd=tmp_path)
     assert refused.returncode == 2 and "--watch is for people" in refused.stderr
@@ -193,6 +273,13 @@ def _die(world: object, *args: object) -> str:
     from train import faults
 
     faults.arm("forward:5:0:kill", 0)
+    return train_run(world, *args)  # type: ignore[arg-type]
+
+
+def _die_second(world: World, *args: object) -> str:
+    from train import faults
+
+    faults.arm("forward:5:1:kill", world.rank)
     return train_run(world, *args)  # type: ignore[arg-type]
 
 

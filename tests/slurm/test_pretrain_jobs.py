@@ -125,7 +125,10 @@ def test_a_stop_file_ends_the_job_for_good(slurm: Cluster, dataset: Path, plain:
     assert "stopped by" in job.said()
     at = committed(job.run)[0]
     assert 60 <= at < STEPS and slurm.job(job.job)["Restarts"] == "0"
-    again = submit(slurm, dataset, "stopped")
+    with pytest.raises(AssertionError, match=r"STOP keeps the run standing, and a job would leave"):
+        submit(slurm, dataset, "stopped")
+    script = job.run / "logs" / "pretrain.sbatch"
+    again = Pretraining(slurm, job.run, slurm.run("sbatch", "--parsable", script))
     assert slurm.wait(again.job) == "COMPLETED"
     assert "exists: not starting" in again.said() and committed(job.run)[0] == at
     (job.run / "STOP").unlink()

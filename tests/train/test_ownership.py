@@ -24,7 +24,7 @@ from tests.train.test_pretrain import config
 from train import opening, ownership
 from train.attempts import attempts, end_attempt
 from train.checkpoint import committed, step_folder
-from train.ownership import Ownership, RunInUse, own
+from train.ownership import Ownership, RunInUse, ago, own
 from train.pretrain import pretrain_on
 from train.world import RankError, World
 
@@ -49,6 +49,20 @@ def elsewhere(run: Path, number: int = 1, **changes: Any) -> None:
     """Make an attempt one of another machine."""
     path = run / "attempts" / f"{number:06d}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "node7"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (20, "0 minutes ago"),
+        (61, "1 minute ago"),
+        (5_400, "90 minutes ago"),
+        (9_000, "2.5 hours ago"),
+        (1_814_400, "21.0 days ago"),
+    ],
+)
+def test_a_run_of_weeks_is_not_told_in_minutes(seconds: float, told: str) -> None:
+    assert ago(seconds) == told
 
 
 def test_the_run_of_a_living_process_is_refused(tmp_path: Path) -> None:
