@@ -11,9 +11,10 @@ from typing import Literal
 
 from launcher import slurm
 from launcher.lead import DEFAULT_SECONDS, Lead
+from launcher.queue import refuse_queued, sole_submission, waiting_jobs
 from launcher.site import Site, shell_lines
 from launcher.snapshot import Snapshot
-from launcher.template import SlurmUsageError, filename_pattern, fill
+from launcher.template import SlurmUsageError, filename_pattern, fill, option_name
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def render(job: Job) -> str:
 def submit(job: Job, *datasets: Path) -> str:
     """Write the script into RUN/logs, hand it to sbatch and return the job id.
 
-    SlurmUsageError when one of `datasets` is none: better here than after hours in the queue.
+    SlurmUsageError when one of `datasets` is none, better here than after hours in the queue, and
+    when a job of this run is in the queue already.
     """
     text = render(job)
     missing = [path for path in datasets if not (path / "manifest.json").is_file()]
@@ -91,9 +93,14 @@ def submit(job: Job, *datasets: Path) -> str:
             f"no dataset at {missing[0]} (it has no manifest.json); write data=DATASET, a "
             "directory made by `headrace prepare`, or add --dry-run to print the script"
         )
-    if job.code:
-        job.code.write()
-    return slurm.sbatch(text, job.run / "logs" / f"{job.kind}.sbatch")
+    logs = job.run / "logs"
+    with sole_submission(logs):
+        # Whoever names what the job waits for knows of the other one.
+        if not {option_name(option) for option in job.options} & {"dependency", "d"}:
+            refuse_queued({job.kind: logs}, waiting_jobs())
+        if job.code:
+            job.code.write()
+        return slurm.sbatch(text, logs / f"{job.kind}.sbatch")
 
 
 def check_time(limit: str) -> None:

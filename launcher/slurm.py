@@ -9,24 +9,44 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data.durable import write_durably, writing
 from launcher.template import SlurmError
 
 
 def sbatch(text: str, script: Path, *options: str) -> str:
     """Write a script and submit it; the job id."""
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(text, encoding="utf-8")
-    return _call(["sbatch", "--parsable", *options, str(script)]).stdout.strip().split(";")[0]
+    write_script(text, script)
+    command = ["sbatch", "--parsable", *options, str(script)]
+    told = _call(command).stdout
+    # What a cluster greets people with comes before it.
+    found = re.search(r"^(\d+)(;.*)?\s*\Z", told, re.MULTILINE)
+    if found is None:
+        raise SlurmError(
+            f"`{shlex.join(command)}` names no job: {told.strip()!r}; it may have taken the script "
+            "all the same: look at `squeue --me` before submitting again"
+        )
+    return found[1]
+
+
+def write_script(text: str, script: Path) -> None:
+    """Leave a script where a person can read it. StorageError when there is no room."""
+    with writing(script):
+        script.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(script, text.encode())
 
 
 def run_script(text: str, script: Path) -> str:
     """Write a script that submits its own jobs and run it here; the last job that it names."""
     if shutil.which("sbatch") is None:
         _call(["sbatch"])
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(text, encoding="utf-8")
+    write_script(text, script)
     told = _call(["bash", str(script)]).stdout
     found: list[str] = re.findall(r": job (\d+), \d+ tasks$", told, re.MULTILINE)
+    if not found:
+        raise SlurmError(
+            f"`bash {script}` names no job: {told.strip()!r}; Slurm may have taken some all the "
+            "same: look at `squeue --me` before submitting again"
+        )
     return found[-1]
 
 

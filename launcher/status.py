@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal
 
-from launcher.queue import QueuedJob
+from launcher.queue import QueuedJob, of_folder
 from train.attempts import attempts
 from train.events import FILE as EVENTS
 from train.events import STARTED
@@ -191,6 +191,7 @@ def _job(run: Path, number: str | None, jobs: Iterable[QueuedJob]) -> QueuedJob 
     """The run's job in the queue: by its log, which `headrace submit` puts into RUN/logs, even
     before its first attempt; else by its number. Of several the newest.
     """
-    logs = f"{(run / 'logs').resolve()}/"
-    found = [job for job in jobs if job.output.startswith(logs) or job.id == number]
+    known = list(jobs)
+    own = of_folder((run / "logs").resolve(), known)
+    found = [job for job in known if job in own or job.id == number]
     return found[-1] if found else None

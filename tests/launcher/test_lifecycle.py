@@ -86,7 +86,7 @@ class Chain:
         (folder / "corpus" / "a.txt").write_text("some text")
         (folder / "labelled.csv").write_text("text,label\na,b\n")
         (folder / "life.toml").write_text(LIFECYCLE)
-        squeue = 'cat "$STATE/queue" 2>/dev/null'
+        squeue = 'cat "$STATE/queue" 2>/dev/null || true'
         named = {"sbatch": SBATCH, "srun": SRUN, "scontrol": "echo n", "squeue": squeue}
         for name, body in named.items():
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -189,6 +189,69 @@ def test_a_job_that_is_in_the_queue_is_not_submitted_again(chain: Chain) -> None
         ["export", "job 11"],
     ]  # fmt: skip
     assert chain.submitted[0] == "11 export.sbatch  after 7"
+
+
+def wait_in_queue(chain: Chain, *jobs: int) -> None:
+    """Let squeue name these jobs of the first chain that was submitted."""
+    logs = dict.fromkeys(range(1, 7), "work/dataset.stage/%x-%A_%a.out")
+    logs |= {7: "work/run/logs/slurm-%j.out", 8: "work/model.stage/slurm-%j.out"}
+    logs |= {9: "work/tuned/logs/slurm-%j.out", 10: "work/scores.stage/slurm-%j.out"}
+    rows = [f"{job}|PENDING|Dependency|30|0||{chain.folder}/{logs[job]}|" for job in jobs]
+    (chain.state / "queue").write_text("".join(f"{row}\n" for row in rows))
+
+
+def test_a_file_that_was_edited_while_its_jobs_wait_is_not_submitted_beside_them(
+    chain: Chain,
+) -> None:
+    """Two jobs would write one output, and the later one's record would stand for both."""
+    (chain.state / "wait").touch()
+    chain.submit()
+    wait_in_queue(chain, *range(6, 11))
+    chain.change("--split=val", "--split=train")
+    with pytest.raises(ValueError, match="jobs in the queue make the same already") as refused:
+        chain.submit()
+    assert str(refused.value) == (
+        "jobs in the queue make the same already, from other settings or by a submission that did "
+        "not come to its end:\n"
+        "  evaluate: job 10 (PENDING), whose log is "
+        f"{chain.folder}/work/scores.stage/slurm-%j.out\n"
+        "let them end, or cancel them (scancel 10), then submit again"
+    )
+    assert getattr(refused.value, "exit_code", None) == 2
+    assert chain.submitted == []
+
+
+@pytest.mark.parametrize("last", [3, 7])
+def test_a_submission_that_was_killed_leaves_no_second_job_behind(chain: Chain, last: int) -> None:
+    """Slurm has taken a job of whose number nothing is written down."""
+    (chain.state / "wait").touch()
+    chain.submit()
+    wait_in_queue(chain, *range(1, last + 1))
+    stage = "dataset" if last == 3 else "run"
+    for number in (chain.folder / f"work/{stage}.stage").glob("*.job"):
+        number.unlink()
+    with pytest.raises(ValueError, match=rf"scancel ({'1 2 3' if last == 3 else '7'})\), then sub"):
+        chain.submit()
+    assert chain.submitted == []
+
+
+def test_two_submissions_at_once_make_one_chain(chain: Chain) -> None:
+    (chain.state / "wait").touch()
+    sbatch = chain.folder / "bin" / "sbatch"
+    text = sbatch.read_text()
+    # The second one comes while the first one submits.
+    sbatch.write_text(
+        text.replace(
+            "\n",
+            '\nif [ -z "${INNER:-}" ]; then INNER=1 PATH=$PATH headrace submit life.toml '
+            '>>"$STATE/second" 2>&1 && exit 9; fi\n',
+            1,
+        )
+    )
+    chain.submit()
+    assert len(chain.submitted) == 10
+    told = (chain.state / "second").read_text()
+    assert "another `headrace submit` is at work on" in told and "Traceback" not in told
 
 
 def test_an_output_that_was_made_from_something_else_is_not_touched(chain: Chain) -> None:
