@@ -12,6 +12,9 @@ from pathlib import Path
 from data.durable import write_durably, writing
 from launcher.template import SlurmError
 
+HOSTS_SECONDS = 10.0
+"""For scontrol to spell out a list of hosts, which takes no controller."""
+
 
 def sbatch(text: str, script: Path, *options: str) -> str:
     """Write a script and submit it; the job id."""
@@ -86,14 +89,28 @@ def hosts_of(environ: Mapping[str, str]) -> tuple[str, ...]:
     if not listed:
         return ()
     try:
-        return tuple(_call(["scontrol", "show", "hostnames", listed]).stdout.split())
+        command = ["scontrol", "show", "hostnames", listed]
+        return tuple(_call(command, seconds=HOSTS_SECONDS).stdout.split())
     except SlurmError:
         return ()
 
 
-def _call(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str]:
+def _call(
+    command: Sequence[str], text: str = "", *, seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+        return subprocess.run(
+            command,
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            # A path in an error message need not be UTF-8.
+            errors="surrogateescape",
+            check=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"`{shlex.join(command)}` did not answer in {seconds} s") from None
     except FileNotFoundError:
         raise SlurmError(
             f"{command[0]} not found: Slurm is not installed here; run this on a login node, "
