@@ -16,6 +16,9 @@ from launcher.site import Site, shell_lines
 from launcher.snapshot import Snapshot
 from launcher.template import SlurmUsageError, filename_pattern, fill, option_name
 
+MAX_LEAD_SECONDS = 65_535
+"""Of sbatch --signal."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -105,7 +108,7 @@ def submit(job: Job, *datasets: Path) -> str:
 
 def check_time(limit: str) -> None:
     """SlurmUsageError for what is no time limit."""
-    if not re.fullmatch(r"\d+|\d+-\d+|(\d+-)?\d+:\d\d(:\d\d)?", limit):
+    if not re.fullmatch(r"[0-9]{1,9}(-[0-9]+)?|([0-9]+-)?[0-9]+:[0-9]{2}(:[0-9]{2})?", limit):
         raise SlurmUsageError(
             f"--time {limit!r} is no Slurm time; write MINUTES, HH:MM:SS or D-HH:MM:SS, "
             "such as --time 24:00:00"
@@ -126,6 +129,12 @@ def _check(job: Job) -> None:
 
 def _check_lead(limit: str, lead: Lead) -> None:
     """SlurmUsageError where the request to save leaves less than two thirds of the time."""
+    if lead.seconds > MAX_LEAD_SECONDS:
+        raise SlurmUsageError(
+            f"the job would be asked to save {lead.seconds} s before its limit"
+            f"{f' ({lead.reason})' if lead.reason else ''}, and Slurm takes {MAX_LEAD_SECONDS} at "
+            "most; write --lead SECONDS"
+        )
     seconds = seconds_of(limit)
     # 0 is no limit at all.
     if 0 < seconds < 3 * lead.seconds:

@@ -111,7 +111,8 @@ def _corpus(named: str) -> dict[str, str]:
 
 def _pretrain(table: Pretrain, site: Site, earlier: Earlier) -> Stage:
     overrides = list(table.overrides)
-    if "prepare" in earlier and not any(o.startswith("data") for o in overrides):
+    named = {override.partition("=")[0].strip() for override in overrides}
+    if "prepare" in earlier and not named & {"data", "data.path", "data.sources"}:
         overrides.insert(0, f"data={earlier['prepare'].output}")
     found = find_recipe(table.recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides, name=found.name)
@@ -179,9 +180,10 @@ def _require(paths: Iterable[str], key: str, earlier: Earlier) -> None:
 
 
 def _maker(path: str, earlier: Earlier) -> Stage | None:
-    """The stage whose output a path is, or lies in."""
+    """The stage whose output a path is, or lies in; of several the innermost."""
     real = Path(path).resolve()
-    return next((stage for stage in earlier.values() if real.is_relative_to(stage.output)), None)
+    found = [stage for stage in earlier.values() if real.is_relative_to(stage.output)]
+    return max(found, key=lambda stage: len(stage.output.parts), default=None)
 
 
 def _origin(

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pytest
 import typer
 
 from launcher.cli import run_command
-from launcher.lifecycle import STAGES
+from launcher.lifecycle import STAGES, load_lifecycle
+from launcher.site import Site
+from launcher.stages import resolve
 from launcher.template import FOLDER
 
 LIFECYCLE = """
@@ -238,16 +241,10 @@ def test_a_submission_that_was_killed_leaves_no_second_job_behind(chain: Chain, 
 def test_two_submissions_at_once_make_one_chain(chain: Chain) -> None:
     (chain.state / "wait").touch()
     sbatch = chain.folder / "bin" / "sbatch"
-    text = sbatch.read_text()
     # The second one comes while the first one submits.
-    sbatch.write_text(
-        text.replace(
-            "\n",
-            '\nif [ -z "${INNER:-}" ]; then INNER=1 PATH=$PATH headrace submit life.toml '
-            '>>"$STATE/second" 2>&1 && exit 9; fi\n',
-            1,
-        )
-    )
+    second = f'{sys.executable} -m launcher submit life.toml >>"$STATE/second" 2>&1 && exit 9'
+    again = f'#!/bin/bash\nif [ -z "${{INNER:-}}" ]; then INNER=1 {second}; fi\n'
+    sbatch.write_text(sbatch.read_text().replace("#!/bin/bash\n", again, 1))
     chain.submit()
     assert len(chain.submitted) == 10
     told = (chain.state / "second").read_text()
@@ -314,6 +311,12 @@ def test_a_dry_run_prints_every_script_and_the_chain(
         ("nodes = 2, ", "nods = 2, ", r"unknown key 'slurm\.nods'; did you mean 'slurm\.nodes'\?"),
         ("lead = 60", "nodes = 2", r"\[finetune\]: slurm\.nodes = 2, but only pretrain runs"),
         ("work/scores", "work/tuned", r"two stages write work/tuned; give each an output of its"),
+        ("work/scores", "work/../work/tuned/", r"two stages write work/tuned; give each an output"),
+        ("work/scores", "", r"output: '' names no new folder; write one such as work/NAME"),
+        ("work/scores", "/", r"output: '/' names no new folder"),
+        ("work/scores", "work/..", r"output: 'work/\.\.' names no new folder"),
+        ("work/scores", "s3://bucket/x", r"output: s3://bucket/x is no path; jobs write to a disk"),
+        ("[evaluate]", "[[evaluate]]", r"life\.toml: evaluate = \[.*\] is no table; write \[eva"),
         ("steps=8", "step=8", r"tiny-cpu: unknown key 'step'; did you mean 'steps'\?"),
         ("labelled.csv", "gone.csv", r"\[finetune\] data: there is no .*/gone\.csv, and no stage"),
         ('["corpus"]', '["gone"]', r"--input gone: no such file or folder"),
@@ -330,6 +333,26 @@ def test_a_file_that_cannot_run_is_refused_before_anything_is_submitted(
         chain.submit()
     assert getattr(refused.value, "exit_code", None) == 2
     assert chain.submitted == []
+
+
+def test_another_key_of_data_leaves_the_dataset_to_prepare(chain: Chain) -> None:
+    chain.change('"steps=8"', '"steps=8", "data.num_workers=2"')
+    stages = {stage.name: stage for stage in resolve(load_lifecycle(Path("life.toml")), Site())}
+    assert f" data={chain.folder}/work/dataset steps=8 data.num" in stages["pretrain"].script
+
+
+def test_a_long_word_is_no_file(chain: Chain) -> None:
+    chain.change("--vocab-size=400", "--filter=" + "x" * 300)
+    chain.change("--split=val", "x" * 300)
+    stages = resolve(load_lifecycle(Path("life.toml")), Site())
+    assert list(stages[0].origin.inputs) == ["corpus/a.txt"]
+
+
+def test_an_output_within_another_is_the_inner_stage_s(chain: Chain) -> None:
+    """What is made from it is made anew when the inner stage's options change."""
+    chain.change("work/model", "work/run/hf")
+    stages = {stage.name: stage for stage in resolve(load_lifecycle(Path("life.toml")), Site())}
+    assert list(stages["finetune"].origin.upstream) == ["export"]
 
 
 def test_what_a_file_says_is_no_option(chain: Chain) -> None:

@@ -66,6 +66,15 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
         ({"options": ("--chdir /tmp",)}, r"the script sets --chdir itself"),
         ({"options": ("--signal=USR1@60",)}, r"sets --signal itself; leave it out: write --lead$"),
         ({"options": ("--mem=1G",)}, r"sets --mem itself; leave it out, or edit /"),
+        ({"options": ("--nodelist=n1 --nodes=5",)}, r"is no sbatch option; write one with its da"),
+        ({"options": ("--",)}, r"--sbatch '--' is no sbatch option"),
+        ({"options": ("",)}, r"--sbatch '' is no sbatch option"),
+        ({"options": ("--comment=it's",)}, r"is no sbatch option; write one with its dashes"),
+        ({"options": ("--array=0-3",)}, r"sets --array itself; leave it out: one job goes on unt"),
+        ({"time": "0", "lead": Lead(70_000, "why")}, r"save 70000 s before its limit \(why\), and "
+                                                     r"Slurm takes 65535 at most; write --lead S"),
+        ({"time": "\u0661\u0662:00:00"}, r"is no Slurm time"),
+        ({"folder": Path("/r\udce9n")}, r"is not UTF-8, which a batch script is; choose another"),
         ({"time": "1"}, r"--time 1 is 60 s: the job is asked to save and stop 300 s before its "
                         r"limit, which is more than a third of it, .* at least --time 15, or "
                         r"--lead SECONDS if a save takes less$"),
