@@ -280,6 +280,17 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
     assert "OMP_NUM_THREADS=8\n" in environ
 
 
+def test_every_attempt_meets_at_another_port(cluster: Cluster) -> None:
+    """One that another program holds would end every attempt; the job's number stays the same."""
+    cluster.ends(1)
+    ports = []
+    for settings in ({}, {"SLURM_RESTART_COUNT": "1"}, {"MASTER_PORT": "30000"}):
+        cluster.submitted(**settings)
+        argv = (cluster.state / "srun").read_text().split("\0")
+        ports += [word for word in argv if word.startswith("--master-port=")]
+    assert ports == ["--master-port=23456", "--master-port=23557", "--master-port=30000"]
+
+
 @pytest.mark.parametrize(
     ("outcome", "code", "left", "requeued"),
     [
