@@ -80,7 +80,9 @@ def complete_origin(output: Path) -> dict[str, Any] | None:
         found = json.loads((folder_of(output) / "complete.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    parts = ("settings", "inputs", "upstream")
+    is_record = isinstance(found, dict) and all(isinstance(found.get(p), dict) for p in parts)
+    return found if is_record else None
 
 
 def contents(words: Iterable[str]) -> dict[str, str]:

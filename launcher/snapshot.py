@@ -47,17 +47,17 @@ class Snapshot:
             self._mend()
             return
         temporary = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.tmp")
-        with writing(temporary):
-            for name, content in self.files.items():
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                (temporary / name).write_bytes(content)
-        write_durably(temporary / "complete", b"")
         try:
+            with writing(temporary):
+                for name, content in self.files.items():
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    (temporary / name).write_bytes(content)
+            write_durably(temporary / "complete", b"")
             temporary.rename(self.folder)
-        except OSError:
-            # Another submission was faster, with the same content.
-            shutil.rmtree(temporary)
-            if not self.folder.exists():
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # Unless another submission was faster, with the same content.
+            if not (isinstance(error, OSError) and self.folder.exists()):
                 raise
 
     def _mend(self) -> None:

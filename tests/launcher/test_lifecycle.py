@@ -272,6 +272,21 @@ def test_an_output_that_was_made_from_something_else_is_not_touched(chain: Chain
     assert getattr(refused.value, "exit_code", None) == 2
 
 
+@pytest.mark.parametrize("text", ["[]", "x", '{"key": 5}', '{"key": "x", "settings": [1]}'])
+def test_a_record_that_is_none_is_not_believed(chain: Chain, text: str) -> None:
+    chain.submit()
+    (chain.folder / "work/scores.stage/complete.json").write_text(text)
+    assert chain.submit()[-1] == ["evaluate", "job 11"]
+
+
+@pytest.mark.parametrize("output", ["dataset", "run", "model", "tuned", "scores"])
+def test_an_output_that_is_a_file_is_refused(chain: Chain, output: str) -> None:
+    (chain.folder / "work").mkdir()
+    (chain.folder / "work" / output).touch()
+    with pytest.raises(ValueError, match=rf"\] output: work/{output} is a file, no folder; name"):
+        chain.submit()
+
+
 def test_an_export_does_not_go_where_something_is(chain: Chain) -> None:
     (chain.folder / "work/model").mkdir(parents=True)
     (chain.folder / "work/model/config.json").touch()
@@ -312,6 +327,14 @@ def test_a_dry_run_prints_every_script_and_the_chain(
         ("lead = 60", "nodes = 2", r"\[finetune\]: slurm\.nodes = 2, but only pretrain runs"),
         ("work/scores", "work/tuned", r"two stages write work/tuned; give each an output of its"),
         ("work/scores", "work/../work/tuned/", r"two stages write work/tuned; give each an output"),
+        ('["corpus"]', "[]", r"\[prepare\] inputs: it is empty; name files or folders of text"),
+        ('["corpus"]', '["@gone"]', r"gone"),
+        ("--vocab-size=400", "--vocab-sizee=400", r"\[prepare\] options: No such option: --voc"),
+        ("--vocab-size=400", "--vocab-size=many", r"\[prepare\] options: Invalid value for '--vo"),
+        ("--split=val", "--split=tset", r"\[evaluate\] options: Invalid value .*'tset' is not one"),
+        ("--split=val", "--help", r"\[evaluate\] options: --help makes nothing; see `headrace ev"),
+        ('output = "work/model"', 'output = "work/model"\noptions = ["--dtype", "bf17"]',
+         r"\[export\] options: Invalid value for '--dtype'"),
         ("work/scores", "", r"output: '' names no new folder; write one such as work/NAME"),
         ("work/scores", "/", r"output: '/' names no new folder"),
         ("work/scores", "work/..", r"output: 'work/\.\.' names no new folder"),
@@ -342,8 +365,8 @@ def test_another_key_of_data_leaves_the_dataset_to_prepare(chain: Chain) -> None
 
 
 def test_a_long_word_is_no_file(chain: Chain) -> None:
-    chain.change("--vocab-size=400", "--filter=" + "x" * 300)
-    chain.change("--split=val", "x" * 300)
+    chain.change("--vocab-size=400", "--symbol=" + "x" * 300)
+    chain.change("--split=val", "--text-column=" + "x" * 300)
     stages = resolve(load_lifecycle(Path("life.toml")), Site())
     assert list(stages[0].origin.inputs) == ["corpus/a.txt"]
 

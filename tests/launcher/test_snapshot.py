@@ -64,6 +64,13 @@ def test_a_copy_that_has_lost_or_changed_files_is_made_whole_again(tmp_path: Pat
     assert files_of(code.folder) == code.files
 
 
+def test_a_copy_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
+    code = Snapshot(tmp_path / "code", {"launcher/a.py": b"a", "launcher/a.py/b.py": b"b"})
+    with pytest.raises(OSError):
+        code.write()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """Stand-ins; srun tells which code Python would run."""
