@@ -231,13 +231,19 @@ class RowFile:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, none where it is not there; a line that a crash of the
-    machine has torn is left out, and the rows before it still count.
+    machine has torn, or that is no row, is left out, and the others still count.
     """
+    return rows_of(path.read_bytes().splitlines() if path.is_file() else ())
+
+
+def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The rows among lines of JSON."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with suppress(ValueError):
+    for line in lines:
+        # What deep nesting raises, which only something foreign has.
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _storage_error(error: OSError, path: str) -> StorageError:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import keys, slurm
-from launcher.queue import QueuedJob, jobs
+from launcher.queue import QueuedJob, refuse_queued, sole_submission, waiting_jobs
 from launcher.stages import Stage, is_whole
 from launcher.template import SlurmError, SlurmUsageError
 
@@ -25,9 +25,20 @@ class Link:
 
 
 def submit_chain(stages: Sequence[Stage]) -> list[Link]:
-    """Submit what is not done, each stage behind the one before it."""
+    """Submit what is not done, each stage behind the one before it. Nothing is submitted when Slurm
+    does not tell what is in the queue, or a job there makes an output from something else.
+    """
     refuse_other_outputs(stages)
-    queued = jobs()
+    with ExitStack() as turns:
+        for stage in stages:
+            turns.enter_context(sole_submission(stage.script_path.parent))
+        queued = waiting_jobs()
+        others = [s for s in stages if not is_unchanged(s) and not _job_of(s, queued)]
+        refuse_queued({stage.name: stage.script_path.parent for stage in others}, queued)
+        return _submit_all(stages, queued)
+
+
+def _submit_all(stages: Sequence[Stage], queued: Sequence[QueuedJob]) -> list[Link]:
     links: list[Link] = []
     after = ""
     for stage in stages:

@@ -11,10 +11,14 @@ from typing import Literal
 
 from launcher import slurm
 from launcher.lead import DEFAULT_SECONDS, Lead
+from launcher.queue import refuse_queued, sole_submission, waiting_jobs
 from launcher.site import Site, shell_lines
 from launcher.snapshot import Snapshot
-from launcher.template import SlurmUsageError, filename_pattern, fill
+from launcher.template import SlurmUsageError, filename_pattern, fill, option_name
 from train.stop import STOP_FILE
+
+MAX_LEAD_SECONDS = 65_535
+"""Of sbatch --signal."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def submit(job: Job, *datasets: Path) -> str:
     """Write the script into RUN/logs, hand it to sbatch and return the job id.
 
     SlurmUsageError when one of `datasets` is none, or the run has a STOP file: better here than
-    after hours in the queue.
+    after hours in the queue; and when a job of this run is in the queue already.
     """
     text = render(job)
     if (job.run / STOP_FILE).exists():
@@ -108,14 +112,19 @@ def submit(job: Job, *datasets: Path) -> str:
             f"no dataset at {missing[0]} (it has no manifest.json); write data=DATASET, a "
             "directory made by `headrace prepare`, or add --dry-run to print the script"
         )
-    if job.code:
-        job.code.write()
-    return slurm.sbatch(text, job.run / "logs" / f"{job.kind}.sbatch")
+    logs = job.run / "logs"
+    with sole_submission(logs):
+        # Whoever names what the job waits for knows of the other one.
+        if not {option_name(option) for option in job.options} & {"dependency", "d"}:
+            refuse_queued({job.kind: logs}, waiting_jobs())
+        if job.code:
+            job.code.write()
+        return slurm.sbatch(text, logs / f"{job.kind}.sbatch")
 
 
 def check_time(limit: str) -> None:
     """SlurmUsageError for what is no time limit."""
-    if not re.fullmatch(r"\d+|\d+-\d+|(\d+-)?\d+:\d\d(:\d\d)?", limit):
+    if not re.fullmatch(r"[0-9]{1,9}(-[0-9]+)?|([0-9]+-)?[0-9]+:[0-9]{2}(:[0-9]{2})?", limit):
         raise SlurmUsageError(
             f"--time {limit!r} is no Slurm time; write MINUTES, HH:MM:SS or D-HH:MM:SS, "
             "such as --time 24:00:00"
@@ -141,6 +150,12 @@ def _check(job: Job) -> None:
 
 def _check_lead(limit: str, lead: Lead) -> None:
     """SlurmUsageError where the request to save leaves less than two thirds of the time."""
+    if lead.seconds > MAX_LEAD_SECONDS:
+        raise SlurmUsageError(
+            f"the job would be asked to save {lead.seconds} s before its limit"
+            f"{f' ({lead.reason})' if lead.reason else ''}, and Slurm takes {MAX_LEAD_SECONDS} at "
+            "most; write --lead SECONDS"
+        )
     seconds = seconds_of(limit)
     # 0 is no limit at all.
     if 0 < seconds < 3 * lead.seconds:

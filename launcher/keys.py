@@ -10,6 +10,7 @@ the speed of the disk. What only says where and how fast (Slurm, the outputs' na
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -79,7 +80,9 @@ def complete_origin(output: Path) -> dict[str, Any] | None:
         found = json.loads((folder_of(output) / "complete.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    parts = ("settings", "inputs", "upstream")
+    is_record = isinstance(found, dict) and all(isinstance(found.get(p), dict) for p in parts)
+    return found if is_record else None
 
 
 def contents(words: Iterable[str]) -> dict[str, str]:
@@ -89,11 +92,23 @@ def contents(words: Iterable[str]) -> dict[str, str]:
     found = {}
     for word in words:
         value = word.partition("=")[2]
-        if Path(word).exists():
+        if _is_there(word):
             found[word] = content_hash(Path(word))
-        elif value and Path(value).is_file():
+        elif _is_there(value) and Path(value).is_file():
             found[value] = content_hash(Path(value))
     return found
+
+
+def _is_there(word: str) -> bool:
+    if not word:
+        return False
+    try:
+        return Path(word).exists()
+    except OSError as error:
+        # An expression, perhaps, that is longer than a name may be.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def content_hash(path: Path) -> str:

@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
+from data.places import is_url
 from launcher.template import SlurmUsageError
 from train.decode import decode
 from train.settings import Table
@@ -62,6 +63,16 @@ class StageTable(Table):
     """Folder that the stage writes; its scripts, logs and key go into OUTPUT.stage."""
     slurm: Resources = Resources()
     """What it asks Slurm for."""
+
+    @field_validator("output")
+    @classmethod
+    def _is_new_folder(cls, value: str) -> str:
+        if is_url(value):
+            raise ValueError(f"{value} is no path; jobs write to a disk that all nodes share")
+        # Its scripts and its key lie beside it, in NAME.stage.
+        if Path(value).name in ("", ".."):
+            raise ValueError(f"{value!r} names no new folder; write one such as work/NAME")
+        return value
 
 
 class Prepare(StageTable):
@@ -159,6 +170,9 @@ def load_lifecycle(path: Path) -> dict[str, StageTable]:
                 f"{path}: unknown stage {name!r}; "
                 + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STAGES)}")
             )
+    for name, told in table.items():
+        if not isinstance(told, dict):
+            raise SlurmUsageError(f"{path}: {name} = {told!r} is no table; write [{name}], once")
     stages = {
         name: decode(kind, table[name], name=f"{path} [{name}]")
         for name, kind in STAGES.items()
@@ -175,7 +189,12 @@ def load_lifecycle(path: Path) -> dict[str, StageTable]:
                 raise SlurmUsageError(
                     f"{path} [{name}]: slurm.{key} is for {' and '.join(users)} alone; leave it out"
                 )
-    outputs = [stage.output for stage in stages.values()]
-    if twice := next((output for output in outputs if outputs.count(output) > 1), None):
-        raise SlurmUsageError(f"{path}: two stages write {twice}; give each an output of its own")
+    # However they are written.
+    outputs = [Path(stage.output).resolve() for stage in stages.values()]
+    if twice := next(
+        (s for s, o in zip(stages.values(), outputs, strict=True) if outputs.count(o) > 1), None
+    ):
+        raise SlurmUsageError(
+            f"{path}: two stages write {twice.output}; give each an output of its own"
+        )
     return stages

@@ -21,7 +21,7 @@ from typing import Any
 
 from data.durable import writing
 from launcher import mailbox
-from launcher.fitness import Facts, Verdict
+from launcher.fitness import PHASES, Facts, Verdict
 
 BEAT_SECONDS = 1.0
 
@@ -37,7 +37,7 @@ class Presence:
     def __init__(self, run: Path, facts: Facts) -> None:
         folder = folder_of(run)
         self.facts = facts
-        self._path = folder / f"{facts.rank:05d}-{facts.host}.json"
+        self._path = folder / file_name(facts)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # Of an earlier preflight, perhaps on another host.
@@ -64,6 +64,11 @@ class Presence:
                 os.utime(self._path)
 
 
+def file_name(facts: Facts) -> str:
+    """Of a rank's file. ValueError where the rank is no number."""
+    return f"{facts.rank:05d}-{facts.host}.json"
+
+
 def left_by_ranks(run: Path, *, since: float = 0.0) -> list[Facts]:
     """What ranks have told in files, without those whose last beat was before `since`."""
     found = {}
@@ -71,7 +76,10 @@ def left_by_ranks(run: Path, *, since: float = 0.0) -> list[Facts]:
         with suppress(OSError, ValueError, TypeError), path.open(encoding="utf-8") as file:
             # Of the open file: a network file system looks a time up anew only when it opens.
             beat = os.fstat(file.fileno()).st_mtime
-            found[path] = beat, Facts(**json.loads(file.read()))
+            facts = Facts(**json.loads(file.read()))
+            # The name says it, too; what contradicts it, or is at no phase of ours, is no rank's.
+            if path.name == file_name(facts) and facts.phase in PHASES:
+                found[path] = beat, facts
     recent = [(beat, facts) for beat, facts in found.values() if beat >= since]
     newest = max((beat for beat, _ in recent), default=0.0)
     return [replace(facts, silent_seconds=newest - beat) for beat, facts in recent]
@@ -79,7 +87,7 @@ def left_by_ranks(run: Path, *, since: float = 0.0) -> list[Facts]:
 
 def hosts_that_came(run: Path) -> list[str]:
     """Hosts that have run Python for the batch script."""
-    return [path.name.removeprefix("came-") for path in folder_of(run).glob("came-*")]
+    return sorted(path.name.removeprefix("came-") for path in folder_of(run).glob("came-*"))
 
 
 def keep_verdict(run: Path, verdict: Verdict, facts: Iterable[Facts]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.queue import jobs
-from launcher.status import Status, job_of, status_of
+from launcher.status import Status, job_of, statuses
 from train.ownership import BEAT_SECONDS
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def duration(seconds: float) -> str:
 
 def _look(runs: Sequence[Path], known: Sequence[Any] | None = None) -> list[Status]:
     known = _jobs(runs) if known is None else known
-    return [status_of(run, known) for run in runs]
+    return statuses(runs, known)
 
 
 def _jobs(runs: Sequence[Path]) -> list[Any]:

@@ -33,6 +33,11 @@ from train.settings import Table
 
 SUFFIXES = {".sif": "apptainer", ".sqsh": "pyxis"}
 """Image files -> what runs them."""
+SCRIPT_NAMES = {
+    "RUN", "OUT", "PYTHON", "TASKS", "CODE", "COPY_CODE", "RECORD", "NODE_LOCAL", "CONTAINER",
+    "WITHIN", "STAGE", "LOCAL", "IFS", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS",
+}  # fmt: skip
+"""Variables that the batch scripts use themselves, or that bash has for itself."""
 
 
 class Container(Table):
@@ -76,6 +81,10 @@ class Site(Table):
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is no name of an environment variable")
+            if name in SCRIPT_NAMES or name.startswith("SLURM_"):
+                raise ValueError(
+                    f"{name} is a variable of the batch scripts themselves; leave it out"
+                )
         return value
 
     @field_validator("scratch")
@@ -126,6 +135,10 @@ def load_site(path: Path | None = None) -> Site:
         table = tomllib.loads(place.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SlurmUsageError(f"no site file at {place}; write it, or leave --site out") from None
+    except OSError as error:
+        raise SlurmUsageError(
+            f"{place} cannot be read: {error.strerror}; name a TOML file, or leave --site out"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SlurmUsageError(f"{place}: not valid TOML: {error}") from None
     site = decode(Site, table, name=str(place))

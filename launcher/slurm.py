@@ -9,24 +9,47 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data.durable import write_durably, writing
 from launcher.template import SlurmError
+
+HOSTS_SECONDS = 10.0
+"""For scontrol to spell out a list of hosts, which takes no controller."""
 
 
 def sbatch(text: str, script: Path, *options: str) -> str:
     """Write a script and submit it; the job id."""
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(text, encoding="utf-8")
-    return _call(["sbatch", "--parsable", *options, str(script)]).stdout.strip().split(";")[0]
+    write_script(text, script)
+    command = ["sbatch", "--parsable", *options, str(script)]
+    told = _call(command).stdout
+    # What a cluster greets people with comes before it.
+    found = re.search(r"^(\d+)(;.*)?\s*\Z", told, re.MULTILINE)
+    if found is None:
+        raise SlurmError(
+            f"`{shlex.join(command)}` names no job: {told.strip()!r}; it may have taken the script "
+            "all the same: look at `squeue --me` before submitting again"
+        )
+    return found[1]
+
+
+def write_script(text: str, script: Path) -> None:
+    """Leave a script where a person can read it. StorageError when there is no room."""
+    with writing(script):
+        script.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(script, text.encode())
 
 
 def run_script(text: str, script: Path) -> str:
     """Write a script that submits its own jobs and run it here; the last job that it names."""
     if shutil.which("sbatch") is None:
         _call(["sbatch"])
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(text, encoding="utf-8")
+    write_script(text, script)
     told = _call(["bash", str(script)]).stdout
     found: list[str] = re.findall(r": job (\d+), \d+ tasks$", told, re.MULTILINE)
+    if not found:
+        raise SlurmError(
+            f"`bash {script}` names no job: {told.strip()!r}; Slurm may have taken some all the "
+            "same: look at `squeue --me` before submitting again"
+        )
     return found[-1]
 
 
@@ -66,14 +89,28 @@ def hosts_of(environ: Mapping[str, str]) -> tuple[str, ...]:
     if not listed:
         return ()
     try:
-        return tuple(_call(["scontrol", "show", "hostnames", listed]).stdout.split())
+        command = ["scontrol", "show", "hostnames", listed]
+        return tuple(_call(command, seconds=HOSTS_SECONDS).stdout.split())
     except SlurmError:
         return ()
 
 
-def _call(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str]:
+def _call(
+    command: Sequence[str], text: str = "", *, seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+        return subprocess.run(
+            command,
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            # A path in an error message need not be UTF-8.
+            errors="surrogateescape",
+            check=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"`{shlex.join(command)}` did not answer in {seconds} s") from None
     except FileNotFoundError:
         raise SlurmError(
             f"{command[0]} not found: Slurm is not installed here; run this on a login node, "

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import xxhash
 
-from data.durable import write_durably
+from data.durable import write_durably, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("launcher", "train", "model", "data")
@@ -40,21 +40,34 @@ class Snapshot:
         return self.folder / self.recipe if self.recipe else None
 
     def write(self) -> None:
-        """Write the folder, unless it is there: whole, or not at all."""
+        """Write the folder: whole, or not at all. In one that is there, what somebody has removed
+        or edited since is put back.
+        """
         if self.folder.exists():
+            self._mend()
             return
         temporary = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.tmp")
-        for name, content in self.files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(content)
-        write_durably(temporary / "complete", b"")
         try:
+            with writing(temporary):
+                for name, content in self.files.items():
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    (temporary / name).write_bytes(content)
+            write_durably(temporary / "complete", b"")
             temporary.rename(self.folder)
-        except OSError:
-            # Another submission was faster, with the same content.
-            shutil.rmtree(temporary)
-            if not self.folder.exists():
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # Unless another submission was faster, with the same content.
+            if not (isinstance(error, OSError) and self.folder.exists()):
                 raise
+
+    def _mend(self) -> None:
+        # Scratch disks lose files that are old, and edits would train what no name tells.
+        for name, content in self.files.items():
+            path = self.folder / name
+            if not path.is_file() or path.read_bytes() != content:
+                with writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(path, content)
 
 
 def take(folder: Path, recipe: Path | None = None) -> Snapshot:

@@ -22,6 +22,7 @@ from launcher.recipes import Recipe, find_recipe
 from launcher.site import Site, shell_lines
 from launcher.snapshot import Snapshot, take
 from launcher.template import SlurmUsageError, filename_pattern, fill
+from launcher.usage import objection
 from train.attempts import attempts
 from train.config import FinetuneConfig, RunConfig, require_data
 from train.decode import flat_keys, load_config
@@ -65,6 +66,10 @@ def resolve(tables: Mapping[str, StageTable], site: Site) -> list[Stage]:
     }
     made: dict[str, Stage] = {}
     for name, table in tables.items():
+        if Path(table.output).is_file():
+            raise SlurmUsageError(
+                f"[{name}] output: {table.output} is a file, no folder; name another one"
+            )
         own = site.but(partition=table.slurm.partition, account=table.slurm.account)
         made[name] = makers[name](table, own, made)
     return list(made.values())
@@ -86,6 +91,8 @@ def is_whole(stage: Stage) -> bool:
 
 def _prepare(table: Prepare, site: Site, earlier: Earlier) -> Stage:
     output = Path(table.output).resolve()
+    if not table.inputs:
+        raise SlurmUsageError("[prepare] inputs: it is empty; name files or folders of text")
     inputs: dict[str, str] = {}
     for named in table.inputs:
         inputs |= _corpus(named, _excluded(table.options))
@@ -93,6 +100,7 @@ def _prepare(table: Prepare, site: Site, earlier: Earlier) -> Stage:
     origin = Origin("prepare", settings, inputs | keys.contents(table.options))
     words = [word for named in table.inputs for word in ("--input", named)]
     words += ["--output", str(output), *table.options]
+    _check_words("prepare", words)
     lines = [f"TASKS={table.tasks}", f"set -- {shlex.join(words)}"]
     return _script(table, site, origin, lines)
 
@@ -103,6 +111,12 @@ def _excluded(options: Sequence[str]) -> list[str]:
     return apart + [o.partition("=")[2] for o in options if o.startswith("--exclude=")]
 
 
+def _check_words(command: str, words: Sequence[str]) -> None:
+    """SlurmUsageError for what the command would refuse when the job has come to run."""
+    if told := objection(command, words):
+        raise SlurmUsageError(f"[{command}] options: {told}; see `headrace {command} --help`")
+
+
 def _corpus(named: str, exclude: Sequence[str]) -> dict[str, str]:
     """Content of the files that an input names; what comes from elsewhere goes by its name."""
     if named == "-" or named.startswith("-."):
@@ -111,16 +125,17 @@ def _corpus(named: str, exclude: Sequence[str]) -> dict[str, str]:
         )
     if is_url(named):
         return {}
-    if named.startswith("@") and "://" in Path(named[1:]).read_text(encoding="utf-8"):
-        return {named: keys.content_hash(Path(named[1:]))}
+    listed = Path(named.removeprefix("@"))
+    if named.startswith("@") and listed.is_file() and b"://" in listed.read_bytes():
+        return {named: keys.content_hash(listed)}
     files = find_files([named], selection=Selection(exclude))
     return {str(file.path): keys.content_hash(file.path) for file in files}
 
 
 def _pretrain(table: Pretrain, site: Site, earlier: Earlier) -> Stage:
     overrides = list(table.overrides)
-    names_data = ("data=", "data.path=", "data.sources=")
-    if "prepare" in earlier and not any(o.startswith(names_data) for o in overrides):
+    named = {override.partition("=")[0].strip() for override in overrides}
+    if "prepare" in earlier and not named & {"data", "data.path", "data.sources"}:
         overrides.insert(0, f"data={earlier['prepare'].output}")
     found = find_recipe(table.recipe, "pretrain")
     config = load_config(RunConfig, found.text, overrides, name=found.name)
@@ -137,6 +152,7 @@ def _export(table: Export, site: Site, earlier: Earlier) -> Stage:
     origin = _origin("export", {"options": list(table.options)}, table.options, earlier)
     origin = _with_source(origin, run, earlier, ("config.json", "attempts.jsonl"))
     words = ["RUN=" + shlex.quote(str(run)), "OUT=" + shlex.quote(str(output))]
+    _check_words("export", [str(run), str(output), *table.options])
     lines = [*words, f"set -- {shlex.join(table.options)}"]
     return _script(table, site, origin, lines)
 
@@ -166,6 +182,7 @@ def _evaluate(table: Evaluate, site: Site, earlier: Earlier) -> Stage:
     origin = _origin("evaluate", settings, [str(data), *table.options], earlier)
     origin = _with_source(origin, model, earlier, ("",))
     words = [str(model), "--data", str(data), *table.options]
+    _check_words("evaluate", words)
     lines = [f"OUT={shlex.quote(str(output))}", f"set -- {shlex.join(words)}"]
     return _script(table, site, origin, lines)
 
@@ -188,9 +205,10 @@ def _require(paths: Iterable[str], key: str, earlier: Earlier) -> None:
 
 
 def _maker(path: str, earlier: Earlier) -> Stage | None:
-    """The stage whose output a path is, or lies in."""
+    """The stage whose output a path is, or lies in; of several the innermost."""
     real = Path(path).resolve()
-    return next((stage for stage in earlier.values() if real.is_relative_to(stage.output)), None)
+    found = [stage for stage in earlier.values() if real.is_relative_to(stage.output)]
+    return max(found, key=lambda stage: len(stage.output.parts), default=None)
 
 
 def _origin(

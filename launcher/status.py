@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal
 
-from launcher.queue import QueuedJob
+from launcher.queue import QueuedJob, of_folder
 from train.attempts import attempts
 from train.events import FILE as EVENTS
 from train.events import STARTED
@@ -22,7 +22,9 @@ from train.ownership import FOLDER, life_of
 from train.rows import Row, last_rows
 from train.stop import STOP_FILE
 
-State = Literal["not started", "running", "gone", "complete", "stopped", "failed"]
+State = Literal[
+    "not started", "running", "gone", "complete", "stopped", "failed", "unreadable", "no run"
+]
 RECENT = 20
 """Steps whose median tells the speed."""
 MAX_EVENTS = 3
@@ -40,7 +42,9 @@ class Status:
 
     run: str
     state: State
-    """Of the last attempt; one that is gone has told no end, and its process is no longer there."""
+    """Of the last attempt; one that is gone has told no end, and its process is no longer there.
+    Files that hold something else are unreadable; among several, a folder may be no run.
+    """
     attempt: int | None = None
     ranks: int | None = None
     owner: str = ""
@@ -78,12 +82,40 @@ class Status:
 
 def job_of(run: Path) -> str | None:
     """The Slurm job of the last attempt."""
-    starts = [row for row in attempts(run) if row["event"] == "start"]
-    return starts[-1].get("slurm_job") if starts else None
+    try:
+        starts = [row for row in attempts(run) if row.get("event") == "start"]
+    except OSError:
+        return None
+    number = starts[-1].get("slurm_job") if starts else None
+    return number if isinstance(number, str) and number.isdecimal() else None
+
+
+def statuses(runs: Sequence[Path], jobs: Sequence[QueuedJob] = ()) -> list[Status]:
+    """The state of each run. StatusError when the only one is none."""
+    found = []
+    for run in runs:
+        try:
+            found.append(status_of(run, jobs))
+        except StatusError as error:
+            if len(runs) == 1:
+                raise
+            found.append(Status(str(run), "no run", reason=str(error)))
+    return found
 
 
 def status_of(run: Path, jobs: Iterable[QueuedJob] = ()) -> Status:
     """The state of a run. StatusError when the folder is none."""
+    try:
+        return _read(run, jobs)
+    except StatusError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        # Half written, edited or of another program: the other runs are to be told all the same.
+        said = f"its files do not hold what a run writes ({type(error).__name__}: {error})"
+        return Status(str(run), "unreadable", reason=said)
+
+
+def _read(run: Path, jobs: Iterable[QueuedJob]) -> Status:
     if (run / "headrace.json").exists():  # and its own config.json
         raise StatusError(f"{run} is an exported model, and no run; name the run it came from")
     names = ("config.json", "attempts.jsonl", "checkpoints", "logs")
@@ -93,7 +125,7 @@ def status_of(run: Path, jobs: Iterable[QueuedJob] = ()) -> Status:
             "--run named in training"
         )
     rows, events = attempts(run), last_rows(run / EVENTS)
-    starts = [row for row in rows if row["event"] == "start"]
+    starts = [row for row in rows if row.get("event") == "start"]
     known: dict[str, Any] = {
         **_checkpoints(run),
         "is_held": (run / STOP_FILE).exists(),
@@ -103,7 +135,8 @@ def status_of(run: Path, jobs: Iterable[QueuedJob] = ()) -> Status:
     if not starts:
         return Status(str(run), "not started", **known)
     last = starts[-1]
-    end = next((r for r in rows if r["event"] == "end" and r["attempt"] == last["attempt"]), None)
+    ends = [row for row in rows if row.get("event") == "end"]
+    end = next((row for row in ends if row["attempt"] == last["attempt"]), None)
     life = life_of(run, last["attempt"])
     state: State = end["outcome"] if end else "running" if life.is_alive else "gone"
     steps = last["config"].get("steps") or None
@@ -155,7 +188,9 @@ def _progress(run: Path, steps: int | None, *, is_running: bool) -> dict[str, An
 
 def _checkpoints(run: Path) -> dict[str, Any]:
     """Like train/checkpoint.py's `committed`, which takes numpy; when, by the storage's clock."""
-    found = sorted((run / "checkpoints").glob("step-*/manifest.json"))
+    committed = (run / "checkpoints").glob("step-*/manifest.json")
+    # Without copies that somebody has put beside them.
+    found = sorted(p for p in committed if p.parent.name.removeprefix("step-").isdecimal())
     if not found:
         return {}
     return {
@@ -178,7 +213,8 @@ def _down(rows: Sequence[Row], start: Row) -> float | None:
     """How long nobody trained before this attempt. One that told no end was last seen nobody knows
     when.
     """
-    before = next((r for r in reversed(rows) if r["attempt"] < start["attempt"]), None)
+    told = (row for row in reversed(rows) if "attempt" in row)
+    before = next((row for row in told if row["attempt"] < start["attempt"]), None)
     if before is None or before["event"] != "end":
         return None
     return max(float(start["time"]) - float(before["time"]), 0.0)
@@ -196,7 +232,8 @@ def _job(run: Path, number: str | None, jobs: Iterable[QueuedJob]) -> QueuedJob 
     """The run's job in the queue: by its log, which `headrace submit` puts into RUN/logs, even
     before its first attempt; else by its number. Of several the newest.
     """
-    logs = f"{(run / 'logs').resolve()}/"
-    found = [job for job in jobs if job.output.startswith(logs) or job.id == number]
+    known = list(jobs)
+    own = of_folder((run / "logs").resolve(), known)
+    found = [job for job in known if job in own or job.id == number]
     # squeue lists by priority, and one that is known by its number comes last.
     return max(found, key=lambda job: int(job.id), default=None)

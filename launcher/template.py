@@ -17,7 +17,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "slurm"
 BEGIN, END = "# filled in by `headrace submit` from here\n", "# to here\n"
 SHORT_OPTIONS = {
     "J": "job-name", "N": "nodes", "t": "time", "o": "output", "D": "chdir", "G": "gpus",
-    "n": "ntasks", "p": "partition", "A": "account", "q": "qos",
+    "n": "ntasks", "p": "partition", "A": "account", "q": "qos", "a": "array",
 }  # fmt: skip
 """One-letter sbatch options -> the long ones, as far as the script has a say in them."""
 OURS = {
@@ -31,6 +31,7 @@ OURS = {
     "chdir": "the job runs where it is submitted",
     "ntasks": "one torchrun per node starts the ranks",
     "ntasks-per-node": "one torchrun per node starts the ranks",
+    "array": "one job goes on until all is done",
 }
 """sbatch options that headrace sets by itself -> what to do instead."""
 
@@ -73,7 +74,7 @@ def fill(
         elif option not in written:
             added.append(line)
     added += [f"#SBATCH {option}\n" for option in options]
-    script = script.replace("#SBATCH --output=", "".join(added) + "#SBATCH --output=", 1)
+    script = script.replace("\n#SBATCH --output=", "\n" + "".join(added) + "#SBATCH --output=", 1)
     head, rest = script.split(BEGIN)
     return head + BEGIN + "".join(f"{line}\n" for line in lines) + END + rest.split(END, 1)[1]
 
@@ -81,9 +82,9 @@ def fill(
 def check_options(options: Sequence[str], name: str) -> None:
     """SlurmUsageError for an sbatch option that is none, or that slurm/NAME sets by itself."""
     for option in options:
-        if not option.startswith("-") or "\n" in option:
+        if not _is_one_option(option):
             raise SlurmUsageError(
-                f"--sbatch {option!r} is no sbatch option; write it with its dashes, "
+                f"--sbatch {option!r} is no sbatch option; write one with its dashes, "
                 "such as --sbatch=--partition=batch"
             )
         found = option_name(option)
@@ -92,6 +93,16 @@ def check_options(options: Sequence[str], name: str) -> None:
                 f"--sbatch={option}: the script sets --{found} itself; leave it out"
                 + (f": {OURS[found]}" if found in OURS else f", or edit {FOLDER / name}")
             )
+
+
+def _is_one_option(option: str) -> bool:
+    """Not two of them, of which the second would go unseen."""
+    try:
+        name, *values = shlex.split(option)
+    except ValueError:
+        return False
+    is_named = re.match(r"--[a-z]|-[A-Za-z]", name) is not None
+    return is_named and "\n" not in option and not any(value.startswith("-") for value in values)
 
 
 def option_name(option: str) -> str:
@@ -104,6 +115,10 @@ def option_name(option: str) -> str:
 def refuse_control_characters(values: Sequence[str]) -> None:
     """SlurmUsageError for text that would not stay on its line of a script."""
     for value in values:
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise SlurmUsageError(
+                f"{value!r} is not UTF-8, which a batch script is; choose another name"
+            )
         if any(ord(character) < 32 or ord(character) == 127 for character in value):
             raise SlurmUsageError(
                 f"{value!r} holds a line break or another control character; a batch script keeps "

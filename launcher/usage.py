@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Config = TypeVar("Config", bound="BaseModel")
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""Of words that a command does not take; typer gives it no name."""
 
 
 def parse(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -39,3 +41,21 @@ def names(option: str, value: str | None) -> tuple[str, ...]:
             f"{option} {value!r}: a name is empty; leave out the comma too many, or the option"
         )
     return found
+
+
+def objection(command: str, words: Sequence[str]) -> str:
+    """Why `headrace COMMAND` would not take these words; empty when it would. Nothing is run."""
+    from typer.main import get_command
+
+    from launcher.cli import app
+
+    group: Any = get_command(app)
+    context = group.make_context("headrace", [command], resilient_parsing=True)
+    parser = group.get_command(context, command)
+    if "--help" in words:
+        return "--help makes nothing"
+    try:
+        parser.make_context(command, list(words), parent=context)
+    except USAGE_ERROR as error:
+        return str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    return ""

@@ -19,9 +19,17 @@ def exclusion_file(run: Path) -> Path:
 
 
 def excluded(run: Path) -> list[str]:
-    """The hosts on the list."""
+    """The hosts on the list; what follows one on its line, and lines after a #, are for people."""
+    words = (line.split("#")[0].split() for line in _lines(run))
+    return [found[0] for found in words if found]
+
+
+def _lines(run: Path) -> list[str]:
     path = exclusion_file(run)
-    return path.read_text(encoding="utf-8").split() if path.is_file() else []
+    # Whatever somebody has pasted there is kept, byte by byte.
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
 
 
 def exclude(run: Path, hosts: Iterable[str]) -> None:
@@ -33,7 +41,8 @@ def exclude(run: Path, hosts: Iterable[str]) -> None:
     path = exclusion_file(run)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, "".join(f"{host}\n" for host in [*listed, *new]).encode())
+    text = "".join(f"{line}\n" for line in [*_lines(run), *new])
+    write_durably(path, text.encode(errors="surrogateescape"))
 
 
 def minority(bad: Iterable[str], hosts: Iterable[str]) -> list[str]:

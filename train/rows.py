@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.durable import read_rows
+from data.durable import read_rows, rows_of
 from train.attempts import attempts
 
 Row = dict[str, Any]
@@ -43,12 +41,8 @@ def last_rows(path: Path, *, num_bytes: int = TAIL_BYTES) -> list[Row]:
             lines = file.read().splitlines()
     except FileNotFoundError:
         return []
-    rows = []
     # What came before is cut somewhere, and a crash or a writer may be in the last one.
-    for line in lines[1 if size > num_bytes else 0 :]:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    return rows_of(lines[1 if size > num_bytes else 0 :])
 
 
 def row_of(run: Path, step: int) -> Row:

@@ -36,6 +36,7 @@ class Cluster:
             "scontrol", 'echo "$*" >>"$STATE/scontrol"; [ "$1" = requeue ] || echo "n1\nn2"'
         )
         self.command("sleep", "exit 0")
+        self.command("squeue", 'cat "$STATE/queue" 2>/dev/null || true')
         os.environ["STATE"] = str(self.state)
 
     def command(self, name: str, body: str) -> None:

@@ -36,6 +36,15 @@ def test_what_was_measured_counts_twice(tmp_path: Path) -> None:
     assert lead_of(tmp_path / "run", 75).seconds == 75
 
 
+def test_what_is_no_duration_is_not_counted(tmp_path: Path) -> None:
+    rows_in(tmp_path / "run", {"step_seconds": 4.0, "checkpoint_lag_seconds": 40.0})
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        for value in ("NaN", "Infinity", "-1e9", '"x"', "null"):
+            file.write(f'{{"step_seconds": {value}, "checkpoint_lag_seconds": {value}}}\n')
+        file.write("5\n[]\n")
+    assert lead_of(tmp_path / "run").seconds == 120
+
+
 def test_submit_writes_it_into_the_script_or_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from launcher.cli import run_command
 from launcher.lifecycle import STAGES
@@ -86,7 +86,7 @@ class Chain:
         (folder / "corpus" / "a.txt").write_text("some text")
         (folder / "labelled.csv").write_text("text,label\na,b\n")
         (folder / "life.toml").write_text(LIFECYCLE)
-        squeue = 'cat "$STATE/queue" 2>/dev/null'
+        squeue = 'cat "$STATE/queue" 2>/dev/null || true'
         named = {"sbatch": SBATCH, "srun": SRUN, "scontrol": "echo n", "squeue": squeue}
         for name, body in named.items():
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -191,6 +191,15 @@ def test_a_job_that_is_in_the_queue_is_not_submitted_again(chain: Chain) -> None
     assert chain.submitted[0] == "11 export.sbatch  after 7"
 
 
+def wait_in_queue(chain: Chain, *jobs: int) -> None:
+    """Let squeue name these jobs of the first chain that was submitted."""
+    logs = dict.fromkeys(range(1, 7), "work/dataset.stage/%x-%A_%a.out")
+    logs |= {7: "work/run/logs/slurm-%j.out", 8: "work/model.stage/slurm-%j.out"}
+    logs |= {9: "work/tuned/logs/slurm-%j.out", 10: "work/scores.stage/slurm-%j.out"}
+    rows = [f"{job}|PENDING|Dependency|30|0||{chain.folder}/{logs[job]}|" for job in jobs]
+    (chain.state / "queue").write_text("".join(f"{row}\n" for row in rows))
+
+
 def test_a_stage_that_slurm_refuses_is_named_with_what_stays_in_the_queue(chain: Chain) -> None:
     (chain.state / "wait").touch()
     sbatch = chain.folder / "bin" / "sbatch"
@@ -205,8 +214,7 @@ def test_a_stage_that_slurm_refuses_is_named_with_what_stays_in_the_queue(chain:
     with pytest.raises(SlurmError, match=message):
         chain.submit()
     sbatch.write_text(taken)
-    rows = [f"{job}|PENDING|Dependency|30|0||x|" for job in (6, 7)]
-    (chain.state / "queue").write_text("\n".join(rows) + "\n")
+    wait_in_queue(chain, 6, 7)
     assert [told for _, told in chain.submit()] == [
         "job 6 (in the queue already)", "job 7 (in the queue already)", "job 8", "job 9", "job 10",
     ]  # fmt: skip
@@ -215,11 +223,59 @@ def test_a_stage_that_slurm_refuses_is_named_with_what_stays_in_the_queue(chain:
 def test_folders_stand_below_each_other(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
     (chain.state / "wait").touch()
     chain.submit()
-    (chain.state / "queue").write_text("6|PENDING|Dependency|30|0||x|\n")
+    wait_in_queue(chain, 6)
     run_command(["submit", "life.toml"], standalone=False)
     lines = capsys.readouterr().out.splitlines()
     assert "(in the queue already)" in lines[0]
     assert len({line.index(str(chain.folder)) for line in lines}) == 1
+
+
+def test_a_file_that_was_edited_while_its_jobs_wait_is_not_submitted_beside_them(
+    chain: Chain,
+) -> None:
+    """Two jobs would write one output, and the later one's record would stand for both."""
+    (chain.state / "wait").touch()
+    chain.submit()
+    wait_in_queue(chain, *range(6, 11))
+    chain.change("--split=val", "--split=train")
+    with pytest.raises(ValueError, match="jobs in the queue make the same already") as refused:
+        chain.submit()
+    assert str(refused.value) == (
+        "jobs in the queue make the same already, from other settings or by a submission that did "
+        "not come to its end:\n"
+        "  evaluate: job 10 (PENDING), whose log is "
+        f"{chain.folder}/work/scores.stage/slurm-10.out\n"
+        "let them end, or cancel them (scancel 10), then submit again"
+    )
+    assert getattr(refused.value, "exit_code", None) == 2
+    assert chain.submitted == []
+
+
+@pytest.mark.parametrize("last", [3, 7])
+def test_a_submission_that_was_killed_leaves_no_second_job_behind(chain: Chain, last: int) -> None:
+    """Slurm has taken a job of whose number nothing is written down."""
+    (chain.state / "wait").touch()
+    chain.submit()
+    wait_in_queue(chain, *range(1, last + 1))
+    stage = "dataset" if last == 3 else "run"
+    for number in (chain.folder / f"work/{stage}.stage").glob("*.job"):
+        number.unlink()
+    with pytest.raises(ValueError, match=rf"scancel ({'1 2 3' if last == 3 else '7'})\), then sub"):
+        chain.submit()
+    assert chain.submitted == []
+
+
+def test_two_submissions_at_once_make_one_chain(chain: Chain) -> None:
+    (chain.state / "wait").touch()
+    sbatch = chain.folder / "bin" / "sbatch"
+    # The second one comes while the first one submits.
+    second = f'{sys.executable} -m launcher submit life.toml >>"$STATE/second" 2>&1 && exit 9'
+    again = f'#!/bin/bash\nif [ -z "${{INNER:-}}" ]; then INNER=1 {second}; fi\n'
+    sbatch.write_text(sbatch.read_text().replace("#!/bin/bash\n", again, 1))
+    chain.submit()
+    assert len(chain.submitted) == 10
+    told = (chain.state / "second").read_text()
+    assert "another `headrace submit` is at work on" in told and "Traceback" not in told
 
 
 def test_an_output_that_was_made_from_something_else_is_not_touched(chain: Chain) -> None:
@@ -241,6 +297,13 @@ def test_an_output_that_was_made_from_something_else_is_not_touched(chain: Chain
     )
     assert chain.submitted == []
     assert getattr(refused.value, "exit_code", None) == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "x", '{"key": 5}', '{"key": "x", "settings": [1]}'])
+def test_a_record_that_is_none_is_not_believed(chain: Chain, text: str) -> None:
+    chain.submit()
+    (chain.folder / "work/scores.stage/complete.json").write_text(text)
+    assert chain.submit()[-1] == ["evaluate", "job 11"]
 
 
 def test_an_export_does_not_go_where_something_is(chain: Chain) -> None:
@@ -272,65 +335,6 @@ def test_a_dry_run_prints_every_script_and_the_chain(
             ["shellcheck", "-"], input=row["script"], capture_output=True, text=True
         )
         assert checked.returncode == 0, row["stage"] + checked.stdout
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("[export]", "[exports]", r"life\.toml: unknown stage 'exports'; did you mean 'export'\?"),
-        ("tasks = 2", "task = 2", r"life\.toml \[prepare\]: unknown key 'task'; did you mean 'ta"),
-        ("nodes = 2, ", "nods = 2, ", r"unknown key 'slurm\.nods'; did you mean 'slurm\.nodes'\?"),
-        ("lead = 60", "cpus_per_task = 2", r"\[finetune\]: slurm\.cpus_per_task is for prepare and "
-                                           r"evaluate alone; leave it out"),
-        ("lead = 60", "preflight = true", r"slurm\.preflight is for pretrain alone"),
-        ("lead = 60", "nodes = 2", r"\[finetune\]: slurm\.nodes = 2, but only pretrain runs"),
-        ("work/scores", "work/tuned", r"two stages write work/tuned; give each an output of its"),
-        ("steps=8", "step=8", r"tiny-cpu: unknown key 'step'; did you mean 'steps'\?"),
-        ("labelled.csv", "gone.csv", r"\[finetune\] data: there is no .*/gone\.csv, and no stage"),
-        ('["corpus"]', '["gone"]', r"--input gone: no such file or folder"),
-        ('["corpus"]', '["-"]', r"\[prepare\] inputs: - is standard input, which jobs do not"),
-        (LIFECYCLE[: LIFECYCLE.index("[pretrain]")], "", r"no dataset is named; write data="),
-        ('time = "30", lead', 'time = "2", lead', r"--time 2 is 120 s: the job is asked to save"),
-    ],
-)  # fmt: skip
-def test_a_file_that_cannot_run_is_refused_before_anything_is_submitted(
-    chain: Chain, old: str, new: str, message: str
-) -> None:
-    chain.change(old, new)
-    with pytest.raises(ValueError, match=message) as refused:
-        chain.submit()
-    assert getattr(refused.value, "exit_code", None) == 2
-    assert chain.submitted == []
-
-
-def test_a_key_of_the_data_is_no_dataset(chain: Chain) -> None:
-    chain.change('"steps=8"', '"data.num_workers=2", "steps=8"')
-    chain.submit()
-    script = (chain.folder / "work/run/logs/pretrain.sbatch").read_text()
-    assert f"set -- tiny-cpu data={chain.folder}/work/dataset data.num_workers=2 " in script
-
-
-@pytest.mark.parametrize(
-    ("asked", "site", "told"),
-    [("", 1, 1), ("preflight = false, ", 1, 0), ("preflight = true, ", 0, 1)],
-)
-def test_a_stage_may_differ_from_its_site(
-    chain: Chain, asked: str, site: int, told: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chain.change("nodes = 2, ", f"nodes = 2, {asked}")
-    (chain.folder / "site.toml").write_text("preflight = true\n" * site)
-    argv = ["submit", "life.toml", "--dry-run", "--json", "--site", "site.toml"]
-    run_command(argv, standalone=False)
-    scripts = {row["stage"]: row["script"] for row in json.loads(capsys.readouterr().out)}
-    assert f"PREFLIGHT=${{PREFLIGHT:-{told}}}\n" in scripts["pretrain"]
-    assert "PREFLIGHT" not in scripts["finetune"]
-
-
-def test_what_a_file_says_is_no_option(chain: Chain) -> None:
-    with pytest.raises(
-        typer.BadParameter, match=r"life\.toml is a life cycle, in which each stage has its"
-    ):
-        chain.submit("--nodes", "3")
 
 
 def test_stages_may_begin_in_the_middle(chain: Chain) -> None:

@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher import slurm
 from launcher.fitness import Facts
-from launcher.presence import Presence, left_by_ranks
+from launcher.preflight import PreflightError, read_preflight
+from launcher.presence import Presence, folder_of, left_by_ranks
 from tests.launcher.test_cli import ROOT, headrace
 from train.exclusion import exclude, excluded, minority
 from train.preflight import rounds_of
@@ -201,6 +204,49 @@ def test_the_list_names_each_host_once(tmp_path: Path) -> None:
     exclude(tmp_path, ["n2", "n2"])
     exclude(tmp_path, ["n3", "n2"])
     assert (tmp_path / "logs" / "exclude").read_text() == "n2\nn3\n"
+
+
+def test_what_people_have_written_on_the_list_stays(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "exclude"
+    path.parent.mkdir()
+    path.write_bytes(b"n1  # bad disk\r\n\n# caf\xe9\n")
+    assert excluded(tmp_path) == ["n1"]
+    exclude(tmp_path, ["n1", "n2"])
+    assert path.read_bytes() == b"n1  # bad disk\n\n# caf\xe9\nn2\n"
+    assert excluded(tmp_path) == ["n1", "n2"]
+
+
+def test_a_preflight_that_never_was_is_not_called_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(PreflightError, match=r"no rank has left anything in .*/logs/preflight, so"):
+        read_preflight(tmp_path, as_json=False)
+    assert not folder_of(tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"phase": "lunch"}, {"rank": "1"}, {"rank": 7}, {"host": "elsewhere"}, {"x": 1}]
+)
+def test_a_file_that_no_rank_has_written_is_no_rank(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    Presence(tmp_path, Facts(0, 2, "n1", 0, phase="done"))
+    told = asdict(Facts(1, 2, "n2", 0, phase="done")) | changes
+    (folder_of(tmp_path) / "00001-n2.json").write_text(json.dumps(told))
+    assert [one.rank for one in left_by_ranks(tmp_path)] == [0]
+
+
+@pytest.mark.parametrize("body", ["exec sleep 60", "printf 'n\\351 n2'", "exit 1"])
+def test_hosts_that_nobody_names_are_not_waited_for(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{body}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "HOSTS_SECONDS", 0.5)
+    hosts = slurm.hosts_of({"SLURM_JOB_NODELIST": "n[1-2]"})
+    assert hosts in ((), ("n\udce9", "n2"))
 
 
 def test_more_than_half_of_the_hosts_are_hardly_to_blame() -> None:

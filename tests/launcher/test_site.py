@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from launcher.cli import run_command
 from launcher.jobs import Job, render
-from launcher.site import Site, load_site, shell_lines
-from launcher.template import BEGIN, END
+from launcher.site import SCRIPT_NAMES, Site, load_site, shell_lines
+from launcher.template import BEGIN, END, FOLDER, SlurmUsageError
 from train.config import ConfigError
 
 ROGUE = "a b; touch owned $(touch owned) `touch owned` ' \" \\ # %j"
@@ -52,6 +53,9 @@ def job(run: Path, site: Site, **changes: object) -> Job:
         ("zzz = 1", r"unknown key 'zzz'; there are partition, account, qos, modules, network_inte"),
         ("modules = 'cuda'", r"modules = 'cuda': Input should be a valid tuple"),
         ("environment = { 'A B' = 'x' }", r"environment: 'A B' is no name of an environment varia"),
+        ("environment = { RUN = 'x' }", r"RUN is a variable of the batch scripts themselves; lea"),
+        ("environment = { SLURM_JOB_ID = '1' }", r"SLURM_JOB_ID is a variable of the batch script"),
+        ("partition = true", r"partition = True: Input should be a valid string"),
         ("scratch = 'local'", r"scratch: 'local' is no absolute path; name a folder that every"),
     ],
 )
@@ -72,6 +76,18 @@ def test_a_setting_that_is_none_is_refused(text: str, message: str, tmp_path: Pa
 def test_half_a_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         site_in(tmp_path, text)
+
+
+def test_no_setting_replaces_what_a_script_was_given() -> None:
+    """What the blocks assign comes in part before the site's own variables."""
+    for script in FOLDER.glob("*.sbatch"):
+        block = script.read_text().split(BEGIN)[1].split(END)[0]
+        assert set(re.findall(r"^([A-Z_]+)=", block, re.MULTILINE)) <= SCRIPT_NAMES, script
+
+
+def test_a_site_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SlurmUsageError, match=r"cannot be read: Is a directory; name a TOML file"):
+        load_site(tmp_path)
 
 
 def test_a_site_file_that_is_named_must_be_there(tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_without_gpus_none_are_asked_for(tmp_path: Path) -> None:
         ({"options": ("--chdir /tmp",)}, r"the script sets --chdir itself"),
         ({"options": ("--signal=USR1@60",)}, r"sets --signal itself; leave it out: write --lead$"),
         ({"options": ("--mem=1G",)}, r"sets --mem itself; leave it out, or edit /"),
+        ({"options": ("--nodelist=n1 --nodes=5",)}, r"is no sbatch option; write one with its da"),
+        ({"options": ("--",)}, r"--sbatch '--' is no sbatch option"),
+        ({"options": ("",)}, r"--sbatch '' is no sbatch option"),
+        ({"options": ("--comment=it's",)}, r"is no sbatch option; write one with its dashes"),
+        ({"options": ("--array=0-3",)}, r"sets --array itself; leave it out: one job goes on unt"),
+        ({"time": "0", "lead": Lead(70_000, "why")}, r"save 70000 s before its limit \(why\), and "
+                                                     r"Slurm takes 65535 at most; write --lead S"),
+        ({"time": "\u0661\u0662:00:00"}, r"is no Slurm time"),
+        ({"folder": Path("/r\udce9n")}, r"is not UTF-8, which a batch script is; choose another"),
         ({"time": "1"}, r"--time 1 is 60 s: the job is asked to save and stop 300 s before its "
                         r"limit, which is more than a third of it, .* at least --time 15, or "
                         r"--lead SECONDS if a save takes less$"),
@@ -223,6 +232,17 @@ def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
     assert "OMP_NUM_THREADS=8\n" in environ
 
 
+def test_every_attempt_meets_at_another_port(cluster: Cluster) -> None:
+    """One that another program holds would end every attempt; the job's number stays the same."""
+    cluster.ends(1)
+    ports = []
+    for settings in ({}, {"SLURM_RESTART_COUNT": "1"}, {"MASTER_PORT": "30000"}):
+        cluster.submitted(**settings)
+        argv = (cluster.state / "srun").read_text().split("\0")
+        ports += [word for word in argv if word.startswith("--master-port=")]
+    assert ports == ["--master-port=23456", "--master-port=23557", "--master-port=30000"]
+
+
 @pytest.mark.parametrize(
     ("outcome", "code", "left", "requeued"),
     [
@@ -255,20 +275,8 @@ def test_an_older_outcome_does_not_hide_a_failure(cluster: Cluster) -> None:
     assert cluster.requeued
     assert (
         "attempt 4: failure 1 of 3 without a new checkpoint; what its ranks said: "
-        f"{cluster.run}/logs/attempt-4-node-*.log\n"
+        f"{cluster.run}/logs/attempt-123456-4-node-*.log\n"
     ) in done.stdout
-
-
-def test_failures_without_progress_end_the_job(cluster: Cluster) -> None:
-    cluster.ends(1, outcome="failed")
-    codes = [cluster.submitted(SLURM_RESTART_COUNT=str(count)).returncode for count in range(3)]
-    assert codes == [0, 0, 1]
-
-
-def test_a_new_checkpoint_forgives_earlier_failures(cluster: Cluster) -> None:
-    for count in range(4):
-        cluster.ends(1, outcome="failed", checkpoint=f"step-{count:09d}")
-        assert cluster.submitted(SLURM_RESTART_COUNT=str(count)).returncode == 0
 
 
 def test_a_stop_file_keeps_the_job_from_starting(cluster: Cluster) -> None:
@@ -285,47 +293,13 @@ def test_no_host_name_is_an_error_and_never_localhost(cluster: Cluster) -> None:
     assert "no host name for n[1-2]" in done.stdout
 
 
-def test_hosts_on_the_list_are_left_out_when_the_job_is_queued_again(cluster: Cluster) -> None:
-    """n9 was put there by an earlier attempt; n2 by this one, whose ranks no longer answered."""
-    cluster.command("sinfo", 'echo "n1\\nn2\\nn3\\nn9"')
-    listed = cluster.run / "logs" / "exclude"
-    listed.parent.mkdir()
-    listed.write_text("n9\n")
-    cluster.command("srun", f"echo n2 >>{listed}; exit 1")
-    done = cluster.submitted()
-    assert "queueing again without n2,n9" in done.stdout, done.stdout + done.stderr
-    asked = (cluster.state / "scontrol").read_text().splitlines()
-    assert asked[-2:] == ["requeue 123456", "update JobId=123456 ExcNodeList=n2,n9"]
-
-
-def test_a_list_that_leaves_too_few_nodes_is_not_handed_on(cluster: Cluster) -> None:
-    cluster.command("sinfo", 'echo "n1\\nn2"')
-    (cluster.run / "logs").mkdir()
-    (cluster.run / "logs" / "exclude").write_text("n2\n")
+def test_a_percent_sign_in_the_name_of_a_run_is_one(cluster: Cluster) -> None:
+    """srun fills in patterns, and starts no task whose log has no folder."""
+    run = cluster.run.parent / "run%n"
     cluster.ends(1)
-    done = cluster.submitted()
-    assert "n2 is in" in done.stdout and "too few nodes are left without" in done.stdout
-    assert cluster.requeued and "ExcNodeList=" not in (cluster.state / "scontrol").read_text()
-
-
-def test_a_job_that_may_start_with_fewer_nodes_does_without_one_on_the_list(
-    cluster: Cluster,
-) -> None:
-    cluster.command("sinfo", 'echo "n1\\nn2"')
-    (cluster.run / "logs").mkdir()
-    (cluster.run / "logs" / "exclude").write_text("n2\n")
-    cluster.submitted(min_nodes=1)
-    assert "ExcNodeList=n2" in (cluster.state / "scontrol").read_text()
-
-
-def test_a_job_on_a_host_that_is_on_the_list_is_queued_again_at_once(cluster: Cluster) -> None:
-    cluster.command("sinfo", 'echo "n1\\nn2\\nn3"')
-    (cluster.run / "logs").mkdir()
-    (cluster.run / "logs" / "exclude").write_text("n2\n")
-    cluster.ends(0, outcome="complete")
-    done = cluster.submitted()
-    assert "queueing again without n2" in done.stdout, done.stdout + done.stderr
-    assert not (cluster.state / "srun").exists()
+    cluster.started(TEMPLATE, run, "tiny-cpu", PREFLIGHT="0")
+    argv = (cluster.state / "srun").read_text().split("\0")
+    assert f"--output={cluster.run.parent}/run%%n/logs/attempt-123456-0-node-%n.log" in argv
 
 
 def preflight_ends(cluster: Cluster, verdict: str, *, names: str = "") -> None:

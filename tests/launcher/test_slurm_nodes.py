@@ -40,9 +40,9 @@ def asked(cluster: Cluster) -> list[str]:
 
 def test_nodes_that_the_job_leaves_out_stay_left_out(cluster: Cluster) -> None:
     knows(cluster, "ReqNodeList=(null) ExcNodeList=n4")
-    (cluster.run / "logs" / "exclude").write_text("n9\n")
+    (cluster.run / "logs" / "exclude").write_text("n3\n")
     cluster.submitted()
-    assert asked(cluster) == ["requeue 123456", "update JobId=123456 ExcNodeList=n4,n9"]
+    assert asked(cluster) == ["requeue 123456", "update JobId=123456 ExcNodeList=n3,n4"]
 
 
 def test_a_node_that_the_job_must_have_is_not_left_out(cluster: Cluster) -> None:

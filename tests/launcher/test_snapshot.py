@@ -53,6 +53,24 @@ def test_the_name_follows_the_content_and_a_folder_is_written_once(tmp_path: Pat
     assert list(tmp_path.glob("*.tmp")) == []
 
 
+def test_a_copy_that_has_lost_or_changed_files_is_made_whole_again(tmp_path: Path) -> None:
+    """A scratch disk removes what nobody has read for weeks."""
+    code = Snapshot(tmp_path / "code", {"launcher/a.py": b"a", "train/b.py": b"b"})
+    code.write()
+    (code.folder / "launcher" / "a.py").write_bytes(b"edited")
+    (code.folder / "train" / "b.py").unlink()
+    (code.folder / "train").rmdir()
+    code.write()
+    assert files_of(code.folder) == code.files
+
+
+def test_a_copy_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
+    code = Snapshot(tmp_path / "code", {"launcher/a.py": b"a", "launcher/a.py/b.py": b"b"})
+    with pytest.raises(OSError):
+        code.write()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """Stand-ins; srun tells which code Python would run."""
