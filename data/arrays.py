@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,29 +14,19 @@ from data.folder import damaged, read_at
 from data.shard_index import Chunk
 
 LARGEST_CACHED_CHUNK = 2**24
-BLOCK_BYTES = 2**12
-"""What has a hash of its own, so that a part of a chunk can be checked whenever it is read."""
 _PIECE_BYTES = 2**22
-
-Sums: TypeAlias = "array[int]"
-"""xxh3_64 of every block of a chunk's tokens."""
 
 
 def check_tokens(
-    file: int,
-    path: str | Path,
-    chunk: Chunk,
-    dtype: np.dtype[Any],
-    vocab_size: int,
-    sums: Sums | None = None,
+    file: int, path: str | Path, chunk: Chunk, dtype: np.dtype[Any], vocab_size: int
 ) -> NDArray[Any] | None:
     """Read the tokens of a chunk once and check hash and ids; None when too many to keep in memory.
 
-    `sums`, empty, takes the hashes of its blocks. DataError naming the shard and the chunk.
+    DataError naming the shard and the chunk.
     """
     num_bytes = chunk.tokens * dtype.itemsize
-    keep = fits_memory(chunk, dtype)
-    piece_bytes = num_bytes if keep else -(-_PIECE_BYTES // BLOCK_BYTES) * BLOCK_BYTES
+    keep = num_bytes <= LARGEST_CACHED_CHUNK
+    piece_bytes = num_bytes if keep else _PIECE_BYTES
     digest = xxhash.xxh3_64()
     tokens: NDArray[Any] = np.empty(0, dtype=dtype)
     largest = 0
@@ -45,8 +34,6 @@ def check_tokens(
         size = min(piece_bytes, num_bytes - at)
         raw = read_exactly(file, path, chunk, chunk.tokens_offset + at, size)
         digest.update(raw)
-        if sums is not None:
-            sums.extend(_sums_of(raw))
         tokens = np.frombuffer(raw, dtype=dtype)
         largest = max(largest, int(tokens.max()))
     if digest.hexdigest() != chunk.tokens_xxh3:
@@ -58,37 +45,6 @@ def check_tokens(
             "dataset again"
         )
     return tokens if keep else None
-
-
-def fits_memory(chunk: Chunk, dtype: np.dtype[Any]) -> bool:
-    """Whether the tokens of a chunk are few enough to be kept."""
-    return chunk.tokens * dtype.itemsize <= LARGEST_CACHED_CHUNK
-
-
-def read_again(
-    file: int, path: str | Path, chunk: Chunk, dtype: np.dtype[Any], sums: Sums, part: range
-) -> NDArray[Any] | None:
-    """Tokens `part` of a chunk that was checked before; None where their blocks are not what they
-    were when `sums` was made.
-    """
-    width = dtype.itemsize
-    start, stop = part.start * width, part.stop * width
-    first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
-    begin = first * BLOCK_BYTES
-    size = min(last * BLOCK_BYTES, chunk.tokens * width) - begin
-    raw = read_exactly(file, path, chunk, chunk.tokens_offset + begin, size)
-    # A plain loop: this is done for one sample in four.
-    view, at = memoryview(raw), 0
-    for number in range(first, last):
-        if xxhash.xxh3_64_intdigest(view[at : at + BLOCK_BYTES]) != sums[number]:
-            return None
-        at += BLOCK_BYTES
-    return np.frombuffer(raw, dtype, len(part), start - begin)
-
-
-def _sums_of(raw: bytes) -> list[int]:
-    view, blocks = memoryview(raw), range(0, len(raw), BLOCK_BYTES)
-    return [xxhash.xxh3_64_intdigest(view[at : at + BLOCK_BYTES]) for at in blocks]
 
 
 def hash_tokens(

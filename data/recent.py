@@ -28,26 +28,6 @@ class Recent(Generic[Key, Value]):
         self._values.move_to_end(key)
         return value
 
-    def find(self, key: Key) -> Value | None:
-        """The value of a key, if it was used lately."""
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
-
-    def put(self, key: Key, value: Value) -> None:
-        """The value of a key from now on."""
-        self._values[key] = value
-        self._values.move_to_end(key)
-        if len(self._values) > self._limit:
-            self._forget()
-
-    def forget(self, key: Key) -> None:
-        """Let go of the value of a key, if it is there."""
-        value = self._values.pop(key, None)
-        if value is not None and self._drop is not None:
-            self._drop(value)
-
     def __del__(self) -> None:
         while self._values:
             self._forget()

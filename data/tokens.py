@@ -1,13 +1,11 @@
 """One source of a dataset as one long array of tokens, read by `os.pread` in exact ranges.
 
 A chunk is read whole the first time it is touched: its xxh3 and its largest id are checked, and it
-stays in memory for a while (data/kept.py). When it is touched after that, it is checked once more
-and its blocks of 4 KiB are hashed; then ranges are read straight from the file and held against
-these, and where they differ the hash of the chunk decides. What files there are, here or in the
-cache of what comes from elsewhere, is its place's business. A read may cross chunks and shards. Not
-for use by several threads at once; a copy sent to another process opens its own files.
-Memory: chunks, 1,024 parsed indexes, hashes of blocks of 4,096 chunks (16 MiB at two bytes a token)
-and 8 bytes per shard; 128 open files. Cost: of an epoch, a sixth of its CPU time for the blocks.
+stays in memory for a while (data/kept.py). Later reads take their range from there or straight from
+the file; what files there are, here or in the cache of what comes from elsewhere, is its place's
+business. A read may cross chunks and shards. Not for use by several threads at once; a copy sent to
+another process opens its own files.
+Memory: chunks, 1,024 parsed indexes and 8 bytes per shard; 128 open files.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.arrays import Sums, check_lens, check_tokens, fits_memory, read_again
+from data.arrays import check_lens, check_tokens, read_exactly
 from data.config import AccessError, DataError, DataUsageError
 from data.kept import KeptChunks
 from data.manifest import Manifest, read_table
@@ -36,7 +34,6 @@ from data.shard_index import ShardIndex, index_of, index_path, read_names
 
 MAX_INDEXES = 1024
 MAX_FILES = 128
-MAX_SUMS = 4096
 _WHOLE = -1
 """In the place of a chunk: all of a shard."""
 
@@ -170,7 +167,7 @@ class TokenSource:
                 begin += length
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_indexes", "_checked", "_sums", "_bad", "_table")
+        own = ("_files", "_indexes", "_checked", "_bad", "_table")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -181,7 +178,6 @@ class TokenSource:
         self._files: Recent[tuple[int, int, Kind], int] = Recent(MAX_FILES, drop=os.close)
         self._indexes: Recent[int, _Index] = Recent(MAX_INDEXES)
         self._checked: dict[int, bytearray] = {}
-        self._sums: Recent[tuple[int, int], Sums] = Recent(MAX_SUMS)
         self._bad: dict[tuple[int, int], str] = {}
 
     @cached_property
@@ -210,53 +206,27 @@ class TokenSource:
         whole = self._kept.get(key)
         if whole is not None:
             return whole[first:last]
-        part = range(first, last)
-        again = self._read_again(shard, number, part)
-        if again is not None:
-            return again
-        whole = self._check(shard, number)
-        if whole is not None:
-            return whole[first:last]
-        again = self._read_again(shard, number, part)
-        if again is None:
-            path = self._index(shard).shard
-            raise DataError(f"{path} changes while it is read; restore the shard from a copy")
-        return again
-
-    def _read_again(self, shard: int, number: int, part: range) -> NDArray[Any] | None:
-        """A part of a chunk whose blocks have hashes; None where they have not, or others."""
-        sums = self._sums.find((shard, number))
-        if sums is None:
-            return None
-        index = self._index(shard)
-        self.bytes_read += len(part) * self._dtype.itemsize
-        file = self._file(shard, number, "tokens")
-        return read_again(file, index.shard, index.located[number], self._dtype, sums, part)
-
-    def _check(self, shard: int, number: int) -> NDArray[Any] | None:
-        """All of a chunk, held against its index; None when too large to keep in memory. What is
-        not kept, or not any more, is going to be read in parts: its blocks get hashes.
-        """
         index = self._index(shard)
         chunk = index.located[number]
         checked = self._checked.get(shard)
         if checked is None:
             checked = self._checked[shard] = bytearray(len(index.chunks))
-        # If it is damaged, no block of it is believed any more.
-        self._sums.forget((shard, number))
-        self._refuse_bad(shard, number)
-        self.bytes_read += chunk.tokens * self._dtype.itemsize
-        in_parts = bool(checked[number]) or not fits_memory(chunk, self._dtype)
-        sums: Sums | None = array("Q") if in_parts else None
-        with self._noting(shard, number):
-            file = self._file(shard, number, "tokens")
-            whole = check_tokens(file, index.shard, chunk, self._dtype, self._vocab_size, sums)
-        checked[number] = 1
-        if sums is not None:
-            self._sums.put((shard, number), sums)
-        elif whole is not None:
-            self._kept.add((self._id, shard, number), whole)
-        return whole
+        if not checked[number]:
+            self._refuse_bad(shard, number)
+            self.bytes_read += chunk.tokens * self._dtype.itemsize
+            with self._noting(shard, number):
+                file = self._file(shard, number, "tokens")
+                whole = check_tokens(file, index.shard, chunk, self._dtype, self._vocab_size)
+            checked[number] = 1
+            if whole is not None:
+                self._kept.add(key, whole)
+                return whole[first:last]
+        width = self._dtype.itemsize
+        offset = chunk.tokens_offset + first * width
+        self.bytes_read += (last - first) * width
+        file = self._file(shard, number, "tokens")
+        raw = read_exactly(file, index.shard, chunk, offset, (last - first) * width)
+        return np.frombuffer(raw, dtype=self._dtype)
 
     def _refuse_bad(self, shard: int, number: int) -> None:
         """Damage is read once: the second time it is known."""
