@@ -160,6 +160,8 @@ def _submit_run(
 
     if dry_run:
         print(jobs.render(job), end="")
+        for path in jobs.no_datasets(datasets):
+            print(f"note: there is no dataset at {path} yet: submit will refuse", file=sys.stderr)
     elif test_only:
         print(slurm.forecast(jobs.render(job)))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -106,8 +107,7 @@ def submit(job: Job, *datasets: Path) -> str:
             f"{job.run / STOP_FILE} keeps the run standing, and a job would leave at once; remove "
             "it and submit again"
         )
-    missing = [path for path in datasets if not (path / "manifest.json").is_file()]
-    if missing:
+    if missing := no_datasets(datasets):
         raise SlurmUsageError(
             f"no dataset at {missing[0]} (it has no manifest.json); write data=DATASET, a "
             "directory made by `headrace prepare`, or add --dry-run to print the script"
@@ -120,6 +120,11 @@ def submit(job: Job, *datasets: Path) -> str:
         if job.code:
             job.code.write()
         return slurm.sbatch(text, logs / f"{job.kind}.sbatch")
+
+
+def no_datasets(paths: Sequence[Path]) -> list[Path]:
+    """Those that are no dataset."""
+    return [path for path in paths if not (path / "manifest.json").is_file()]
 
 
 def check_time(limit: str) -> None:

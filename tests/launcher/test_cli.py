@@ -92,6 +92,7 @@ def test_options_and_overrides_may_stand_anywhere(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "set -- llama-7b data=D steps=9000 zero.stage=3\n" in done.stdout
     assert f"RUN={tmp_path}/R\n" in done.stdout
+    assert "note: there is no dataset at D yet: submit will refuse\n" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,6 +45,18 @@ def test_nodes_that_the_job_leaves_out_stay_left_out(cluster: Cluster) -> None:
     assert asked(cluster) == ["requeue 123456", "update JobId=123456 ExcNodeList=n3,n4"]
 
 
+@pytest.mark.parametrize("state", ["down", "drain", "drng", "idle*", "maint"])
+def test_a_node_that_is_down_is_no_substitute(cluster: Cluster, state: str) -> None:
+    knows(cluster, "ReqNodeList=(null) ExcNodeList=(null)")
+    told = 'case "$*" in *%t*) echo "n1 alloc\\nn2 mix\\nn3 {}" ;; *) echo "n1\\nn2\\nn3" ;; esac'
+    cluster.command("sinfo", told.format(state))
+    done = cluster.submitted()
+    assert "too few nodes are left" in done.stdout and asked(cluster) == ["requeue 123456"]
+    cluster.command("sinfo", told.format("idle"))
+    cluster.submitted()
+    assert asked(cluster)[-1] == "update JobId=123456 ExcNodeList=n2"
+
+
 def test_a_node_that_the_job_must_have_is_not_left_out(cluster: Cluster) -> None:
     """Slurm takes the change, and the job waits forever (BadConstraints)."""
     knows(cluster, "ReqNodeList=n[1-2] ExcNodeList=(null)")
