@@ -34,8 +34,9 @@ from train.settings import Table
 SUFFIXES = {".sif": "apptainer", ".sqsh": "pyxis"}
 """Image files -> what runs them."""
 SCRIPT_NAMES = {
-    "RUN", "OUT", "PYTHON", "TASKS", "CODE", "COPY_CODE", "RECORD", "NODE_LOCAL", "CONTAINER",
-    "WITHIN", "STAGE", "LOCAL", "IFS", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS",
+    "RUN", "OUT", "PYTHON", "TASKS", "CODE", "COPY_CODE", "MIN_NODES", "PREFLIGHT", "RECORD",
+    "NODE_LOCAL", "CONTAINER", "WITHIN", "STAGE", "LOCAL", "IFS", "UID", "EUID", "PPID",
+    "BASHOPTS", "SHELLOPTS",
 }  # fmt: skip
 """Variables that the batch scripts use themselves, or that bash has for itself."""
 
