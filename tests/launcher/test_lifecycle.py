@@ -345,6 +345,7 @@ def test_stages_may_begin_in_the_middle(chain: Chain) -> None:
     with pytest.raises(ValueError, match=r"\[finetune\] model is not named, and there is no \[exp"):
         chain.submit()
     chain.change("work/again", 'work/again"\nmodel = "work/model')
+    (chain.state / "wait").touch()
     assert chain.submit()[0] == ["finetune", "job 11"]
     assert (
         f"model={chain.folder}/work/model"
