@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from launcher.queue import QueuedJob, jobs
+from launcher.rank import follow_parent
 from launcher.show_status import duration, paragraph
 from launcher.status import job_of, status_of, statuses
 from tests.launcher.test_cli import ROOT, headrace
@@ -333,6 +334,8 @@ def test_watch_shows_what_changes_until_it_is_interrupted(run: Path, tmp_path: P
         cwd=ROOT, stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
         # Wide enough for the path: what is looked for must not be broken in two.
         env=os.environ | {"COLUMNS": "400"},
+        # A session of its own outlives a test that is killed.
+        preexec_fn=lambda: follow_parent(signal.SIGKILL),
     ) as process:  # fmt: skip
         os.close(inside)
         try:
