@@ -234,17 +234,30 @@ def _publish(file: int, part: Path, path: Path) -> None:
     """Give a part its name as an entry, if it is still the file that this writer has open.
 
     A writer so slow that it was taken for dead has lost its part, and another, half written, may
-    stand under the name by now. So the part is first renamed to what only this writer calls it, and
-    then looked at; one of another is removed: that writer has it open, and only fetches in vain.
+    stand under the name by now. So the part first gets a second name that only this writer knows,
+    and is then looked at. It keeps the first one until the entry is there: others who look between
+    would find neither, and fetch it again.
     """
     own = os.fstat(file)
     taken = path.with_name(f"{path.name}.part.of-{own.st_ino}")
     with suppress(FileNotFoundError):
-        os.rename(part, taken)
-        if os.path.samestat(own, os.stat(taken)):
-            os.replace(taken, path)
-        else:
+        _name_again(part, taken)
+        if not os.path.samestat(own, os.stat(taken)):
             os.unlink(taken)
+            return
+        os.replace(taken, path)
+        if os.path.samestat(own, os.stat(part)):
+            os.unlink(part)
+
+
+def _name_again(part: Path, taken: Path) -> None:
+    try:
+        os.link(part, taken)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # A file system without links: at worst an entry is fetched twice.
+        os.rename(part, taken)
 
 
 def _write_all(file: int, piece: bytes, offset: int) -> None:

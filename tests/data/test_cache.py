@@ -96,6 +96,29 @@ def test_an_entry_is_fetched_once_and_found_again(tmp_path: Path) -> None:
     assert [path.name for path in held(cache.folder)] == [made(7)[0].key]
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_nobody_can_begin_to_fetch_an_entry_that_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    claimed: list[bool] = []
+    replace = os.replace
+
+    def looking(source: Path, target: Path) -> None:
+        claimed.append(Path(f"{target}.part.0").exists())
+        replace(source, target)
+
+    def no_links(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "replace", looking)
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    cache = Cache(tmp_path / "cache", 2**30)
+    assert read(cache, 7) == made(7)[1]
+    assert claimed == [has_links]
+    assert [path.name for path in held(cache.folder)] == [made(7)[0].key]
+
+
 def test_many_processes_at_once_fetch_an_entry_once(tmp_path: Path) -> None:
     """They wait for whoever began."""
     arguments = (tmp_path / "cache", 2**30, list(range(30)), 60.0)
