@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.durations import large
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -43,9 +45,8 @@ def in_units(value: float, unit: str) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that a person would choose."""
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
+    if told := large(seconds):
+        return told
     if 0 < seconds < 0.1:
         return f"{seconds * 1000:,.3g} ms"
     return f"{seconds:,.3g} seconds"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.queue import jobs
 from launcher.status import Status, job_of, statuses
+from train.durations import large
 from train.ownership import BEAT_SECONDS
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ ASK_SECONDS = 30.0
 """How often Slurm is asked: its controller has others to serve."""
 FILE_WIDTH = 200
 LATE_SECONDS = 2 * BEAT_SECONDS
-UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
 
 
 def show_status(runs: Sequence[Path], *, as_json: bool) -> None:
@@ -99,10 +99,7 @@ def paragraph(status: Status) -> Iterator[str]:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that a person would choose."""
-    for unit, length in UNITS:
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.0f} s"
+    return large(seconds) or f"{seconds:,.0f} s"
 
 
 def _look(runs: Sequence[Path], known: Sequence[Any] | None = None) -> list[Status]:

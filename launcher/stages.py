@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from launcher.recipes import Recipe, find_recipe
 from launcher.site import Site, shell_lines
 from launcher.snapshot import Snapshot, take
 from launcher.template import SlurmUsageError, filename_pattern, fill
-from launcher.usage import objection
+from launcher.usage import NotTaken, parsed
 from train.attempts import attempts
 from train.config import FinetuneConfig, RunConfig, require_data
 from train.decode import flat_keys, load_config
@@ -93,28 +92,26 @@ def _prepare(table: Prepare, site: Site, earlier: Earlier) -> Stage:
     output = Path(table.output).resolve()
     if not table.inputs:
         raise SlurmUsageError("[prepare] inputs: it is empty; name files or folders of text")
-    inputs: dict[str, str] = {}
-    for named in table.inputs:
-        inputs |= _corpus(named, _excluded(table.options))
-    settings = {"inputs": list(table.inputs), "options": list(table.options)}
-    origin = Origin("prepare", settings, inputs | keys.contents(table.options))
     words = [word for named in table.inputs for word in ("--input", named)]
     words += ["--output", str(output), *table.options]
-    _check_words("prepare", words)
+    asked = _parsed("prepare", words)
+    inputs: dict[str, str] = {}
+    for named in table.inputs:
+        inputs |= _corpus(named, asked["exclude"] or ())
+    settings = {"inputs": list(table.inputs), "options": list(table.options)}
+    origin = Origin("prepare", settings, inputs | keys.contents(table.options))
     lines = [f"TASKS={table.tasks}", f"set -- {shlex.join(words)}"]
     return _script(table, site, origin, lines)
 
 
-def _excluded(options: Sequence[str]) -> list[str]:
-    """The values of --exclude among options of `headrace prepare`."""
-    apart = [value for word, value in pairwise(options) if word == "--exclude"]
-    return apart + [o.partition("=")[2] for o in options if o.startswith("--exclude=")]
-
-
-def _check_words(command: str, words: Sequence[str]) -> None:
-    """SlurmUsageError for what the command would refuse when the job has come to run."""
-    if told := objection(command, words):
-        raise SlurmUsageError(f"[{command}] options: {told}; see `headrace {command} --help`")
+def _parsed(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """The parameters of a command. SlurmUsageError for what it would refuse when the job runs."""
+    try:
+        return parsed(command, words)
+    except NotTaken as error:
+        raise SlurmUsageError(
+            f"[{command}] options: {error}; see `headrace {command} --help`"
+        ) from None
 
 
 def _corpus(named: str, exclude: Sequence[str]) -> dict[str, str]:
@@ -152,7 +149,7 @@ def _export(table: Export, site: Site, earlier: Earlier) -> Stage:
     origin = _origin("export", {"options": list(table.options)}, table.options, earlier)
     origin = _with_source(origin, run, earlier, ("config.json", "attempts.jsonl"))
     words = ["RUN=" + shlex.quote(str(run)), "OUT=" + shlex.quote(str(output))]
-    _check_words("export", [str(run), str(output), *table.options])
+    _parsed("export", [str(run), str(output), *table.options])
     lines = [*words, f"set -- {shlex.join(table.options)}"]
     return _script(table, site, origin, lines)
 
@@ -182,7 +179,7 @@ def _evaluate(table: Evaluate, site: Site, earlier: Earlier) -> Stage:
     origin = _origin("evaluate", settings, [str(data), *table.options], earlier)
     origin = _with_source(origin, model, earlier, ("",))
     words = [str(model), "--data", str(data), *table.options]
-    _check_words("evaluate", words)
+    _parsed("evaluate", words)
     lines = [f"OUT={shlex.quote(str(output))}", f"set -- {shlex.join(words)}"]
     return _script(table, site, origin, lines)
 

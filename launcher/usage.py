@@ -43,8 +43,14 @@ def names(option: str, value: str | None) -> tuple[str, ...]:
     return found
 
 
-def objection(command: str, words: Sequence[str]) -> str:
-    """Why `headrace COMMAND` would not take these words; empty when it would. Nothing is run."""
+class NotTaken(ValueError):
+    """Words that a command does not take."""
+
+
+def parsed(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """What `headrace COMMAND` reads out of these words, by parameter. NotTaken when it would refuse
+    them. Nothing is run.
+    """
     from typer.main import get_command
 
     from launcher.cli import app
@@ -53,9 +59,10 @@ def objection(command: str, words: Sequence[str]) -> str:
     context = group.make_context("headrace", [command], resilient_parsing=True)
     parser = group.get_command(context, command)
     if "--help" in words:
-        return "--help makes nothing"
+        raise NotTaken("--help makes nothing")
     try:
-        parser.make_context(command, list(words), parent=context)
+        found: dict[str, Any] = parser.make_context(command, list(words), parent=context).params
     except USAGE_ERROR as error:
-        return str(error.format_message()) if hasattr(error, "format_message") else str(error)
-    return ""
+        told = error.format_message() if hasattr(error, "format_message") else error
+        raise NotTaken(str(told)) from None
+    return found

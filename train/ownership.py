@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 from data.durable import StorageError, writing
 from train.attempts import attempts
+from train.durations import large
 
 FOLDER = "attempts"
 BEAT_SECONDS = 10.0
@@ -193,11 +194,9 @@ def _described(owner: Mapping[str, Any]) -> str:
 
 def ago(seconds: float) -> str:
     """How long something is past, in the unit that a person would choose."""
-    for unit, length in (("days", 86_400), ("hours", 3_600)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit} ago"
     minutes = round(seconds / 60)
-    return f"{minutes} minute{'s' * (minutes != 1)} ago"
+    told = large(seconds, "days", "hours") or f"{minutes} minute{'s' * (minutes != 1)}"
+    return f"{told} ago"
 
 
 def _self() -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from launcher import queue
@@ -11,13 +9,6 @@ from launcher.jobs import submit
 from launcher.template import SlurmError, SlurmUsageError
 from tests.launcher.slurm_stand_ins import Cluster, job
 from tests.launcher.test_slurm import dataset_in
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster of stand-ins."""
-    monkeypatch.setenv("STATE", "")
-    return Cluster(tmp_path)
 
 
 def test_a_run_has_one_job_in_the_queue(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.launcher.slurm_stand_ins import Cluster
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster of stand-ins."""
-    monkeypatch.setenv("STATE", "")
-    return Cluster(tmp_path)
 
 
 def test_failures_without_progress_end_the_job(cluster: Cluster) -> None:

@@ -204,13 +204,6 @@ def dataset_in(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster of stand-ins."""
-    monkeypatch.setenv("STATE", "")
-    return Cluster(tmp_path)
-
-
 def test_the_script_starts_one_torchrun_per_node(cluster: Cluster) -> None:
     cluster.ends(0, outcome="complete")
     done = cluster.submitted()

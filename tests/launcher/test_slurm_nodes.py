@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.launcher.slurm_stand_ins import Cluster
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+def cluster(cluster: Cluster) -> Cluster:
     """A cluster of stand-ins with a spare node, and n2 on the run's list."""
-    monkeypatch.setenv("STATE", "")
-    made = Cluster(tmp_path)
-    made.command("sinfo", 'echo "n1\\nn2\\nn3\\nn4"')
-    (made.run / "logs").mkdir()
-    (made.run / "logs" / "exclude").write_text("n2\n")
-    made.ends(1, outcome="failed")
-    return made
+    cluster.command("sinfo", 'echo "n1\\nn2\\nn3\\nn4"')
+    (cluster.run / "logs").mkdir()
+    (cluster.run / "logs" / "exclude").write_text("n2\n")
+    cluster.ends(1, outcome="failed")
+    return cluster
 
 
 def knows(cluster: Cluster, fields: str) -> None:

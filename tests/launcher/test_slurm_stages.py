@@ -16,13 +16,6 @@ EXPORT, FINETUNE, EVALUATE = (
 )
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster of stand-ins, with a Python by the name of `python`."""
-    monkeypatch.setenv("STATE", "")
-    return Cluster(tmp_path)
-
-
 def argv_of(cluster: Cluster) -> list[str]:
     """What srun was asked to run, and with what."""
     return (cluster.state / "srun").read_text().split("\0")[:-1]

@@ -72,12 +72,10 @@ def test_a_copy_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+def cluster(cluster: Cluster) -> Cluster:
     """Stand-ins; srun tells which code Python would run."""
-    monkeypatch.setenv("STATE", "")
-    made = Cluster(tmp_path)
-    made.command("srun", f"{sys.executable} -c '{WHERE}'; exit 1")
-    return made
+    cluster.command("srun", f"{sys.executable} -c '{WHERE}'; exit 1")
+    return cluster
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "export", "evaluate"])
