@@ -16,8 +16,10 @@ from data.jobs import Task
 from data.prepare import STAGES, Summary, prepare, prepare_task
 from data.readers import Document, cut_parts, read_extent
 from data.selection import Selection
+from launcher.lifecycle import Prepare
 from launcher.show import show_preparation
-from launcher.stages import _corpus, _excluded
+from launcher.site import Site
+from launcher.stages import resolve
 from tests.data.prepared import tree
 from tests.data.texts import prose, write_lines
 
@@ -226,10 +228,11 @@ def test_reruns_and_tasks_agree_on_the_patterns(code: Path, tmp_path: Path) -> N
     assert summary.manifest.fingerprint
 
 
-def test_a_life_cycle_keys_its_corpus_by_what_is_read(code: Path) -> None:
-    options = ["--exclude", "a=b", "--vocab-size=400", "--exclude=lib", "--exclude", "old"]
-    assert sorted(_excluded(options)) == ["a=b", "lib", "old"]
-    assert set(_corpus(str(code), _excluded(options))) == {
+def test_a_life_cycle_keys_its_corpus_by_what_is_read(code: Path, tmp_path: Path) -> None:
+    options = ("--exclude", "a=b", "--vocab-size=400", "--exclude=lib", "--exclude", "old")
+    table = Prepare(inputs=(str(code),), output=str(tmp_path / "out"), options=options)
+    (stage,) = resolve({"prepare": table}, Site())
+    assert set(stage.origin.inputs) == {
         str(code / "main.py"),
         str(code / "docs" / "index.html"),
     }
