@@ -16,7 +16,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,9 +76,11 @@ def write_durably(path: Path, content: bytes) -> None:
     write_stream(path, (content,))
 
 
-def write_stream(path: Path, pieces: Iterable[bytes]) -> None:
+def write_stream(
+    path: Path, pieces: Iterable[bytes], *, check: Callable[[], None] = lambda: None
+) -> None:
     """`write_durably` of what comes in pieces; an error of theirs, too, leaves the old content and
-    nothing beside it.
+    nothing beside it, and so does one of `check`, called when all is on disk but the name.
     """
     # Two that write one path at once have a file each, and the last rename wins as a whole.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -89,6 +91,7 @@ def write_stream(path: Path, pieces: Iterable[bytes]) -> None:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
+            check()
             publish(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -139,12 +142,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> str:
-    """Write canonical JSON that ends in its own sha256; returns the sha256 of the whole file."""
+def write_sealed(
+    path: Path, content: Mapping[str, Any], *, check: Callable[[], None] = lambda: None
+) -> str:
+    """Write canonical JSON that ends in its own sha256; returns the sha256 of the whole file.
+    `check` as in `write_stream`.
+    """
     body = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     seal = hashlib.sha256(body).hexdigest()
     sealed = body[:-1] + f',"sha256":"{seal}"}}\n'.encode()
-    write_durably(path, sealed)
+    write_stream(path, (sealed,), check=check)
     return hashlib.sha256(sealed).hexdigest()
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -90,12 +91,13 @@ def launch(argv: Sequence[str], *, run: Path, num_processes: int, program: str =
         torchrun = _start_torchrun([program, *argv], num_processes, folder)
         failure = _attend(torchrun, folder, stop, num_processes)
         failure = failure or _unspoken(torchrun, folder, stop)
+        pids = mailbox.processes(folder).values()
     if failure is not None:
-        _close(run, num_rows, "failed", failure.message)
+        _close(run, num_rows, pids, "failed", failure.message)
         raise _error(failure, run)
     if stop.asked:
-        _close(run, num_rows, "stopped", f"{stop.asked}; ended before it was saved")
-    rows = attempts(run)[num_rows:]
+        _close(run, num_rows, pids, "stopped", f"{stop.asked}; ended before it was saved")
+    rows = _rows_of(run, num_rows, pids)
     if stop.asked and not rows:
         # Before the first step.
         return EXIT_CODES["stopped"]
@@ -219,10 +221,23 @@ def _unspoken(
     return Failure(0, words)
 
 
-def _close(run: Path, num_rows: int, outcome: Outcome, reason: str) -> None:
-    """Write the end of an attempt of this launch whose ranks were ended before they could."""
-    rows = attempts(run)
-    if len(rows) > num_rows and rows[-1]["event"] == "start":
+def _rows_of(run: Path, num_rows: int, pids: Collection[int]) -> list[dict[str, Any]]:
+    """Rows, after the first `num_rows`, of the attempt that one of these processes has begun.
+    Another launch, which has the run while this one is refused, adds rows of its own.
+    """
+    rows = attempts(run)[num_rows:]
+    ours = [
+        row["attempt"]
+        for row in rows
+        if row["event"] == "start" and row["host"] == socket.gethostname() and row["pid"] in pids
+    ]
+    return [row for row in rows if row["attempt"] in ours[-1:]]
+
+
+def _close(run: Path, num_rows: int, pids: Collection[int], outcome: Outcome, reason: str) -> None:
+    """Write the end of the attempt of this launch, if its ranks were ended before they could."""
+    rows = _rows_of(run, num_rows, pids)
+    if rows and rows[-1]["event"] == "start":
         # A full disk may be what ended them.
         with suppress(StorageError):
             end_attempt(run, rows[-1]["attempt"], outcome=outcome, step=None, reason=reason)

@@ -150,7 +150,8 @@ def commit(
 ) -> None:
     """Make the checkpoint exist. One rank only, after every rank's file is on disk.
 
-    `check` has the last word: what it raises leaves the checkpoint uncommitted.
+    `check` has the last word, when the manifest lacks its name alone: what it raises leaves the
+    checkpoint uncommitted.
     """
     inventory = {name: one.model_dump() for name, one in parameters.items()}
     sizes = sizes_of(inventory)
@@ -176,8 +177,7 @@ def commit(
         # The names of the files and of their folder, before a manifest vouches for them.
         for path in (folder, folder.parent, folder.parent.parent):
             sync(path)
-    check()
-    write_sealed(folder / MANIFEST, manifest)
+    write_sealed(folder / MANIFEST, manifest, check=check)
 
 
 def discard(run: Path, step: int) -> None:

@@ -91,11 +91,7 @@ def write_slices(
     parts = (memoryview(header), *(array.view(np.uint8).data for array in flat))
     chunks = _Hashes(chunk_bytes)
     # One thread: chunks are hashed in their order.
-    with (
-        ThreadPoolExecutor(1, "hashes") as hasher,
-        writing(path),
-        path.open("wb", buffering=0) as file,
-    ):
+    with ThreadPoolExecutor(1, "hashes") as hasher, writing(path), _new(path) as file:
         added = []
         for piece in _written(file, parts):
             added.append(hasher.submit(chunks.add, piece))
@@ -118,6 +114,19 @@ def write_slices(
         "tensors": tensors,
         "tables": tables,
     }
+
+
+def _new(path: Path) -> io.FileIO:
+    """A file that is not there yet. A checkpoint begins with an empty folder: a rank that finds its
+    file there comes late, and it belongs to the attempt that has taken the run over.
+    """
+    try:
+        return path.open("xb", buffering=0)
+    except FileExistsError:
+        raise CheckpointError(
+            f"{path} is there already: a later attempt has begun this checkpoint anew while this "
+            "rank did not answer; nothing more is saved here"
+        ) from None
 
 
 def file_name(rank: int) -> str:

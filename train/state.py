@@ -40,7 +40,9 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
         loaded = _read(flats, saved.reader, saved.keys)
     with torch.no_grad():
         for flat, arrays in zip(flats, loaded, strict=True):
-            flat.prepare([key for key in arrays if key != "param"], saved.scalars)
+            # All padding: there the optimizer begins at its next step, as in a new run.
+            scalars = saved.scalars if flat.fragments else {}
+            flat.prepare([key for key in arrays if key != "param"], scalars)
             tensors = flat.tensors()
             for key, array in arrays.items():
                 position = 0

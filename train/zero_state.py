@@ -92,7 +92,11 @@ class Flat:
         return {key: float(value) for key, value in self.state.items() if key not in flat}
 
     def prepare(self, keys: Iterable[str], scalars: Mapping[str, float]) -> None:
-        """Give an optimizer that has not stepped yet the state that a load will fill."""
+        """Give the optimizer the state that a load will fill, and none besides: one that has
+        stepped is as new where what is loaded has nothing.
+        """
+        for key in self.state.keys() - {*keys, *scalars}:
+            del self.state[key]
         for key in keys:
             if key not in self.state:
                 self.state[key] = torch.zeros_like(self.master, requires_grad=False)

@@ -105,6 +105,13 @@ def test_the_end_of_the_ranks_becomes_one_exit_code_and_one_line(
     assert not rows or rows[-1]["outcome"] == ("complete" if code == 0 else "failed")
 
 
+def test_a_launch_that_is_refused_ends_no_attempt_of_another(tmp_path: Path) -> None:
+    with start("refused by another", tmp_path) as job:
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 2 and "is being trained by attempt 1" in stderr
+    assert [row["event"] for row in attempts(tmp_path)] == ["start"], "that one lives"
+
+
 def test_an_error_that_nobody_expected_shows_its_traceback_once(tmp_path: Path) -> None:
     with start("crash", tmp_path) as job:
         _, stderr = job.communicate(timeout=60)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -50,9 +51,14 @@ def train(what: str, run: Path) -> str:
     if what == "die" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "complete":
+        if rank == 0:
+            begin(run, 1)
         return end(run, rank, "complete")
+    if what == "refused by another" and rank == 0:
+        add_row(run, {"attempt": 1, "event": "start", "host": "node7", "pid": os.getpid()})
+        raise ToyRefusal("the run is being trained by attempt 1")
     if rank == 0:
-        add_row(run, {"attempt": 1, "event": "start"})
+        begin(run, 1)
     stop = StopRequest()
     if what == "wait":
         stop.listen()
@@ -69,6 +75,12 @@ def end(run: Path, rank: int, outcome: str) -> str:
     if rank == 0:
         add_row(run, {"attempt": 1, "event": "end", "outcome": outcome})
     return outcome
+
+
+def begin(run: Path, number: int) -> None:
+    """Record that this rank begins an attempt."""
+    row = {"attempt": number, "event": "start", "host": socket.gethostname(), "pid": os.getpid()}
+    add_row(run, row)
 
 
 def add_row(run: Path, row: dict[str, object]) -> None:

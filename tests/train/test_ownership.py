@@ -18,14 +18,17 @@ from typing import Any
 
 import pytest
 
+from data import durable
 from data.durable import read_sealed, write_sealed
 from tests.ranks import run_ranks
+from tests.train.checkpoints import pieces, values, write
 from tests.train.test_pretrain import config
-from train import opening, ownership
+from train import checkpoint, opening, ownership
 from train.attempts import attempts, end_attempt
-from train.checkpoint import committed, step_folder
+from train.checkpoint import CheckpointError, committed, open_checkpoint, step_folder
 from train.ownership import Ownership, RunInUse, ago, own
 from train.pretrain import pretrain_on
+from train.slices import write_slices
 from train.world import RankError, World
 
 BEAT = 0.05
@@ -220,6 +223,38 @@ def test_who_has_lost_the_run_begins_commits_and_prunes_nothing(
     told = run_ranks(2, lose_and_save, dataset, tmp_path / "run", at)
     assert [found for _, found in told] == [steps, steps]
     assert all("attempt 1 no longer owns" in message for message, _ in told)
+
+
+def test_a_rank_that_comes_late_overwrites_no_file_of_the_new_owner(tmp_path: Path) -> None:
+    """It was frozen between the folder and its file; only rank 0 looks whose the run is."""
+    checkpoint.begin(tmp_path, 60)
+    stored = write(tmp_path, 60, num_ranks=4)
+    with pytest.raises(CheckpointError, match="a later attempt has begun this checkpoint anew"):
+        write_slices(step_folder(tmp_path, 60), 1, *pieces(values(60, seed=1), 1, 2))
+    saved = open_checkpoint(tmp_path)
+    saved.verify()
+    assert saved.read("a").tobytes() == stored["param/a"].tobytes()
+
+
+def test_the_last_look_comes_when_the_manifest_lacks_its_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that is cut off from the storage stands in the fsync of the manifest."""
+    calls: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync") or fsync(number))
+    monkeypatch.setattr(durable, "publish", lambda *paths: calls.append("publish"))
+    folder = checkpoint.begin(tmp_path, 1)
+    checkpoint.commit(
+        folder,
+        step=1,
+        parameters={},
+        scalars={},
+        state={},
+        files=[],
+        check=lambda: calls.append("check"),
+    )
+    assert calls[-3:] == ["fsync", "check", "publish"]
 
 
 def test_a_run_that_went_on_while_its_owner_was_waited_for_is_looked_at_again(

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.ranks import run_ranks
 from tests.train.toy import make_engine, run_steps, save
 from train.checkpoint import open_checkpoint
 from train.config import JobConfig
-from train.engine import Engine
+from train.engine import DeepSpeedEngine, Engine
 from train.state import load_checkpoint, load_newest
 from train.world import World
 
@@ -127,7 +128,7 @@ def controls(world: World, folder: Path) -> dict[str, Rows]:
                 flat.tensors()["exp_avg"][: len(flat.master) // 2].zero_()
             if damage == "count":
                 for each in engine.flats():
-                    each.prepare([], {"step": each.scalars()["step"] + 1})
+                    each.state["step"] += 1
             shift = int(damage == "data")
             steps = range(SPLIT + 1 + shift, END + 1 + shift)
             found[f"{layout} {damage}"] = run_steps(engine, world, steps, **shape)
@@ -175,6 +176,64 @@ def test_any_stage_and_world_loads_any_other(
         tolerance = 2e-5 if "fp32" in name else 2e-2
         for row, wanted in zip(rows, expected, strict=True):
             assert row == pytest.approx(wanted, rel=tolerance), name
+
+
+def padded(world: World, run: Path) -> dict[str, Any]:
+    """A vector of 5 on 4 ranks: the last one has padding alone. Steps after a resume, and without
+    one.
+    """
+    found = {}
+    for stage in (1, 3):
+        config = JobConfig.model_validate({"precision": "fp32", "zero": {"stage": stage}})
+
+        def made(config: JobConfig = config) -> Engine:
+            torch.manual_seed(0)
+            return DeepSpeedEngine(nn.Linear(8, 5), config, world, micro_batch=1, accumulation=1)
+
+        def step(engine: Engine) -> float:
+            engine.forward_backward(
+                {"x": torch.ones(1, 8)}, num_valid=1, loss_sum=lambda m, b: m(b["x"]).square().sum()
+            )
+            return engine.step(1e-2).grad_norm
+
+        engine, other = made(), made()
+        has_padding = not all(flat.fragments for flat in engine.flats())
+        step(engine)
+        save(engine, world, run / str(stage), 1)
+        assert load_newest(other, world, run / str(stage))
+        found[stage] = has_padding, [step(other), step(other)], [step(engine), step(engine)]
+    return found
+
+
+def test_a_rank_whose_part_is_all_padding_goes_on_too(tmp_path: Path) -> None:
+    told = run_ranks(4, padded, tmp_path)
+    assert [told[rank][3][0] for rank in range(4)] == [False, False, False, True]
+    for found in told:
+        for _, resumed, plain in found.values():
+            assert resumed == plain
+
+
+def back_to_the_beginning(world: World, run: Path) -> dict[str, tuple[Rows, Rows]]:
+    """Steps from a checkpoint that was taken before the first update, in an engine that has stepped
+    since, and in a new one.
+    """
+    found = {}
+    for layout in LAYOUTS:
+        rows = []
+        for steps_before in (0, 2):
+            engine, shape = build(world, layout)
+            if not steps_before:
+                save(engine, world, run / str(layout), 1)
+            run_steps(engine, world, range(90, 90 + steps_before), **shape)
+            assert load_newest(engine, world, run / str(layout))
+            rows.append(run_steps(engine, world, range(1, 4), **shape))
+        found[str(layout)] = (rows[0], rows[1])
+    return found
+
+
+def test_a_load_takes_away_what_the_checkpoint_has_not(tmp_path: Path) -> None:
+    for layout, (new, stepped) in run_ranks(2, back_to_the_beginning, tmp_path)[0].items():
+        assert stepped == new, layout
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
