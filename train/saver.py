@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +31,9 @@ from train.progress import at
 from train.room import Share, check_room, share
 from train.settings import CheckpointConfig
 from train.slices import Range, write_slices
+from train.waiting import POLL_SECONDS, wait_for_all
 from train.world import RankError, World
 from train.zero_state import Flat
-
-POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,26 +130,16 @@ class Saver:
     def finish(self) -> None:
         """Collective. Wait for the save in flight, if there is one, and commit it."""
         if self._pending is not None:
-            begun = time.monotonic()
-            self._wait(self._pending)
+            begun, written = time.monotonic(), self._pending.written
+            wait_for_all(
+                self._world,
+                lambda: not written.done(),
+                place="disk",
+                step=self._pending.step,
+                progress=lambda: self._num_pieces,
+            )
             self._pending.stall += time.monotonic() - begun
             self.commit()
-
-    def _wait(self, pending: _Pending) -> None:
-        """Collective. Until every rank has written. A disk that is slow is none that stands still:
-        a rank is at its disk since the last piece that was taken, and whoever waits for others
-        comes there anew as long as they answer.
-        """
-        num_pieces = -1
-        while True:
-            if pending.written.done():
-                at("peers", pending.step)
-            elif num_pieces != self._num_pieces:
-                num_pieces = self._num_pieces
-                at("disk", pending.step)
-            if not self._world.sum(torch.tensor(int(not pending.written.done()))):
-                return
-            wait([pending.written], POLL_SECONDS)
 
     def close(self) -> None:
         """Take no more; what is in flight is written to its end and stays uncommitted."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from train.checkpoint import Checkpoint, open_checkpoint
 from train.choice import choose
 from train.engine import Engine
 from train.inventory import check_same
-from train.progress import at
 from train.slice_reader import SliceReader
+from train.waiting import wait_for_all
 from train.world import RankError, World
 from train.zero_state import Flat
 
@@ -35,9 +36,8 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
     loaded: list[dict[str, np.ndarray]] = []
     with world.together(f"reading {saved.folder}"):
         check_same(saved.inventory, engine.inventory, str(saved.folder))
-        # Storage that is slow is none that stands still.
-        saved.reader.goes_on = lambda: at("load")
-        loaded = _read(flats, saved.reader, saved.keys)
+    with world.together(f"reading {saved.folder}"):
+        loaded = _read_beside(world, flats, saved)
     with torch.no_grad():
         for flat, arrays in zip(flats, loaded, strict=True):
             # All padding: there the optimizer begins at its next step, as in a new run.
@@ -87,6 +87,23 @@ def load_newest(
         reason = f"step {passed.step}: {passed.reason}"
         log.warning("checkpoint not usable, going on from step %s: %s", step, reason)
     return saved
+
+
+def _read_beside(world: World, flats: list[Flat], saved: Checkpoint) -> list[dict[str, np.ndarray]]:
+    """Collective. What `_read` returns, from a thread: a rank with a slow disk keeps the others
+    waiting, and none of them is taken for one that stands still.
+    """
+    num_pieces = 0
+
+    def goes_on() -> None:
+        nonlocal num_pieces
+        num_pieces += 1
+
+    saved.reader.goes_on = goes_on
+    with ThreadPoolExecutor(1, "load") as pool:
+        read = pool.submit(_read, flats, saved.reader, saved.keys)
+        wait_for_all(world, lambda: not read.done(), place="load", progress=lambda: num_pieces)
+    return read.result()
 
 
 def _read(
