@@ -6,6 +6,7 @@ not at all; behind a URL a cut upload may leave half a file, so whoever reads ch
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -30,8 +31,8 @@ class Store(Protocol):
     def size(self, name: str) -> int:
         """Bytes of a file."""
 
-    def read(self, name: str) -> Iterator[bytes]:
-        """A file, piece by piece."""
+    def read(self, name: str, first: int = 0) -> Iterator[bytes]:
+        """A file from byte `first` on, piece by piece."""
 
     def write(self, name: str, pieces: Iterable[bytes]) -> None:
         """Make or replace a file."""
@@ -50,14 +51,20 @@ class FolderStore:
         return str(self._folder / name)
 
     def names(self) -> list[str]:
-        found = (path for path in self._folder.rglob("*") if path.is_file())
+        # Not by Path.rglob, to which a folder that may not be read is an empty one.
+        found = [
+            Path(folder, name)
+            for folder, _, names in os.walk(self._folder, onerror=_unless_gone)
+            for name in names
+        ]
         return sorted(str(path.relative_to(self._folder)) for path in found)
 
     def size(self, name: str) -> int:
         return (self._folder / name).stat().st_size
 
-    def read(self, name: str) -> Iterator[bytes]:
+    def read(self, name: str, first: int = 0) -> Iterator[bytes]:
         with (self._folder / name).open("rb", buffering=0) as file:
+            file.seek(first)
             while piece := file.read(BLOCK_BYTES):
                 yield piece
 
@@ -98,8 +105,9 @@ class UrlStore:
     def size(self, name: str) -> int:
         return int(self._files.info(self._at(name))["size"])
 
-    def read(self, name: str) -> Iterator[bytes]:
+    def read(self, name: str, first: int = 0) -> Iterator[bytes]:
         with self._files.open(self._at(name), "rb") as file:
+            file.seek(first)
             while piece := file.read(BLOCK_BYTES):
                 yield piece
 
@@ -116,6 +124,11 @@ class UrlStore:
 
     def _at(self, name: str) -> str:
         return f"{self._url}/{name}"
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def store_of(location: str) -> Store:

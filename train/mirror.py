@@ -14,11 +14,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import xxhash
 
@@ -34,13 +34,24 @@ from train.checkpoint import (
     step_of,
 )
 from train.manifest import parsed_manifest
+from train.patience import insisting
 from train.retention import Committed, Retention, retained
 from train.slice_reader import HASH_BYTES
 
 RUN_FILES = ("config.json", "phases.jsonl", "events.jsonl", "attempts.jsonl")
 """What a resume reads besides a checkpoint."""
 
+Answer = TypeVar("Answer")
+
 log = logging.getLogger(__name__)
+
+
+class MirrorError(ValueError):
+    """A mirror that does not answer: its copies may be whole, so nobody may go on as if there were
+    none.
+    """
+
+    exit_code: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -85,25 +96,19 @@ class Mirror:
             )
 
     def steps(self) -> list[int]:
-        """Steps with a manifest, newest first; nothing is verified yet. CheckpointError when the
-        place cannot be looked into.
+        """Steps with a manifest, newest first; nothing is verified yet. MirrorError when the place
+        cannot be looked into.
         """
-        try:
-            names = [name.rpartition("/") for name in self._store.names()]
-        # What the library of a place raises is not known.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"the mirror {self.location} cannot be read: {reason}") from error
+        names = [name.rpartition("/") for name in self._names()]
         found = [step_of(folder) for folder, _, file in names if file == MANIFEST]
         return sorted((step for step in found if step is not None), reverse=True)
 
     def open(self, step: int) -> Checkpoint:
         """The manifest of a copy; its `folder` is where it would lie in the run. CheckpointError
-        when it is damaged.
+        when it is damaged; here and below MirrorError when the place does not answer.
         """
         name = f"{step_folder(self._run, step).name}/{MANIFEST}"
-        raw = b"".join(self._store.read(name))
-        manifest = parsed_manifest(raw, self._store.path(name))
+        manifest = parsed_manifest(b"".join(self._read(name)), self._store.path(name))
         if manifest["step"] != step:
             raise CheckpointError(f"{self._store.path(name)} is of step {manifest['step']}")
         return Checkpoint(step_folder(self._run, step), manifest)
@@ -112,10 +117,7 @@ class Mirror:
         """CheckpointError when a file of a copy is missing or has not the size that was written."""
         for entry in saved.manifest["files"]:
             name = f"{saved.folder.name}/{entry['name']}"
-            try:
-                size = self._store.size(name)
-            except FileNotFoundError:
-                raise CheckpointError(f"{self._store.path(name)} is missing") from None
+            size = self._size(name)
             if size != entry["bytes"]:
                 raise CheckpointError(
                     f"{self._store.path(name)} has {size} bytes, {entry['bytes']} were written"
@@ -150,23 +152,23 @@ class Mirror:
         for entry in saved.manifest["files"]:
             if entry["name"] in names:
                 name = f"{saved.folder.name}/{entry['name']}"
-                pieces = checked(self._store.read(name), entry, self._store.path(name))
+                pieces = checked(self._read(name), entry, self._store.path(name))
                 target.write(entry["name"], pieces)
 
     def commit_back(self, saved: Checkpoint) -> None:
         """Copy the manifest, when every file is back."""
-        raw = b"".join(self._store.read(f"{saved.folder.name}/{MANIFEST}"))
+        raw = b"".join(self._read(f"{saved.folder.name}/{MANIFEST}"))
         write_durably(saved.folder / MANIFEST, raw)
 
     def run_files_back(self) -> None:
         """Copy what a resume reads besides into a run that was lost as a whole. config.json comes
         last: a run that has it has all.
         """
-        names = [name for name in self._store.names() if name in RUN_FILES]
+        names = [name for name in self._names() if name in RUN_FILES]
         for name in sorted(names, key=lambda name: name == "config.json"):
             log.info("%s is copied back from the mirror %s", name, self.location)
             self._run.mkdir(parents=True, exist_ok=True)
-            write_durably(self._run / name, b"".join(self._store.read(name)))
+            write_durably(self._run / name, b"".join(self._read(name)))
 
     def prune(self, rule: Retention, *, newest: int) -> None:
         """Remove the copies that the rule does not keep, and what is of a history that was left."""
@@ -178,15 +180,49 @@ class Mirror:
             if step <= newest:
                 rows.append(Committed(step, when))
         kept = retained(rows, rule)
-        for folder in sorted({name.rpartition("/")[0] for name in self._store.names()}):
+        for folder in sorted({name.rpartition("/")[0] for name in self._names()}):
             number = step_of(folder)
             if number is not None and number not in kept:
                 self._remove(number)
 
     def bytes_of(self, saved: Checkpoint) -> int:
         """Of the files of a copy and its manifest."""
-        manifest = self._store.size(f"{saved.folder.name}/{MANIFEST}")
+        manifest = self._size(f"{saved.folder.name}/{MANIFEST}")
         return manifest + sum(int(entry["bytes"]) for entry in saved.manifest["files"])
+
+    def _names(self) -> list[str]:
+        return self._ask("", self._store.names)
+
+    def _size(self, name: str) -> int:
+        return self._ask(name, lambda: self._store.size(name))
+
+    def _read(self, name: str) -> Iterator[bytes]:
+        """A file, piece by piece."""
+        done, pieces = 0, self._store.read(name)
+
+        def piece() -> bytes:
+            nonlocal pieces
+            try:
+                return next(pieces, b"")
+            except OSError:
+                # It has ended with its error; another one goes on where it stood.
+                pieces = self._store.read(name, done)
+                raise
+
+        while found := self._ask(name, piece):
+            done += len(found)
+            yield found
+
+    def _ask(self, name: str, ask: Callable[[], Answer]) -> Answer:
+        """CheckpointError when that file is missing, MirrorError when the place does not answer."""
+        try:
+            return insisting(ask)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self._store.path(name)} is missing") from None
+        # What the library of a place raises is not known.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise MirrorError(f"the mirror {self.location} cannot be read: {reason}") from error
 
     def _remove(self, step: int) -> None:
         folder = step_folder(self._run, step).name

@@ -151,7 +151,9 @@ def _check_still_at(run: Path, done: int) -> None:
 
 def _check_history(run: Path) -> None:
     """CheckpointError when the run has completed steps and lost every checkpoint of them."""
-    recorded = max((row.get("step") or 0 for row in run_directory.attempts(run)), default=0)
+    rows = run_directory.attempts(run)
+    # Of an attempt that was killed, or copied before its end, only the start tells.
+    recorded = max((row.get("step") or row.get("resumed_from") or 0 for row in rows), default=0)
     if recorded and not committed(run):
         raise CheckpointError(
             f"{run} recorded step {recorded}, but {run / 'checkpoints'} holds no committed "

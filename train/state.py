@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from train import checkpoint
-from train.checkpoint import Checkpoint, open_checkpoint
+from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from train.choice import choose
 from train.engine import Engine
 from train.inventory import check_same
@@ -57,7 +57,8 @@ def load_newest(
     engine: Engine, world: World, run: Path, *, mend: Callable[[int], bool] = lambda step: False
 ) -> Checkpoint | None:
     """Collective. Load the newest checkpoint that verifies; each one passed over is reported once,
-    with its reason. `mend` is asked for one that does not, and says whether it put it right.
+    with its reason. `mend` is asked for one that does not, and says whether it put it right; its
+    CheckpointError is one reason more.
 
     Returns None when the run has no checkpoint at all; raises CheckpointError when it has some and
     none is usable, because starting again from nothing would throw away the run.
@@ -74,7 +75,12 @@ def load_newest(
         try:
             return load(run, step)
         except RankError as error:
-            if not mend(step):
+            try:
+                is_mended = mend(step)
+            except CheckpointError as copy:
+                told = f"{error}; the mirror is no help: {copy}"
+                raise RankError(told, error.exit_code) from error
+            if not is_mended:
                 raise
             if world.is_main:
                 log.warning("checkpoint mended from the mirror: %s", error)

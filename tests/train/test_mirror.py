@@ -26,7 +26,7 @@ from tests.train.checkpoints import values, write
 from train import checkpoint, slices
 from train.checkpoint import CheckpointError, committed, open_checkpoint, step_folder
 from train.events import read_events
-from train.mirror import Copied, Mirror, MirrorThread
+from train.mirror import Copied, Mirror, MirrorError, MirrorThread
 from train.retention import Retention
 from train.step import tell_mirrored
 
@@ -292,7 +292,7 @@ def test_a_mirror_that_cannot_be_looked_into_is_named(tmp_path: Path) -> None:
 
     mirror = Mirror(str(tmp_path / "far"), tmp_path / "run")
     mirror._store = Away(tmp_path)
-    with pytest.raises(CheckpointError, match=r"the mirror .*far/run cannot be read: Permission"):
+    with pytest.raises(MirrorError, match=r"the mirror .*far/run cannot be read: Permission"):
         mirror.steps()
 
 
