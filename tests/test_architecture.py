@@ -78,6 +78,7 @@ CHECKPOINT_MODULES = (
     "compare",
     "listing",
     "mirror",
+    "mirror_thread",
     "pruning",
     "retention",
     "slices",

@@ -1,22 +1,17 @@
 """A second place for committed checkpoints, kept in the background: MIRROR/NAME-OF-RUN/step-*/...
 
-One thread of rank 0 copies what was committed, file by file, each chunk held against its hash on
-the way, and the manifest last: a copy without one does not exist. One copy is in flight at most; of
-what is committed meanwhile the newest is next. Training waits for a copy only at its very end. A
-failure is told and ends nothing: the next commit is tried again. The rule by which checkpoints stay
-in the run holds here, too. No torch here.
+What was committed is copied file by file, each chunk held against its hash on the way, and the
+manifest last: a copy without one does not exist. The rule by which checkpoints stay in the run
+holds here, too. An attempt that has lost the run changes nothing: it looks before each call that
+would, and once more when the last byte of a file is read. No torch here.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -54,27 +49,22 @@ class MirrorError(ValueError):
     exit_code: ClassVar[int] = 1
 
 
-@dataclass(frozen=True)
-class Copied:
-    """What has become of a copy."""
-
-    step: int
-    seconds: float
-    problem: str
-    """Why it is not there; empty when it is."""
-
-
 class Mirror:
     """The copies of one run."""
 
-    def __init__(self, location: str, run: Path) -> None:
-        """DataUsageError when nobody can write to such a place."""
+    def __init__(
+        self, location: str, run: Path, check_owner: Callable[[], None] = lambda: None
+    ) -> None:
+        """DataUsageError when nobody can write to such a place. What `check_owner` raises keeps the
+        copies as they are.
+        """
         place = f"{location.rstrip('/')}/{run.absolute().name}"
         if "://" not in location and Path(place).absolute() == run.absolute():
             raise DataUsageError(
                 f"checkpoint.mirror={location} is where {run} itself lies; name another folder"
             )
         self._run = run
+        self._check_owner = check_owner
         self._store: Store = store_of(place)
         self.location = self._store.path("").rstrip("/")
         """What messages call it."""
@@ -131,18 +121,18 @@ class Mirror:
         saved = open_checkpoint(self._run, step)
         folder, source = saved.folder.name, FolderStore(saved.folder)
         self._remove(step)
-        for name in filter(is_leftover, self._store.names()):
-            self._store.remove(name)
+        for name in filter(is_leftover, self._names()):
+            self._remove_file(name)
         for name in RUN_FILES:
             if (self._run / name).is_file():
-                self._store.write(name, [(self._run / name).read_bytes()])
+                self._write(name, [(self._run / name).read_bytes()])
         for entry in saved.manifest["files"]:
             name = entry["name"]
-            self._store.write(
+            self._write(
                 f"{folder}/{name}", checked(source.read(name), entry, str(saved.folder / name))
             )
         self.check_sizes(saved)
-        self._store.write(f"{folder}/{MANIFEST}", source.read(MANIFEST))
+        self._write(f"{folder}/{MANIFEST}", source.read(MANIFEST))
 
     def copy_back(self, saved: Checkpoint, names: Iterable[str]) -> None:
         """Copy these files of a copy into the folder that was begun for it in the run.
@@ -227,70 +217,21 @@ class Mirror:
     def _remove(self, step: int) -> None:
         folder = step_folder(self._run, step).name
         # Without its manifest a copy is garbage at once.
-        self._store.remove(f"{folder}/{MANIFEST}")
-        self._store.remove(folder)
+        self._remove_file(f"{folder}/{MANIFEST}")
+        self._remove_file(folder)
 
+    def _remove_file(self, name: str) -> None:
+        self._check_owner()
+        self._store.remove(name)
 
-class MirrorThread:
-    """Copies what is offered, in the background."""
+    def _write(self, name: str, pieces: Iterable[bytes]) -> None:
+        def owned() -> Iterator[bytes]:
+            yield from pieces
+            # Copying takes minutes; in a folder the file gets its name after this.
+            self._check_owner()
 
-    def __init__(self, mirror: Mirror) -> None:
-        self._mirror = mirror
-        self._next: tuple[int, Retention] | None = None
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self.in_flight: int | None = None
-        """The step that is copied now; it must stay in the run."""
-        self.results: deque[Copied] = deque()
-        """Oldest first; whoever reads them takes them away."""
-        # A daemon: a rank that fails does not wait for a copy.
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
-
-    def offer(self, step: int, rule: Retention) -> None:
-        """Copy this step, as soon as the copy in flight has ended, and let those go that the rule
-        does not keep then.
-        """
-        with self._changed:
-            self._next = step, rule
-            self.in_flight = step if self.in_flight is None else self.in_flight
-            self._changed.notify()
-
-    def end(self) -> None:
-        """Nothing more will be offered; `is_busy` until what was is copied, or has failed."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the thread has not ended."""
-        return self._thread.is_alive()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self.in_flight = self._next and self._next[0]
-                self._changed.wait_for(lambda: self._next is not None or self._is_closed)
-                if self._next is None:
-                    return
-                (step, rule), self._next = self._next, None
-                self.in_flight = step
-            begun, problem = time.monotonic(), ""
-            try:
-                self._mirror.copy_out(step)
-                self._mirror.prune(rule, newest=step)
-            # What a library of a place raises is not known; nothing here may end the training.
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-                log.error(
-                    "the checkpoint of step %d is not in the mirror %s, the next one will be tried "
-                    "again: %s",
-                    step,
-                    self._mirror.location,
-                    problem,
-                )
-            self.results.append(Copied(step, time.monotonic() - begun, problem))
+        self._check_owner()
+        self._store.write(name, owned())
 
 
 def checked(pieces: Iterable[bytes], entry: Mapping[str, Any], path: str) -> Iterator[bytes]:

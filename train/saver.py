@@ -25,7 +25,8 @@ from train.checkpoint import CheckpointError
 from train.device import flip_bit
 from train.engine import Engine
 from train.guard import trouble_began
-from train.mirror import Mirror, MirrorThread
+from train.mirror import Mirror
+from train.mirror_thread import MirrorThread
 from train.ownership import Ownership
 from train.progress import at
 from train.room import Share, check_room, share
@@ -83,7 +84,7 @@ class Saver:
         self.mirror: MirrorThread | None = None
         """Rank 0's, where the config has a mirror."""
         if config.mirror and world.is_main:
-            self.mirror = MirrorThread(Mirror(config.mirror, run))
+            self.mirror = MirrorThread(Mirror(config.mirror, run, self.check_owner))
         self.committed: SaveCost | None = None
         """The last save that was committed."""
 

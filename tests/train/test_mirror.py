@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +24,15 @@ from data.store import FolderStore, Store, store_of
 from tests.disks import fill, make_room, small_disk
 from tests.train.checkpoints import values, write
 from train import checkpoint, slices
+from train.attempts import end_attempt
 from train.checkpoint import CheckpointError, committed, open_checkpoint, step_folder
 from train.events import read_events
-from train.mirror import Copied, Mirror, MirrorError, MirrorThread
+from train.mirror import Mirror, MirrorError
+from train.mirror_thread import Copied, MirrorThread
+from train.ownership import RunInUse, own
 from train.retention import Retention
+from train.saver import Saver
+from train.settings import CheckpointConfig
 from train.step import tell_mirrored
 
 KEEP = Retention(2)
@@ -198,6 +203,69 @@ def test_a_full_mirror_is_told_and_tried_again(
         assert tell_mirrored(job) == {"mirror_step": 20, "mirror_seconds": done.seconds}
         assert tell_mirrored(job) == {}
         thread.end()
+
+
+@pytest.mark.parametrize("last", ["rank-00001.safetensors", "manifest.json"])
+def test_an_attempt_that_has_lost_the_run_changes_no_copy(
+    run: Path, tmp_path: Path, last: str
+) -> None:
+    owner = own(run)
+    late, mirror = (
+        Mirror(str(tmp_path / "far"), run, owner.check),
+        Mirror(str(tmp_path / "far"), run),
+    )
+    late.copy_out(10)
+    store = late._store
+    left: list[list[str]] = []
+
+    class Slow(FolderStore):
+        def write(self, name: str, pieces: Iterable[bytes]) -> None:
+            if name.endswith(last):
+                end_attempt(run, owner.number, outcome="failed", step=None)
+                own(run).release()
+                for step in (30, 40):
+                    write(run, step)
+                    mirror.copy_out(step)
+                    mirror.prune(KEEP, newest=step)
+                left.append(store.names())
+            super().write(name, pieces)
+
+    late._store = Slow(tmp_path / "far/run")
+    lost = pytest.raises(RunInUse, match="attempt 1 no longer owns")
+    with lost:
+        late.copy_out(20)
+    late._store = store
+    (tmp_path / "far/run/step-000000050").mkdir()
+    (tmp_path / "far/run/step-000000050/rank-00000.safetensors.0123abcd.tmp").touch()
+    left.append(store.names())
+    for change in (lambda: late.copy_out(30), lambda: late.prune(Retention(1), newest=10)):
+        with lost:
+            change()
+    assert mirror.steps() == [40, 30] and store.names() == left[1]
+    assert set(left[1]) - set(left[0]) == {"step-000000050/rank-00000.safetensors.0123abcd.tmp"}
+    for step in (30, 40):
+        back(mirror, run, step)
+        open_checkpoint(run, step).verify()
+    owner.release()
+
+
+def test_a_saver_that_has_lost_the_run_copies_nothing(run: Path, tmp_path: Path) -> None:
+    rank_0: Any = SimpleNamespace(is_main=True)
+    engine: Any = None
+    owner = own(run)
+    settings = CheckpointConfig(mirror=str(tmp_path / "far"))
+    saver = Saver(engine, rank_0, run, config=settings, owner=owner)
+    assert saver.mirror is not None
+    saver.mirror.offer(10, KEEP)
+    assert result(saver.mirror).problem == ""
+    end_attempt(run, owner.number, outcome="failed", step=None)
+    own(run).release()
+    saver.mirror.offer(20, KEEP)
+    assert "RunInUse: attempt 1 no longer owns" in result(saver.mirror).problem
+    assert Mirror(str(tmp_path / "far"), run).steps() == [10]
+    saver.mirror.end()
+    saver.close()
+    owner.release()
 
 
 COPIER = """

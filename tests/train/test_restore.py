@@ -73,7 +73,7 @@ def troubled(trouble: Trouble) -> Iterator[None]:
 
 
 def started(world: World, cases: list[tuple[Path, Path, Trouble]]) -> list[str]:
-    """What ends the start of each run on this rank, before an engine is needed: nothing, or what."""
+    """What ends the start of each run on this rank, before an engine is needed; or nothing."""
     told = []
     for run, far, trouble in cases:
         with troubled(trouble):
@@ -158,8 +158,8 @@ def test_what_may_be_whole_is_never_given_up(tmp_path: Path) -> None:
     assert "No space left on device" in told["full"] and told["full"].startswith("MirrorError: ")
     assert f"the mirror {far / 'listed'} cannot be read: PermissionError" in told["listed"]
     assert told["damaged"].startswith(
-        f"CheckpointError: {tmp_path / 'damaged'} has no usable checkpoint, and the mirror {far} no "
-        f"whole copy:\n  step 20: {far}/damaged/step-000000020/rank-00001.safetensors: chunk 0"
+        f"CheckpointError: {tmp_path / 'damaged'} has no usable checkpoint, and the mirror {far} "
+        f"no whole copy:\n  step 20: {far}/damaged/step-000000020/rank-00001.safetensors: chunk 0"
     )
     assert told["damaged"].endswith(
         "\nput a whole copy of one of them back, or train again from step 0 with another --run"
@@ -211,7 +211,7 @@ def test_a_run_that_went_on_from_a_step_has_completed_it(tmp_path: Path) -> None
     config = RunConfig(steps=100)
     _check_history(tmp_path)
     begin_attempt(tmp_path, 1, world_size=1, resumed_from=20, config=config, machine={})
-    with pytest.raises(CheckpointError, match="recorded step 20, but .* with another --run"):
+    with pytest.raises(CheckpointError, match=r"recorded step 20, but .* with another --run"):
         _check_history(tmp_path)
     write(tmp_path, 20)
     _check_history(tmp_path)
