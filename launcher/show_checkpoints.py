@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from train.compare import Comparison, Difference
-from train.listing import Listed, Verification
+from train.listing import Listed, Listing, Verification
 from train.pruning import Pruned
 
 MAX_ROWS = 20
@@ -23,37 +23,18 @@ MAX_VALUE = 60
 """Characters of a value that are shown."""
 
 
-def show_list(run: Path, rows: Sequence[Listed], *, as_json: bool) -> None:
+def show_list(run: Path, found: Listing, *, as_json: bool) -> None:
     """Print one line per checkpoint, newest first, and what is wrong below."""
     if as_json:
-        _print_json({"run": str(run), "checkpoints": [asdict(row) for row in rows]})
+        _print_json({"run": str(run), **asdict(found)})
         return
-    if not rows:
+    rows = found.checkpoints
+    if rows:
+        _show_rows(rows)
+    else:
         print(f"{run} has no checkpoint yet")
-        return
-    has_mirror = any(row.mirror for row in rows)
-    where = ["where"] * has_mirror
-    table = _table(
-        "step", "committed", "bytes", "files", "ranks", "stage", "tokens", "sizes", *where
-    )
-    for row in rows:
-        when = None if row.time is None else datetime.fromtimestamp(row.time)
-        table.add_row(
-            f"{row.step:,}",
-            f"{when:%Y-%m-%d %H:%M:%S}" if when else "-",
-            *(
-                _number(value)
-                for value in (row.bytes, row.files, row.world_size, row.zero_stage, row.tokens)
-            ),
-            "fit" if row.problem is None else "see below",
-            *[("mirror" if row.mirror else "run")] * has_mirror,
-        )
-    _print(table)
-    if has_mirror:
-        print(f"mirror: {next(row.mirror for row in rows if row.mirror)}")
-    for row in rows:
-        if row.problem is not None:
-            print(f"step {row.step}: {row.problem}")
+    if found.mirror_problem:
+        print(f"nothing is told of the mirror: {found.mirror_problem}")
 
 
 def show_verification(found: Verification, *, as_json: bool) -> None:
@@ -71,8 +52,11 @@ def show_verification(found: Verification, *, as_json: bool) -> None:
     )
     for passed in found.choice.passed_over:
         print(f"a resume passes over step {passed.step}: {passed.reason}")
+    if found.mirror_problem:
+        print(f"the mirror was not asked, which a resume does: {found.mirror_problem}")
     taken = found.choice.taken
-    print("a resume finds none to take" if taken is None else f"a resume takes step {taken.step}")
+    where = f" from the mirror {found.mirror}" if found.mirror else ""
+    print(f"a resume takes step {taken.step}{where}" if taken else "a resume finds none to take")
 
 
 def show_comparison(found: Comparison, *, as_json: bool) -> None:
@@ -111,6 +95,32 @@ def show_pruned(run: Path, done: Pruned, *, as_json: bool) -> None:
         f"{'would go' if done.dry_run else 'went'}; steps that stay: "
         f"{', '.join(map(str, done.kept)) or 'none'}"
     )
+
+
+def _show_rows(rows: Sequence[Listed]) -> None:
+    has_mirror = any(row.mirror for row in rows)
+    where = ["where"] * has_mirror
+    table = _table(
+        "step", "committed", "bytes", "files", "ranks", "stage", "tokens", "sizes", *where
+    )
+    for row in rows:
+        when = None if row.time is None else datetime.fromtimestamp(row.time)
+        table.add_row(
+            f"{row.step:,}",
+            f"{when:%Y-%m-%d %H:%M:%S}" if when else "-",
+            *(
+                _number(value)
+                for value in (row.bytes, row.files, row.world_size, row.zero_stage, row.tokens)
+            ),
+            "fit" if row.problem is None else "see below",
+            *[("mirror" if row.mirror else "run")] * has_mirror,
+        )
+    _print(table)
+    if has_mirror:
+        print(f"mirror: {next(row.mirror for row in rows if row.mirror)}")
+    for row in rows:
+        if row.problem is not None:
+            print(f"step {row.step}: {row.problem}")
 
 
 def _show_values(name: str, rows: Iterable[Difference]) -> None:

@@ -39,8 +39,8 @@ class Choice:
             raise CheckpointError(
                 f"no checkpoint of {self.run} is usable:\n  "
                 + "\n  ".join(f"step {passed.step}: {passed.reason}" for passed in self.passed_over)
-                + "\nstart a new run with another --run, "
-                f"or remove {self.run / 'checkpoints'} to train this one again from step 0"
+                + "\nput a whole copy of one of them back, or train again from step 0 with another "
+                "--run"
             )
         return self.taken
 

@@ -12,10 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.config import DataUsageError
 from train.attempts import attempts
-from train.checkpoint import MANIFEST, Checkpoint, committed, open_checkpoint, step_folder
+from train.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    committed,
+    completed_steps,
+    open_checkpoint,
+    step_folder,
+)
 from train.choice import Choice, choose
-from train.mirror import Mirror
+from train.mirror import Mirror, MirrorError
 from train.slices import CheckpointError, Damage
 
 
@@ -42,6 +50,15 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """What a run and its mirror hold."""
+
+    checkpoints: tuple[Listed, ...]
+    mirror_problem: str | None = None
+    """Why nothing is told of the copies there."""
+
+
+@dataclass(frozen=True)
 class Damaged:
     """What is wrong with a checkpoint: a file, or one chunk of it."""
 
@@ -61,7 +78,12 @@ class Verification:
     """Newest first."""
     bytes_read: int
     damages: tuple[Damaged, ...]
+    """Of the run's own."""
     choice: Choice
+    mirror: str | None = None
+    """Where the one that is taken lies, when that is the mirror."""
+    mirror_problem: str | None = None
+    """Why the choice was made without asking the mirror."""
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -74,10 +96,12 @@ class Verification:
             "damages": [asdict(damage) for damage in self.damages],
             "resume_takes": None if taken is None else taken.step,
             "passed_over": [asdict(passed) for passed in self.choice.passed_over],
+            "mirror": self.mirror,
+            "mirror_problem": self.mirror_problem,
         }
 
 
-def list_checkpoints(run: Path) -> list[Listed]:
+def list_checkpoints(run: Path) -> Listing:
     """Every checkpoint of a run, newest first, and what an interrupted save has left; then those in
     the mirror that its last attempt had.
     """
@@ -88,17 +112,20 @@ def list_checkpoints(run: Path) -> list[Listed]:
         number = folder.name.removeprefix("step-")
         if number.isdecimal() and not (folder / MANIFEST).exists():
             rows.append(Listed(int(number), problem="not committed: a save was interrupted"))
-    return sorted(rows, key=lambda row: -row.step) + _in_mirror(run, stages)
+    rows.sort(key=lambda row: -row.step)
+    copies = _Copies(run)
+    return Listing((*rows, *copies.listed(stages)), copies.problem)
 
 
 def verify(run: Path, step: int | None = None) -> Verification:
     """Read every byte of one checkpoint or of all. CheckpointError when there is none.
 
-    With `step`, the checkpoints that a resume would try are read, too; none is read twice.
+    With `step`, the checkpoints that a resume would try are read, too; none is read twice. Of the
+    mirror what a resume would take from there is read: a copy of one that is damaged, or newer.
     """
     check_is_run(run)
-    steps = committed(run)
-    if not steps or (step is not None and step not in steps):
+    steps, copies = committed(run), _Copies(run)
+    if not (steps or copies.steps) or (step is not None and step not in steps):
         # It says which there are.
         open_checkpoint(run, step)
     found: dict[int, list[Damaged]] = {}
@@ -120,7 +147,19 @@ def verify(run: Path, step: int | None = None) -> Verification:
     for number in steps if step is None else [step]:
         with suppress(CheckpointError):
             read(run, number)
-    choice = choose(run, steps, take=read)
+
+    def take(run: Path, number: int) -> Checkpoint:
+        reason = f"{step_folder(run, number)} is lost"
+        if number in steps:
+            try:
+                return read(run, number)
+            except CheckpointError as error:
+                reason = str(error)
+        return copies.taken(number, reason)
+
+    done = completed_steps(run)
+    newer = {number for number in copies.steps if number > done}
+    choice = choose(run, sorted({*steps, *newer}, reverse=True), take=take)
     looked_at = tuple(sorted(found, reverse=True))
     return Verification(
         run=str(run),
@@ -128,6 +167,8 @@ def verify(run: Path, step: int | None = None) -> Verification:
         bytes_read=sum(num_bytes.values()),
         damages=tuple(damage for number in looked_at for damage in found[number]),
         choice=choice,
+        mirror=copies.location if copies.is_taken else None,
+        mirror_problem=copies.problem,
     )
 
 
@@ -150,22 +191,58 @@ def _listed(run: Path, step: int, stages: Mapping[int, int | None]) -> Listed:
     return _told(saved, stages, size, saved.check_sizes)
 
 
-def _in_mirror(run: Path, stages: Mapping[int, int | None]) -> list[Listed]:
-    tables = [row["config"].get("checkpoint", {}) for row in attempts(run) if "config" in row]
-    location = tables[-1].get("mirror", "") if tables else ""
-    if not location:
-        return []
-    mirror = Mirror(location, run)
-    rows = []
-    for step in mirror.steps():
+class _Copies:
+    """What the mirror holds that the run's last attempt had, as long as it answers."""
+
+    def __init__(self, run: Path) -> None:
+        self.location = ""
+        self.steps: list[int] = []
+        self.is_taken = False
+        self.problem: str | None = None
+        tables = [row["config"].get("checkpoint", {}) for row in attempts(run) if "config" in row]
+        location = tables[-1].get("mirror", "") if tables else ""
+        if not location:
+            return
         try:
-            saved = mirror.open(step)
+            self._mirror = Mirror(location, run)
+            self.location = self._mirror.location
+            self._mirror.check_same_run()
+            self.steps = self._mirror.steps()
+        except (DataUsageError, MirrorError) as error:
+            self.problem = str(error)
+
+    def listed(self, stages: Mapping[int, int | None]) -> list[Listed]:
+        """All of them, or none when the mirror has a problem."""
+        try:
+            rows = [self._listed(step, stages) for step in self.steps]
+        except MirrorError as error:
+            self.problem = str(error)
+            return []
+        return [replace(row, mirror=self.location) for row in rows]
+
+    def taken(self, step: int, reason: str) -> Checkpoint:
+        """A copy that is whole. CheckpointError, with the reason why it is asked for, when there is
+        none.
+        """
+        if step not in self.steps:
+            raise CheckpointError(reason)
+        try:
+            saved = self._mirror.verified(step)
         except CheckpointError as error:
-            rows.append(Listed(step, problem=str(error)))
-            continue
-        size = mirror.bytes_of(saved)
-        rows.append(_told(saved, stages, size, partial(mirror.check_sizes, saved)))
-    return [replace(row, mirror=mirror.location) for row in rows]
+            raise CheckpointError(f"{reason}; the mirror is no help: {error}") from None
+        except MirrorError as error:
+            self.steps, self.problem = [], str(error)
+            raise CheckpointError(reason) from None
+        self.is_taken = True
+        return saved
+
+    def _listed(self, step: int, stages: Mapping[int, int | None]) -> Listed:
+        try:
+            saved = self._mirror.open(step)
+            size = self._mirror.bytes_of(saved)
+        except CheckpointError as error:
+            return Listed(step, problem=str(error))
+        return _told(saved, stages, size, partial(self._mirror.check_sizes, saved))
 
 
 def _told(

@@ -33,8 +33,9 @@ from train.patience import insisting
 from train.retention import Committed, Retention, retained
 from train.slice_reader import HASH_BYTES
 
-RUN_FILES = ("config.json", "phases.jsonl", "events.jsonl", "attempts.jsonl")
-"""What a resume reads besides a checkpoint."""
+RUN_FILES = ("attempts.jsonl", "phases.jsonl", "events.jsonl", "config.json")
+"""What a resume reads besides a checkpoint. config.json comes last: a run that has it has all."""
+TORN = object()
 
 Answer = TypeVar("Answer")
 
@@ -71,13 +72,22 @@ class Mirror:
 
     def check_same_run(self) -> None:
         """DataUsageError when the copies there are those of another run of this name: each would
-        take the other's for a history that was left.
+        take the other's for a history that was left. MirrorError when nobody can tell.
         """
-        if "config.json" not in self._store.names() or not (self._run / "config.json").is_file():
+        name = "config.json"
+        if name not in self._names() or not (self._run / name).is_file():
             return
-        there = json.loads(b"".join(self._store.read("config.json"))).get("id")
-        here = json.loads((self._run / "config.json").read_bytes()).get("id")
-        if there != here:
+        there = _id_of(b"".join(self._read(name)))
+        here = _id_of((self._run / name).read_bytes())
+        if there is TORN:
+            # An upload was cut; the next one brings it again, if the copies are ours.
+            if not self._has_first_attempt():
+                raise MirrorError(
+                    f"{self._store.path(name)} is damaged, and does not tell whose the copies "
+                    "beside it are; if they are of this run remove it, and the next copy brings it "
+                    "again, or name another folder with checkpoint.mirror=..."
+                )
+        elif here is not TORN and there != here:
             raise DataUsageError(
                 f"the mirror {self.location} holds the checkpoints of another run that is called "
                 f"{self._run.absolute().name}, too (id {there} there, {here} in "
@@ -151,11 +161,9 @@ class Mirror:
         write_durably(saved.folder / MANIFEST, raw)
 
     def run_files_back(self) -> None:
-        """Copy what a resume reads besides into a run that was lost as a whole. config.json comes
-        last: a run that has it has all.
-        """
-        names = [name for name in self._names() if name in RUN_FILES]
-        for name in sorted(names, key=lambda name: name == "config.json"):
+        """Copy what a resume reads besides into a run that was lost as a whole."""
+        there = self._names()
+        for name in (name for name in RUN_FILES if name in there):
             log.info("%s is copied back from the mirror %s", name, self.location)
             self._run.mkdir(parents=True, exist_ok=True)
             write_durably(self._run / name, b"".join(self._read(name)))
@@ -175,10 +183,27 @@ class Mirror:
             if number is not None and number not in kept:
                 self._remove(number)
 
+    def verified(self, step: int) -> Checkpoint:
+        """A copy of which every byte was read; CheckpointError names what is damaged."""
+        saved = self.open(step)
+        for entry in saved.manifest["files"]:
+            name = f"{saved.folder.name}/{entry['name']}"
+            for _ in checked(self._read(name), entry, self._store.path(name)):
+                pass
+        return saved
+
     def bytes_of(self, saved: Checkpoint) -> int:
         """Of the files of a copy and its manifest."""
         manifest = self._size(f"{saved.folder.name}/{MANIFEST}")
         return manifest + sum(int(entry["bytes"]) for entry in saved.manifest["files"])
+
+    def _has_first_attempt(self) -> bool:
+        """Whether the attempts told of there begin with the first one of this run."""
+        name = "attempts.jsonl"
+        if name not in self._names() or not (self._run / name).is_file():
+            return False
+        first, end, _ = (self._run / name).read_bytes().partition(b"\n")
+        return bool(end) and b"".join(self._read(name)).startswith(first + end)
 
     def _names(self) -> list[str]:
         return self._ask("", self._store.names)
@@ -232,6 +257,15 @@ class Mirror:
 
         self._check_owner()
         self._store.write(name, owned())
+
+
+def _id_of(config: bytes) -> Any:
+    """By which a run is told from others of its name; None where it is older than that."""
+    try:
+        content = json.loads(config)
+    except (ValueError, RecursionError):
+        return TORN
+    return content.get("id") if isinstance(content, dict) else TORN
 
 
 def checked(pieces: Iterable[bytes], entry: Mapping[str, Any], path: str) -> Iterator[bytes]:

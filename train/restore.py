@@ -39,14 +39,13 @@ def restore_newer(world: World, run: Path, location: str) -> None:
             done = completed_steps(run)
             mirror = Mirror(location, run)
             try:
+                mirror.check_same_run()
                 steps = [step for step in mirror.steps() if step > done]
             except MirrorError as error:
                 if not done:
                     # To begin anew would be to give up what may lie there.
                     raise
                 log.warning("%s; going on without it", error)
-            else:
-                mirror.check_same_run()
             if steps:
                 # A run that lives has what it needs.
                 check_idle(run)
@@ -104,8 +103,10 @@ def mend(world: World, run: Path, location: str, step: int) -> bool:
     has_copy, problem = False, ""
     with world.together(f"looking into the mirror {location}"):
         if world.is_main and location:
+            mirror = Mirror(location, run)
             try:
-                has_copy = step in Mirror(location, run).steps()
+                mirror.check_same_run()
+                has_copy = step in mirror.steps()
             except MirrorError as error:
                 problem = str(error)
     has_copy, problem = world.broadcast((has_copy, problem))

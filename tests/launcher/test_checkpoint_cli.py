@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import typer
 
+from data.store import FolderStore
 from launcher.cli import run_command
 from tests.test_architecture import run_clean
 from tests.train.checkpoints import values, write
@@ -57,6 +58,10 @@ def make_run(run: Path, *steps: int, lr: float = 1e-3, mirror: str = "") -> Path
         write(run, step, state=state)
     (run / "checkpoints" / "step-000000090").mkdir()
     return run
+
+
+def away(store: FolderStore) -> list[str]:
+    raise PermissionError("Permission denied")
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,22 @@ def test_ls_shows_the_mirror_too(tmp_path: Path) -> None:
     text = headrace("checkpoint", "ls", run).stdout
     assert text.splitlines()[0].split()[-2:] == ["sizes", "where"]
     assert f"mirror: {tmp_path / 'far/run'}" in text
+
+
+def test_ls_shows_the_run_when_its_mirror_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", 10, 20, mirror=str(tmp_path / "far"))
+    monkeypatch.setattr(FolderStore, "names", away)
+    problem = (
+        f"the mirror {tmp_path / 'far/run'} cannot be read: PermissionError: Permission denied"
+    )
+    found = as_json("ls", run)
+    assert [row["step"] for row in found["checkpoints"]] == [90, 20, 10]
+    assert found["mirror_problem"] == problem
+    lines = headrace("checkpoint", "ls", run).stdout.splitlines()
+    assert lines[0].split()[-1] == "sizes" and len(lines) == 6
+    assert lines[-1] == f"nothing is told of the mirror: {problem}"
 
 
 def test_ls_tells_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
@@ -151,6 +172,42 @@ def test_verify_names_file_and_chunk_and_what_a_resume_takes(tmp_path: Path) -> 
     assert f"{step_folder(run, 30)}/rank-00001.safetensors: chunk 0 (bytes 0 to" in done.stdout
     assert "a resume passes over step 20: " in done.stdout
     assert done.stdout.endswith("a resume takes step 10\n")
+
+
+def test_verify_asks_the_mirror_as_a_resume_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, far = (
+        make_run(tmp_path / "run", 10, 20, 30, mirror=str(tmp_path / "far")),
+        tmp_path / "far",
+    )
+    for step in (10, 20, 30):
+        Mirror(str(far), run).copy_out(step)
+    (step_folder(run, 20) / "rank-00000.safetensors").unlink()
+    shutil.rmtree(step_folder(run, 30))
+    found = as_json("verify", run, code=1)
+    assert (found["resume_takes"], found["mirror"], found["steps"]) == (30, f"{far}/run", [20, 10])
+    copy = "rank-00001.safetensors: chunk 0 (from byte 0) is not what was written"
+    flip(far / "run/step-000000030/rank-00001.safetensors")
+    lines = headrace("checkpoint", "verify", run).stdout.splitlines()
+    assert lines[-2:] == [
+        f"a resume passes over step 30: {step_folder(run, 30)} is lost; the mirror is no help: "
+        f"{far}/run/step-000000030/{copy}",
+        f"a resume takes step 20 from the mirror {far}/run",
+    ]
+    flip(far / "run/step-000000020/rank-00001.safetensors")
+    lines = headrace("checkpoint", "verify", run).stdout.splitlines()
+    assert lines[-1] == "a resume takes step 10"
+    assert lines[-2].startswith("a resume passes over step 20: ") and lines[-2].endswith(
+        f"rank-00000.safetensors is missing; the mirror is no help: {far}/run/step-000000020/{copy}"
+    )
+    monkeypatch.setattr(FolderStore, "names", away)
+    found = as_json("verify", run, code=1)
+    assert (found["resume_takes"], found["mirror"]) == (10, None)
+    assert (
+        f"the mirror was not asked, which a resume does: {found['mirror_problem']}\na resume takes "
+        "step 10\n" in headrace("checkpoint", "verify", run).stdout
+    )
 
 
 def test_verifying_one_step_reads_it_and_what_a_resume_would_try(tmp_path: Path) -> None:

@@ -36,7 +36,12 @@ def test_a_resume_takes_no_leftover_for_content_and_removes_it(
     assert before == [5, 3]
     taken = choose(run).taken
     assert taken is not None and taken.step == 5
-    assert [row.step for row in list_checkpoints(run) if row.problem is None] == [5, 3, 5, 3]
+    assert [row.step for row in list_checkpoints(run).checkpoints if row.problem is None] == [
+        5,
+        3,
+        5,
+        3,
+    ]
     assert verify(run).damages == () and verify(run).steps == (5, 3)
     assert excluded(run) == ["n1"] and len(attempts(run)) == 2
     assert run_ranks(1, train_run, made, run) == ["complete"]

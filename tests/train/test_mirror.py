@@ -340,6 +340,31 @@ def test_two_runs_of_one_name_do_not_share_a_mirror(run: Path, place: str, tmp_p
     Mirror(place, other).check_same_run()
 
 
+def test_a_torn_config_in_the_mirror_is_written_again_by_the_run_of_its_attempts(
+    run: Path, place: str
+) -> None:
+    mirror = Mirror(place, run)
+    (run / "attempts.jsonl").write_text('{"attempt": 1, "time": 5}\n')
+    mirror.copy_out(10)
+    store = store_of(mirror.location)
+    store.write("config.json", [b'{"id": "a'])
+    (run / "attempts.jsonl").write_text('{"attempt": 1, "time": 5}\n{"attempt": 2}\n')
+    mirror.copy_out(20)
+    assert b"".join(store.read("config.json")) == b"{}" and mirror.steps() == [20, 10]
+    for torn in (b"", b"[]", b"[" * 100_000):
+        store.write("config.json", [torn])
+        mirror.check_same_run()
+    (run / "attempts.jsonl").write_text('{"attempt": 1, "time": 6}\n')
+    told = "config.json is damaged, and does not tell whose the copies beside it are; if they are "
+    with pytest.raises(MirrorError, match=told):
+        mirror.copy_out(20)
+    store.remove("config.json")
+    mirror.copy_out(20)
+    # What is wrong with the run's own is told by those who read it.
+    (run / "config.json").write_text("{")
+    mirror.check_same_run()
+
+
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataUsageError, match="https:// is only read; name a folder"):
         Mirror("https://host/a", tmp_path / "run")

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from train.checkpoint import committed, open_checkpoint, step_folder
 from train.config import RunConfig
-from train.listing import list_checkpoints
+from train.listing import list_checkpoints, verify
 from train.mirror import Mirror
 from train.pretrain import pretrain_on
 from train.world import World
@@ -45,7 +45,7 @@ def test_a_run_goes_on_from_its_mirror(dataset: Path, whole: Path, tmp_path: Pat
     assert mirror.steps() == committed(run) == [6, 3]
     rows = read_rows(run / "metrics.jsonl")
     assert {row["mirror_step"] for row in rows if "mirror_step" in row} <= {3}
-    listed = list_checkpoints(run)
+    listed = list_checkpoints(run).checkpoints
     assert [(row.step, row.mirror) for row in listed] == [
         (6, None),
         (3, None),
@@ -55,6 +55,8 @@ def test_a_run_goes_on_from_its_mirror(dataset: Path, whole: Path, tmp_path: Pat
     assert [row.bytes for row in listed[:2]] == [row.bytes for row in listed[2:]]
     # Damaged here, whole there: taken from there.
     flip(step_folder(run, 6) / "rank-00001.safetensors")
+    found = verify(run)
+    assert found.mirror == mirror.location and found.to_json()["resume_takes"] == 6
     run_ranks(2, to_step, made, run, 7)
     assert read_rows(run / "metrics.jsonl")[-1]["resumed_from"] == 6
     open_checkpoint(run, 6).verify()

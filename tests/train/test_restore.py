@@ -132,13 +132,16 @@ def test_what_may_be_whole_is_never_given_up(tmp_path: Path) -> None:
         "damaged": Trouble(),
         "hurt": Trouble(),
         "left": Trouble(),
+        "torn": Trouble(),
     }
     cases = {}
     for name, trouble in troubles.items():
-        run, far = mirrored(tmp_path, name, stays=int(name in ("older", "away", "hurt")))
+        run, far = mirrored(tmp_path, name, stays=int(name in ("older", "away", "hurt", "torn")))
         if name in ("damaged", "hurt"):
             for step in (10, 20):
                 flip(far / name / f"step-0000000{step}/rank-00001.safetensors")
+        if name == "torn":
+            (far / "torn/config.json").write_text('{"id": ')
         if name == "left":
             record(run, "rollback", steps=[5])
         cases[name] = (run, far, trouble)
@@ -164,12 +167,13 @@ def test_what_may_be_whole_is_never_given_up(tmp_path: Path) -> None:
     assert told["damaged"].endswith(
         "\nput a whole copy of one of them back, or train again from step 0 with another --run"
     )
-    assert {name for name in told if not told[name]} == {"away", "passing", "hurt", "left"}
+    assert {name for name in told if not told[name]} == {"away", "passing", "hurt", "left", "torn"}
     steps = {name: committed(run) for name, (run, _, _) in cases.items()}
     assert steps == {name: [] for name in cases} | {
         "older": [10],
         "away": [10],
         "hurt": [10],
+        "torn": [10],
         "passing": [20],
     }
     assert (open_checkpoint(tmp_path / "passing", 20).read("b") == values(20)["param/b"]).all()
@@ -203,6 +207,9 @@ def test_a_checkpoint_that_cannot_be_mended_is_told_with_its_own_damage_first(
             f"{step_folder(run, 20)}/manifest.json is damaged or was edited: "
         )
         assert f"; the mirror is no help: {problem}" in told
+        assert told.endswith(
+            "\nput a whole copy of one of them back, or train again from step 0 with another --run"
+        )
     # It may be whole: nobody goes on from step 10.
     assert refused.startswith(f"MirrorError: step 20 is in the mirror {tmp_path}/far/refused and")
 
