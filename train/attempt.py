@@ -174,9 +174,11 @@ def _train(
     )
     try:
         ended = train(job)
-        if stop.reason is None:
-            # Whoever asks for a stop has no time; what is not copied then, a later commit makes up.
-            job.saver.finish_mirror()
+        job.saver.finish_mirror(
+            is_stopped=lambda: stop.reason is not None,
+            # The watch ends a run that takes twice as long.
+            patience=work.config.stall_seconds / 2,
+        )
         tell_mirrored(job)
         return ended
     finally:

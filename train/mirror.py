@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -69,6 +70,8 @@ class Mirror:
         self._store: Store = store_of(place)
         self.location = self._store.path("").rstrip("/")
         """What messages call it."""
+        self.went_on = time.monotonic()
+        """When a piece of a file was taken last, by time.monotonic()."""
 
     def check_same_run(self) -> None:
         """DataUsageError when the copies there are those of another run of this name: each would
@@ -251,7 +254,9 @@ class Mirror:
 
     def _write(self, name: str, pieces: Iterable[bytes]) -> None:
         def owned() -> Iterator[bytes]:
-            yield from pieces
+            for piece in pieces:
+                yield piece
+                self.went_on = time.monotonic()
             # Copying takes minutes; in a folder the file gets its name after this.
             self._check_owner()
 

@@ -39,6 +39,7 @@ class MirrorThread:
         self._is_closed = False
         self.in_flight: int | None = None
         """The step that is copied now; it must stay in the run."""
+        self._begun = time.monotonic()
         self.results: deque[Copied] = deque()
         """Oldest first; whoever reads them takes them away."""
         # A daemon: a rank that fails does not wait for a copy.
@@ -65,6 +66,21 @@ class MirrorThread:
         """Whether the thread has not ended."""
         return self._thread.is_alive()
 
+    @property
+    def location(self) -> str:
+        """What messages call the mirror."""
+        return self._mirror.location
+
+    @property
+    def went_on(self) -> float:
+        """When the mirror took something last, or a copy began; by time.monotonic()."""
+        return max(self._mirror.went_on, self._begun)
+
+    @property
+    def silent(self) -> float:
+        """Seconds since then."""
+        return time.monotonic() - self.went_on
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -74,7 +90,7 @@ class MirrorThread:
                     return
                 (step, rule), self._next = self._next, None
                 self.in_flight = step
-            begun, problem = time.monotonic(), ""
+            self._begun, problem = time.monotonic(), ""
             try:
                 self._mirror.copy_out(step)
                 self._mirror.prune(rule, newest=step)
@@ -88,4 +104,4 @@ class MirrorThread:
                     self._mirror.location,
                     problem,
                 )
-            self.results.append(Copied(step, time.monotonic() - begun, problem))
+            self.results.append(Copied(step, time.monotonic() - self._begun, problem))

@@ -9,8 +9,9 @@ CPU whose training waits for the disk.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,9 +33,11 @@ from train.progress import at
 from train.room import Share, check_room, share
 from train.settings import CheckpointConfig
 from train.slices import Range, write_slices
-from train.waiting import POLL_SECONDS, wait_for_all
+from train.waiting import wait_for_all
 from train.world import RankError, World
 from train.zero_state import Flat
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -196,17 +199,32 @@ class Saver:
         if self._owner is not None:
             self._owner.check()
 
-    def finish_mirror(self) -> None:
-        """Collective. Wait until the last commit is in the mirror, or could not be copied."""
+    def finish_mirror(self, *, is_stopped: Callable[[], bool], patience: float) -> None:
+        """Collective. Wait until the last commit is in the mirror or could not be copied; no longer
+        once a rank is to stop, or the mirror has taken nothing for `patience` seconds: what is not
+        there then, a later commit makes up.
+        """
         if not self._config.mirror:
             return
-        if self.mirror is not None:
-            self.mirror.end()
-        step = self.committed.step if self.committed else 0
-        while self._world.sum(torch.tensor(int(self.mirror is not None and self.mirror.is_busy))):
-            # No rank is taken for one that hangs, and none meets the timeout of another.
-            at("mirror", step)
-            time.sleep(POLL_SECONDS)
+        mirror, step = self.mirror, self.committed.step if self.committed else 0
+        if mirror is not None:
+            mirror.end()
+        is_copied = wait_for_all(
+            self._world,
+            lambda: mirror is not None and mirror.is_busy,
+            place="mirror",
+            step=step,
+            progress=lambda: mirror.went_on if mirror is not None else 0.0,
+            leave=lambda: is_stopped() or (mirror is not None and mirror.silent > patience),
+        )
+        if mirror is not None and not is_copied and mirror.is_busy:
+            log.warning(
+                "the checkpoint of step %d is not in the mirror %s yet (%s); the next commit makes "
+                "up for it",
+                step,
+                mirror.location,
+                "there is a stop" if is_stopped() else f"it took nothing for {mirror.silent:.0f} s",
+            )
 
     def _prune(self, step: int, guard: dict[str, Any]) -> None:
         rule = replace(self._config.retention(), before=trouble_began(guard))

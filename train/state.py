@@ -68,6 +68,13 @@ def load_newest(
     def load(run: Path, step: int) -> Checkpoint:
         with world.together(f"opening the checkpoint of step {step}"):
             saved = open_checkpoint(run, step)
+        committed = world.broadcast(saved.manifest.get("time"))
+        with world.together(f"opening the checkpoint of step {step}"):
+            if saved.manifest.get("time") != committed:
+                raise CheckpointError(
+                    f"{saved.folder / checkpoint.MANIFEST} is of another commit here than on rank "
+                    "0: this machine sees an older state of the file system; mount it again here"
+                )
         load_checkpoint(engine, world, saved)
         return saved
 

@@ -24,16 +24,16 @@ def wait_for_all(
     *,
     place: str,
     step: int = 0,
-    progress: Callable[[], int],
+    progress: Callable[[], float],
     leave: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Collective. Until no rank is busy; main thread only. False when a rank asked to `leave`
     before.
 
-    `progress` grows whenever the work of this rank goes on. `leave` may differ between ranks: one
+    `progress` changes whenever the work of this rank goes on. `leave` may differ between ranks: one
     that asks is enough, and all return at once.
     """
-    seen: int | None = None
+    seen: float | None = None
     begun = time.monotonic()
     while True:
         busy = is_busy()

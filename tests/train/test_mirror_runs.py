@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import train.saver
+import train.step
 from data.durable import read_rows
 from tests.disks import fill, small_disk
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, losses, train_run
+from train.attempts import attempts
 from train.checkpoint import committed, open_checkpoint, step_folder
 from train.config import RunConfig
 from train.listing import list_checkpoints, verify
@@ -70,6 +78,56 @@ def test_a_run_goes_on_from_its_mirror(dataset: Path, whole: Path, tmp_path: Pat
     before = (run / "metrics.jsonl").read_bytes()
     assert run_ranks(2, pretrain_on, made, run) == ["complete"] * 2
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def beside_a_mirror_that_hangs(
+    world: World, made: RunConfig, run: Path, act: str, rank: int
+) -> tuple[str, float]:
+    """Train; copies take for ever. A stop is asked of one rank at the end of step 5, or while the
+    run waits for its mirror.
+    """
+    agreed, leave = train.step._agreed, train.saver.wait_for_all
+    Mirror.copy_out = lambda self, step: time.sleep(3600)  # type: ignore[method-assign]
+
+    def ask() -> None:
+        if world.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def at_a_step(job: Any, step: int, *rest: Any) -> Any:
+        if (act, step) == ("in a step", 5):
+            ask()
+        return agreed(job, step, *rest)
+
+    def at_the_end(*args: Any, **options: Any) -> bool:
+        if (act, options["place"]) == ("at the end", "mirror"):
+            threading.Timer(0.3, ask).start()
+        return leave(*args, **options)
+
+    train.step._agreed, train.saver.wait_for_all = at_a_step, at_the_end
+    begun = time.monotonic()
+    return pretrain_on(world, made, run), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    ("act", "rank", "outcome"),
+    [
+        ("in a step", 0, "stopped"),
+        ("in a step", 1, "stopped"),
+        ("at the end", 1, "complete"),
+        ("nobody asks", 0, "complete"),
+    ],
+)
+def test_a_mirror_that_takes_nothing_holds_up_no_stop_and_no_end(
+    dataset: Path, tmp_path: Path, act: str, rank: int, outcome: str
+) -> None:
+    made = config(dataset, f"checkpoint.mirror={tmp_path / 'far'}", "stall_seconds=4")
+    run = tmp_path / "run"
+    for ended, seconds in run_ranks(2, beside_a_mirror_that_hangs, made, run, act, rank):
+        assert ended == outcome
+        # Half of stall_seconds, where nobody asks.
+        assert (seconds > 2) == (act == "nobody asks"), seconds
+    assert attempts(run)[-1]["outcome"] == outcome
+    assert committed(run)[0] == (5 if outcome == "stopped" else 8)
 
 
 def test_a_mirror_that_is_full_costs_a_run_nothing(

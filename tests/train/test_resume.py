@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+import train.state
 from tests.ranks import run_ranks
 from tests.train.toy import make_engine, run_steps, save
-from train.checkpoint import open_checkpoint
+from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from train.config import JobConfig
 from train.engine import DeepSpeedEngine, Engine
 from train.state import load_checkpoint, load_newest
@@ -176,6 +177,30 @@ def test_any_stage_and_world_loads_any_other(
         tolerance = 2e-5 if "fp32" in name else 2e-2
         for row, wanted in zip(rows, expected, strict=True):
             assert row == pytest.approx(wanted, rel=tolerance), name
+
+
+def seen_late(world: World, run: Path) -> str:
+    """A resume where the machine of rank 1 still shows a checkpoint of this step that was left."""
+    engine, _ = build(world, LAYOUTS[1])
+
+    def opened(*where: Any) -> Checkpoint:
+        saved = open_checkpoint(*where)
+        if world.rank == 1:
+            saved.manifest["time"] -= 60
+        return saved
+
+    train.state.open_checkpoint = opened
+    try:
+        load_newest(engine, world, run)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_two_checkpoints_of_one_step_load_neither(written: Any) -> None:
+    folder, _ = written
+    for told in run_ranks(2, seen_late, folder / f"w2-{LAYOUTS[1]}"):
+        assert "is of another commit here than on rank 0: this machine sees an older state" in told
 
 
 def padded(world: World, run: Path) -> dict[str, Any]:
