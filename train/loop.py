@@ -16,6 +16,7 @@ from train.engine import Batch
 from train.job import Job
 from train.progress import at, starting
 from train.replicas import check_replicas
+from train.restore import mend
 from train.rollback import roll_back
 from train.run import Outcome
 from train.step import quarantine, take_step
@@ -146,6 +147,7 @@ def _roll_back(job: Job) -> int:
         attempt=job.attempt,
         samples=(job.task.samples(spike[0])[0], job.task.samples(spike[-1])[1]),
         check=job.saver.check_owner,
+        mend=lambda step: mend(job.world, job.run, job.config.checkpoint.mirror, step),
     )
     job.tokens = saved.state["tokens"]
     job.quarantined = saved.state.get("quarantined")

@@ -1,8 +1,9 @@
 """Going back to before a spike: which checkpoint, and that the spike's history is left for good.
 
-The event is on the disk before anything else: whoever is killed after that resumes with the same
-skip list, and drops the checkpoints that had the spike in them. A run that went back has, byte for
-byte, the weights of a run that was given `guard.skip_steps` from its start.
+The checkpoint is loaded before anything is given up: a run that cannot go back keeps what it has.
+The event is on the disk before the spike's checkpoints go: whoever is killed after that resumes
+with the same skip list, and drops them. A run that went back has, byte for byte, the weights of a
+run that was given `guard.skip_steps` from its start.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from train.checkpoint import Checkpoint, CheckpointError, committed, discard_step, open_checkpoint
+from train.choice import choose
 from train.engine import Engine
 from train.events import read_events, record
 from train.guard import Guard
-from train.state import load_newest
-from train.world import World
+from train.state import load_checkpoint
+from train.world import RankError, World
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ EVENT = "rollback"
 
 
 class NoWayBack(ValueError):
-    """A spike with no checkpoint before it."""
+    """A spike with no usable checkpoint before it."""
 
     exit_code: ClassVar[int] = 1
 
@@ -65,21 +67,19 @@ def roll_back(
     attempt: int,
     samples: tuple[int, int],
     check: Callable[[], None],
+    mend: Callable[[int], bool],
 ) -> Checkpoint:
     """Collective. Load the newest checkpoint before the guard's spike, and tell the guard.
 
     `samples` are those of the spike, [first, last); `check` raises when the run is another's by
-    now. NoWayBack, and nothing is changed, when there is no such checkpoint.
+    now; `mend` is asked for a checkpoint that is damaged, and says whether it put it right.
+    NoWayBack, and the run keeps every checkpoint, when there is none that is usable.
     """
+    with world.together("asking whose the run is"):
+        if world.is_main:
+            check()
+    saved = _load_before(engine, world, run, guard.spike, mend)
     steps = guard.spike
-    before = world.broadcast([step for step in committed(run) if step < steps[0]])
-    if not before:
-        raise NoWayBack(
-            f"loss or gradient norm spikes from step {steps[0]} to {steps[-1]}, and {run} has no "
-            "checkpoint from before it to go back to; start again with a smaller checkpoint.every "
-            "or a larger checkpoint.keep, or with "
-            f"guard.skip_steps={list(steps)} and another --run"
-        )
     with world.together("recording the rollback"):
         if world.is_main:
             check()
@@ -92,8 +92,6 @@ def roll_back(
                 number=guard.rollbacks + 1,
             )
             leave_spikes(run)
-    saved = load_newest(engine, world, run)
-    assert saved is not None
     guard.go_back(saved.state.get("guard", {}))
     if world.is_main:
         log.warning(
@@ -106,3 +104,46 @@ def roll_back(
             run / "events.jsonl",
         )
     return saved
+
+
+def _load_before(
+    engine: Engine, world: World, run: Path, spike: range, mend: Callable[[int], bool]
+) -> Checkpoint:
+    """Collective. Load the newest checkpoint before a spike that verifies; NoWayBack, and the
+    engine is as it was, when there is none.
+    """
+
+    def load(run: Path, step: int) -> Checkpoint:
+        with world.together(f"opening the checkpoint of step {step}"):
+            saved = open_checkpoint(run, step)
+        load_checkpoint(engine, world, saved)
+        return saved
+
+    def take(run: Path, step: int) -> Checkpoint:
+        try:
+            return load(run, step)
+        except RankError:
+            if not mend(step):
+                raise
+        return load(run, step)
+
+    before = world.broadcast([step for step in committed(run) if step < spike[0]])
+    choice = choose(run, before, take=take, failures=RankError)
+    told = [f"step {passed.step}: {passed.reason}" for passed in choice.passed_over]
+    if choice.taken is not None:
+        for reason in told if world.is_main else ():
+            log.warning("checkpoint not usable, going back further: %s", reason)
+        return choice.taken
+    what = f"loss or gradient norm spikes from step {spike[0]} to {spike[-1]}, and {run} has no "
+    if told:
+        raise NoWayBack(
+            f"{what}usable checkpoint from before it to go back to:\n  "
+            + "\n  ".join(told)
+            + "\nthe run keeps all that it has. Put back a copy of one of them and run the same "
+            "command again, or go on through the spike with guard.rollback=0"
+        )
+    raise NoWayBack(
+        f"{what}checkpoint from before it to go back to; start again with a smaller "
+        "checkpoint.every or a larger checkpoint.keep, or with "
+        f"guard.skip_steps={list(spike)} and another --run"
+    )
