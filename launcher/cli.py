@@ -164,9 +164,9 @@ def guard(
     from launcher.look_back import show_hindsight
     from train.decode import overridden
     from train.hindsight import hindsight
-    from train.run import read_config
+    from train.run import last_config
 
-    config = overridden(read_config(run), overrides or ())
+    config = overridden(last_config(run), overrides or ())
     show_hindsight(hindsight(run, config.guard), as_json=as_json)
 
 

@@ -18,6 +18,10 @@ from data.durable import RowFile, read_rows
 FILE = "events.jsonl"
 STARTED = "started"
 """The first step of an attempt is done: with the seconds of each part of its start."""
+SKIP = "skip"
+"""The guard left a step out: with its loss and gradient norm, which its row does not have."""
+GIVE_UP = "give up"
+"""The guard ended the run at a step, which has no row: with the same numbers."""
 
 
 def record(run: Path, event: str, **fields: Any) -> None:

@@ -22,6 +22,7 @@ import data.tokenizer
 from data.durable import is_leftover, write_durably, writing
 from data.phases import RunPhase
 from data.tokenizer import tokenizer_file
+from train.attempts import FILE
 from train.attempts import Outcome as Outcome
 from train.attempts import attempts as attempts
 from train.attempts import begin_attempt as begin_attempt
@@ -123,6 +124,13 @@ def read_config(run: Path) -> RunConfig | FinetuneConfig:
     if table["kind"] == "pretrain":
         return decode(RunConfig, table["config"], name=str(path))
     return decode(FinetuneConfig, table["config"], name=str(path))
+
+
+def last_config(run: Path) -> RunConfig | FinetuneConfig:
+    """The config of the last attempt, with the keys that it was free to change."""
+    first = read_config(run)
+    started = [row["config"] for row in attempts(run) if row["event"] == "start"]
+    return decode(type(first), started[-1], name=str(run / FILE)) if started else first
 
 
 def copy_tokenizer(source: Path, run: Path) -> None:

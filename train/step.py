@@ -22,7 +22,7 @@ from model.loss import IGNORED
 from train import faults
 from train.device import flip_bit
 from train.engine import Batch
-from train.events import STARTED, record
+from train.events import GIVE_UP, SKIP, STARTED, record
 from train.guard import Decision, NonFiniteLoss, Verdict
 from train.job import Agreed, Job
 from train.metrics import Row
@@ -64,6 +64,8 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     )
     reason = verdict.reason or "another rank found it bad"
     if decision == "give up":
+        with suppress(StorageError):
+            _record_untaken(job, GIVE_UP, step, loss=loss, norm=norm, reason=reason)
         job.saver.finish()
         raise NonFiniteLoss(_giving_up(job, step, reason))
     at("optimizer", step)
@@ -240,15 +242,20 @@ def _saved(job: Job) -> Row:
 
 def _tell_skip(job: Job, step: int, *, loss: float, norm: float, reason: str) -> None:
     """Collective. Record that the guard left a step out."""
-    if job.is_replay:
-        return
-    if job.world.is_main:
+    if job.world.is_main and not job.is_replay:
         log.warning("step %d is skipped: %s", step, reason)
-    samples = list(job.task.samples(step))
-    numbers = {"loss": loss, "grad_norm": norm, "reason": reason}
     with job.world.together("recording a skipped step"):
-        if job.world.is_main:
-            record(job.run, "skip", attempt=job.attempt, step=step, samples=samples, **numbers)
+        _record_untaken(job, SKIP, step, loss=loss, norm=norm, reason=reason)
+
+
+def _record_untaken(
+    job: Job, kind: str, step: int, *, loss: float, norm: float, reason: str
+) -> None:
+    """An event with the numbers of a step that the guard did not let pass."""
+    if job.world.is_main and not job.is_replay:
+        samples = list(job.task.samples(step))
+        numbers = {"loss": loss, "grad_norm": norm, "reason": reason}
+        record(job.run, kind, attempt=job.attempt, step=step, samples=samples, **numbers)
 
 
 def _giving_up(job: Job, step: int, reason: str) -> str:

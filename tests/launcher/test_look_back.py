@@ -32,12 +32,17 @@ def test_replay_starts_as_many_ranks_as_there_were(run: Path, tmp_path: Path) ->
     assert (run / "attempts.jsonl").read_text() == attempts
 
 
-def test_replay_leaves_with_1_when_something_differs(run: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
+def copy_of(run: Path, other: Path, *, but: str) -> Path:
+    """A run with the files of another, but for one."""
     other.mkdir()
     for path in run.iterdir():
-        if path.name != "metrics.jsonl":
+        if path.name != but:
             (other / path.name).symlink_to(path)
+    return other
+
+
+def test_replay_leaves_with_1_when_something_differs(run: Path, tmp_path: Path) -> None:
+    other = copy_of(run, tmp_path / "other", but="metrics.jsonl")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         if row["step"] == 5 and "loss" in row:
@@ -55,7 +60,11 @@ def test_replay_leaves_with_1_when_something_differs(run: Path, tmp_path: Path) 
 def test_guard_judges_in_hindsight_without_torch(run: Path, tmp_path: Path) -> None:
     done = headrace("guard", run, "guard.outlier=skip", cwd=tmp_path)
     assert done.stdout == "7 steps: the guard would have objected to 0\n"
-    done = headrace("guard", run, "guard.skip_steps=[2]", "--json", cwd=tmp_path)
+    other = copy_of(run, tmp_path / "other", but="attempts.jsonl")
+    start = json.loads((run / "attempts.jsonl").read_text().splitlines()[0])
+    start["config"]["guard"]["skip_steps"] = [2]
+    (other / "attempts.jsonl").write_text(json.dumps(start) + "\n")
+    done = headrace("guard", other, "--json", cwd=tmp_path)
     (finding,) = json.loads(done.stdout)["findings"]
     assert finding == {
         "step": 2,

@@ -22,6 +22,7 @@ from train.config import ConfigError, RunConfig
 from train.engine import Batch
 from train.events import read_events
 from train.guard import Guard, bound, trouble_began
+from train.hindsight import hindsight
 from train.pretrain import PretrainTask, pretraining
 from train.rollback import leave_spikes
 from train.rows import read_metrics
@@ -238,6 +239,8 @@ def test_outliers_are_skipped_the_same_way_by_a_resumed_run(dataset: Path, tmp_p
     found = run_ranks(2, train_poisoned, jobs, {8: 5.0, 9: 5.0, 11: 5.0})[0]
     assert found == ["complete", "stopped", "complete"]
     assert [row["step"] for row in read_metrics(whole) if row.get("skipped")] == [8, 9, 11]
+    seen = hindsight(whole, settings.guard).findings
+    assert [(one.step, one.decision) for one in seen] == [(n, "skip") for n in (8, 9, 11)]
     assert story(whole) == story(cut)
     assert same_weights(whole, cut, 12)
     assert open_checkpoint(whole).state["guard"] == open_checkpoint(cut).state["guard"]
@@ -260,6 +263,9 @@ def test_a_spike_is_rolled_back_to_what_a_skip_list_gives(dataset: Path, tmp_pat
     # The comparison can fail: without the rollback the poison went into the weights.
     assert not same_weights(plain, listed, 9)
     assert open_checkpoint(spiked).state["guard"]["skip_steps"] == [8, 9]
+    for run in (spiked, plain):
+        (seen,) = hindsight(run, rollback.guard).findings
+        assert (seen.step, seen.decision) == (9, "roll back")
 
 
 def test_a_spike_with_no_checkpoint_before_it_ends_the_run(dataset: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from train.checkpoint import committed
 from train.config import RunConfig
+from train.events import GIVE_UP, read_events
 from train.run import attempts
 from train.world import World
 
@@ -32,6 +33,8 @@ def test_a_loss_that_is_no_number_ends_the_run_on_every_rank(
     assert committed(run) == [1]
     assert [row[0] for row in losses(run)] == [1]
     assert attempts(run)[-1]["outcome"] == "failed"
+    (event,) = read_events(run, GIVE_UP)
+    assert (event["step"], event["samples"]) == (2, [12, 24])
 
 
 class Heard(logging.Handler):

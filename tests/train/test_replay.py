@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,12 @@ import pytest
 from launcher.look_back import difference_of
 from tests.ranks import run_ranks
 from tests.train.test_guard import train_poisoned
+from tests.train.test_hindsight import write_rows
 from tests.train.test_pretrain import config, train_run
 from train import faults
-from train.config import ConfigError, RunConfig
-from train.hindsight import hindsight
+from train.config import RunConfig
 from train.replay import Replay, differing, replay_on
 from train.rows import ReplayUsageError, ranks_of
-from train.settings import GuardConfig
 from train.world import RankError, World
 
 SMALL = ("eval.samples=1", "steps=7")
@@ -109,37 +107,3 @@ def test_skipped_and_rolled_back_steps_are_replayed_as_they_were(
     run_ranks(2, train_poisoned, [(config(dataset, *SMALL, *settings), run, None)], {6: 1.0})
     (found,) = run_ranks(2, replays, [(run, 7)])[0]
     assert found.differences == ()
-
-
-def write_rows(run: Path, losses: list[float]) -> None:
-    run.mkdir()
-    rows = [
-        {
-            "step": n,
-            "loss": loss,
-            "grad_norm": 1.0,
-            "samples": [8 * n, 8 * n + 8],
-            "data_hash": "",
-            "attempt": 1,
-        }
-        for n, loss in enumerate(losses, start=1)
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_hindsight_tells_what_the_guard_would_have_done(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    write_rows(run, [2 + math.sin(n) / 9 for n in range(8)] + [9.0, 9.0, 2.0, 9.0])
-    skipping = hindsight(run, GuardConfig(window=8, outlier="skip"))
-    assert [(f.step, f.decision, f.samples) for f in skipping.findings] == [
-        (9, "skip", (72, 80)),
-        (10, "skip", (80, 88)),
-        (12, "skip", (96, 104)),
-    ]
-    back = hindsight(run, GuardConfig(window=8, rollback=1, patience=2))
-    (finding,) = back.findings
-    assert (finding.step, finding.decision) == (10, "roll back")
-    assert finding.reason.startswith("steps 9 to 10: loss 9 is above 2.")
-    assert hindsight(run, GuardConfig(window=8)).findings == ()
-    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl; train it with"):
-        hindsight(tmp_path, GuardConfig())
