@@ -50,13 +50,14 @@ def difference_of(found: Replay, run: Path) -> str:
     more = f"\n  and {len(found.differences) - 8} more" if len(found.differences) > 8 else ""
     if found.layout_differs:
         advice = (
-            f"bits can only be equal on the same layout ({found.layout_differs}); data_hash must "
-            "be equal on any"
+            "bits can only be equal on the same layout, machine and releases "
+            f"({found.layout_differs}); data_hash must be equal on any"
         )
     else:
         advice = (
-            "on the same hardware and software that is silent corruption, then or now: replay it "
-            "once more, on another machine; if it was then, remove the checkpoints from that step "
-            "on, and the same training command goes on from before"
+            "layout, machine and releases are the recorded ones, so that this is silent "
+            "corruption, then or now: replay it once more, on another machine of the kind; if it "
+            "was then, remove the checkpoints from that step on, and the same training command "
+            "goes on from before"
         )
     return f"{run}: the replay is not what was recorded\n  {shown}{more}\n{advice}"

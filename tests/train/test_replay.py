@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.look_back import difference_of
 from tests.ranks import run_ranks
-from tests.train.test_guard import train_poisoned
 from tests.train.test_hindsight import write_rows
 from tests.train.test_pretrain import config, train_run
 from train import faults
+from train.checkpoint import discard_step
 from train.config import RunConfig
-from train.replay import Replay, differing, replay_on
-from train.rows import ReplayUsageError, ranks_of
-from train.world import RankError, World
+from train.recorded import differing
+from train.replay import Replay, replay, replay_on
+from train.rows import ReplayUsageError, ranks_of, read_metrics
+from train.world import REPEATING, RankError, World
 
 SMALL = ("eval.samples=1", "steps=7")
 
@@ -28,8 +31,16 @@ def train_all(world: World, made: RunConfig, folder: Path) -> None:
     train_run(world, made, folder / "flipped")
 
 
-def replays(world: World, asked: list[tuple[Path, int]]) -> list[Replay]:
-    return [replay_on(world, run, step) for run, step in asked]
+def replays(
+    world: World, asked: list[tuple[Path, int]], threads: int = 1, fault: str | None = None
+) -> list[Replay]:
+    """`fault` happens in each of them, which start in processes of so many threads."""
+    found = []
+    for run, step in asked:
+        torch.set_num_threads(threads)
+        faults.arm(fault, world.rank)
+        found.append(replay_on(world, run, step))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,8 @@ def test_a_clean_run_is_equal_and_stays_as_it_is(runs: Path) -> None:
     run = runs / "clean"
     before = files(run)
     assert ranks_of(run, 5) == 2
-    for found in run_ranks(2, replays, [(run, 2), (run, 5), (run, 6), (run, 7)]):
+    # As many threads as the run had: one per rank.
+    for found in run_ranks(2, replays, [(run, 2), (run, 5), (run, 6), (run, 7)], 3):
         assert [(r.step, r.start, r.checkpoint_compared) for r in found] == [
             (2, 0, False),
             (5, 3, False),
@@ -75,7 +87,7 @@ def test_a_flipped_bit_is_found_with_its_step_and_where_it_is(runs: Path) -> Non
 def test_another_layout_is_named_before_bits_are_blamed(runs: Path) -> None:
     run = runs / "clean"
     ((found,),) = run_ranks(1, replays, [(run, 5)])
-    assert found.layout_differs == "ranks was 2, is 1 now"
+    assert found.layout_differs == "world_size: 2 -> 1; micro_batch: 6 -> 12"
     assert not any("data_hash" in difference for difference in found.differences)
 
 
@@ -90,20 +102,50 @@ def test_a_step_without_a_row_is_refused(runs: Path) -> None:
         ranks_of(runs / "clean", 8)
 
 
-def test_a_fine_tuning_run_is_refused(tmp_path: Path, world_of_one: World) -> None:
+def test_a_fine_tuning_run_is_refused_after_libraries_are_set_as_its_attempt_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in REPEATING:
+        monkeypatch.setenv(name, "")
     run = tmp_path / "run"
     write_rows(run, [2.0])
-    row = {"event": "start", "attempt": 1, "world_size": 1, "config": {"task": "classify"}}
+    config = {"task": "classify", "train": {"deterministic": True}}
+    row = {"event": "start", "attempt": 1, "world_size": 1, "config": config}
     (run / "attempts.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(RankError, match="is a fine-tuning run; only steps of `headrace pretrain`"):
-        replay_on(world_of_one, run, 1)
+        replay(run, 1)
+    assert {name: os.environ[name] for name in REPEATING} == REPEATING
+
+
+def train_through_trouble(world: World, dataset: Path, run: Path) -> None:
+    """Step 5 is NaN and skipped. The guard is told otherwise then, of a step that is trained, too,
+    and goes back when step 8 is NaN.
+    """
+    made = (*SMALL[:1], "steps=9", "guard.max_skips=1")
+    faults.arm("forward:5:1:nan", world.rank)
+    train_run(world, config(dataset, *made), run, 6)
+    later = ("guard.max_skips=0", "guard.rollback=1", "guard.window=4", "guard.skip_steps=[4]")
+    faults.arm("forward:8:1:nan", world.rank)
+    train_run(world, config(dataset, *made, *later), run)
 
 
 def test_skipped_and_rolled_back_steps_are_replayed_as_they_were(
     dataset: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = ("guard.skip_steps=[5]", "guard.outlier=skip", "guard.window=4")
-    run_ranks(2, train_poisoned, [(config(dataset, *SMALL, *settings), run, None)], {6: 1.0})
-    (found,) = run_ranks(2, replays, [(run, 7)])[0]
-    assert found.differences == ()
+    run_ranks(2, train_through_trouble, dataset, run)
+    reasons = {row["step"]: row["reason"] for row in read_metrics(run) if row.get("skipped")}
+    assert reasons == {5: "loss nan, gradient norm inf", 8: "listed by a rollback"}
+    discard_step(run, 3)
+    faulty = run_ranks(2, replays, [(run, 9), (run, 6), (run, 5)], 1, "forward:5:1:nan")[0]
+    assert [(r.step, r.start, r.differences) for r in faulty] == [
+        (9, 6, ()),
+        (6, 0, ()),
+        (5, 0, ()),
+    ]
+    # The fault was the machine's: the step is another now, and what followed is the same.
+    discard_step(run, 6)
+    (found,) = run_ranks(2, replays, [(run, 9)])[0]
+    assert (found.start, found.layout_differs) == (0, "")
+    (difference,) = found.differences
+    assert difference.startswith("step 5: loss None recorded, ")
