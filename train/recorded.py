@@ -2,7 +2,8 @@
 left out and why, and what their bits depend on. No torch.
 
 Everything comes from the attempts that have computed the steps, as the rows tell, and not from
-RUN/config.json: an attempt may change what it is free to.
+RUN/config.json: an attempt may change what it is free to. Only where the data lies is told by the
+last one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.attempts import changes
+from train.attempts import attempts, changes
 from train.checkpoint import committed
 from train.config import RunConfig
 from train.decode import decode
@@ -22,6 +23,8 @@ from train.guard import Decision, Guard, Verdict
 from train.rows import ReplayUsageError, Row, read_metrics, row_of, start_of
 
 COMPARED = ("loss", "grad_norm", "data_hash", "skipped")
+PLACES = ("cache_dir", "cache_bytes", "stage")
+"""Keys of [data] that say where it is kept on the way, besides its paths."""
 MOVE_NO_BIT = (
     *("checkpoint.", "data.", "eval.", "guard.", "log.", "stall_seconds"),
     *("batch_tokens", "seq_len", "model.max_seq_len", "micro_batch"),
@@ -39,7 +42,7 @@ class Recorded:
     start: int
     """The step whose checkpoint it begins with; 0 is the initial weights."""
     config: dict[str, Any]
-    """Of the attempt that has computed the step."""
+    """Of the attempt that has computed the step, with the places where the data is now."""
     machine: dict[str, Any]
     """Of that attempt."""
     starts: tuple[dict[str, Any], ...]
@@ -69,10 +72,11 @@ def recorded(run: Path, step: int) -> Recorded:
             rows[row["step"]] = {**row, **numbers}
             starts[row["attempt"]] = start_of(run, row)
             _check_alike(run, start, step, row["step"], starts[row["attempt"]], own)
+    last = [one for one in attempts(run) if one["event"] == "start"][-1]
     return Recorded(
         step=step,
         start=start,
-        config=own["config"],
+        config=_where_it_is(own["config"], last["config"]["data"]),
         machine=own.get("machine", {}),
         starts=tuple(starts.values()),
         rows=rows,
@@ -152,6 +156,19 @@ def _check_alike(
             f"{then}; one replay cannot compute both. Replay a step before the change, or one that "
             f"has a checkpoint between the two: `headrace checkpoint ls {run}` lists them"
         )
+
+
+def _where_it_is(config: dict[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an attempt, with the data where the last attempt has found it."""
+    data = {**config["data"], **{key: last[key] for key in PLACES if key in last}}
+    if data["path"] and last["path"]:
+        data["path"] = last["path"]
+    paths = {source["name"]: source["path"] for source in last.get("sources", ())}
+    data["sources"] = [
+        {**source, "path": paths.get(source["name"], source["path"])}
+        for source in data.get("sources", ())
+    ]
+    return {**config, "data": data}
 
 
 def _passes(start: Mapping[str, Any]) -> dict[str, int]:

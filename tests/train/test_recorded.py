@@ -37,6 +37,17 @@ def told(plan: Recorded, now: dict[str, Any] | None = None, *, wanders: bool = F
     return layout_differs(plan, now or started(), wanders=wanders)
 
 
+def test_data_that_has_moved_is_looked_for_where_the_last_attempt_found_it(tmp_path: Path) -> None:
+    run_of(tmp_path, started("data=/old", "data.stage=true"), started("data=/new"))
+    data = recorded(tmp_path, 1).config["data"]
+    assert (data["path"], data["stage"]) == ("/new", False)
+    sources = 'data.sources=[{name="a", path="/old/a", weight=1}]'
+    moved = 'data.sources=[{name="b", path="/b", weight=1}, {name="a", path="/a", weight=9}]'
+    run_of(tmp_path, started(sources), started(moved))
+    data = recorded(tmp_path, 1).config["data"]
+    assert data["sources"] == [{"name": "a", "path": "/a", "weight": 1}]
+
+
 def test_every_attempt_on_the_way_counts_with_all_that_bits_depend_on(tmp_path: Path) -> None:
     free = started("guard.skip_steps=[1]", "data.num_workers=2", "checkpoint.keep=9", "data=/new")
     assert told(recorded(run_of(tmp_path, free, started()), 2)) == ""
