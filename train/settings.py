@@ -5,10 +5,19 @@ Immutable, closed to keys that they do not know, and free of torch, for commands
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
+from data.config import check_public
 from train.retention import Retention
 
 
@@ -22,6 +31,14 @@ class Table(
     coerce_numbers_to_str=True,
 ):
     """A table of a recipe: immutable, and closed to keys that it does not know."""
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> Self:
+        """Whatever names a place: it is written into the run, into scripts and into messages."""
+        for key, value in self:
+            if isinstance(value, str):
+                check_public(value, key)
+        return self
 
 
 class OptimConfig(Table):

@@ -80,11 +80,13 @@ def work(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wo
         (folder / ".netrc").chmod(0o600)
         data = f"http://{host}/dataset"
         made.pretrain(data, code=1, HEADRACE_FAULT="optimizer:3:0:raise")
-        made.pretrain(data)
+        made.pretrain(data, "checkpoint.mirror=copies")
     (folder / ".netrc").unlink()
     made.run("export", "run", "model")
     submit = ("submit", "small.toml", f"data={data}", "--run", "other-run", "--nodes", "1")
     made.run(*submit, "--gpus-per-node", "1", "--time", "1:00:00", "--dry-run")
+    told = f"checkpoint.mirror=s3://user:pass-{CANARY}@host/copies"
+    made.run(*submit, "--dry-run", told, code=2)
     yield made
 
 
@@ -96,6 +98,8 @@ def test_the_commands_did_what_they_are_searched_for(work: Work) -> None:
         assert expected in names
     assert any("wandb" in name for name in names)
     assert any(name.startswith("run/checkpoints/step-") for name in names)
+    assert any(name.startswith("copies/run/step-") for name in names)
+    assert "checkpoint: the mirror at s3://host/... is named with a password" in work.said
     assert "Traceback" in work.said or "HEADRACE_FAULT" in work.said, "the fault was told"
     assert "nowhere.txt" in work.said
     assert "is named with a password, a query or a fragment" in work.said

@@ -77,3 +77,22 @@ def test_refusals_say_what_to_write(overrides: list[str], message: str) -> None:
 def test_finetune_shortcuts_name_folders() -> None:
     config = load_config(FinetuneConfig, 'task = "classify"', ["model=out", "data=rows.csv"])
     assert (config.model.path, config.data.path) == ("out", "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        (RunConfig, "checkpoint.mirror"),
+        (FinetuneConfig, "data.path"),
+        (FinetuneConfig, "model.path"),
+    ],
+)
+def test_no_place_is_named_with_a_secret(
+    kind: type[RunConfig] | type[FinetuneConfig], key: str
+) -> None:
+    recipe = 'task = "classify"' if kind is FinetuneConfig else ""
+    for place in ("s3://user:c4n4ry@host/x", "s3://bucket/x?token=c4n4ry"):
+        with pytest.raises(ConfigError, match="is named with a password, a query or a") as caught:
+            load_config(kind, recipe, [f"{key}={place}"])
+        assert "c4n4ry" not in str(caught.value)
+    load_config(kind, recipe, [f"{key}=s3://bucket/x"])
