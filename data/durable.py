@@ -159,7 +159,8 @@ def read_sealed(
     path: Path, *, remedy: str = RESTORE, error: type[ValueError] = DataError
 ) -> dict[str, Any]:
     """What `write_sealed` wrote. An `error` that ends in `remedy` when a bit has changed."""
-    content: dict[str, Any] = json.loads(read_seal(path, remedy=remedy, error=error))
+    body = read_seal(path, remedy=remedy, error=error)
+    content: dict[str, Any] = parsed(body, str(path), remedy=remedy, error=error)
     return content
 
 
@@ -185,6 +186,18 @@ def unsealed(
             f"{remedy}"
         )
     return raw[:-_SEAL_BYTES] + b"}"
+
+
+def parsed(
+    body: bytes, name: str, *, remedy: str = RESTORE, error: type[ValueError] = DataError
+) -> Any:
+    """What the JSON text of a sealed file says. A seal does not tell who wrote it: text that no
+    parser takes, such as deep nesting or a number of thousands of digits, is an `error`.
+    """
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{name} holds what no headrace writes: {failure}{remedy}") from None
 
 
 def is_sealed(raw: bytes) -> bool:

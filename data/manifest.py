@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data.config import AccessError, DataError, DataUsageError, MissingError
-from data.durable import is_sealed, remove_leftovers, unsealed, write_durably, write_sealed
+from data.durable import is_sealed, parsed, remove_leftovers, unsealed, write_durably, write_sealed
 from data.places import MANIFEST as MANIFEST
 from data.places import Place, place_of
 
@@ -172,7 +172,7 @@ def read_manifest(dataset: Path | Place) -> Manifest:
         manifest = Manifest.model_validate_json(body)
         found: Mapping[str, Any] = {"format": manifest.format, "version": manifest.version}
     except ValidationError as error:
-        refused, found = error, json.loads(body)
+        refused, found = error, parsed(body, path)
     if found.get("format") != FORMAT:
         raise DataUsageError(_foreign_manifest(place))
     if found.get("version") != VERSION:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from array import array
 from bisect import bisect_left, bisect_right
@@ -31,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import COMMAND, AccessError, DataError, DataUsageError, MissingError
-from data.durable import unsealed, write_sealed
+from data.durable import parsed, unsealed, write_sealed
 from data.folder import Folder, read_at
 from data.manifest import Manifest, read_table
 from data.packing import PackedChunk, Parts
@@ -139,7 +138,8 @@ def read_plan(place: Place, manifest: Manifest, seq_len: int) -> Plan:
             f"{place} has no plan for data.packing=best_fit with seq_len={seq_len} ({reason}); "
             f"{make}, or write data.packing=concat"
         )
-    found = json.loads(unsealed(raw, path, remedy=f"; {make} again"))
+    again = f"; {make} again"
+    found = parsed(unsealed(raw, path, remedy=again), path, remedy=again)
     if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
         raise DataUsageError(
             f"{path} is no packing plan that this headrace reads (format {found.get('format')!r}, "

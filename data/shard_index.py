@@ -8,7 +8,6 @@ says of an array is all that a reader asks a place for (data/places.py).
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import xxhash
 
 from data.config import DataError
-from data.durable import unsealed
+from data.durable import parsed, unsealed
 from data.folder import Array, Folder, Kind, damaged, read_at
 from data.manifest import Dtype
 from data.names import names_of
@@ -119,7 +118,7 @@ def index_of(place: Place, shard: str, sha256: str, *, original: bool = False) -
 
 
 def _index_from(raw: bytes, path: str, sha256: str | None) -> ShardIndex:
-    found = json.loads(unsealed(raw, path))
+    found = parsed(unsealed(raw, path), path)
     if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(
             f"{path} is an intact index, but not the one that the manifest lists; "

@@ -7,14 +7,13 @@ parameters, a million rows, is read within a second. No torch here.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from data.durable import unsealed
+from data.durable import parsed, unsealed
 from train.inventory import Count, Parameter, sizes_of
 from train.patience import insisting
 from train.slices import ITEM_BYTES, CheckpointError, num_chunks
@@ -63,7 +62,8 @@ def parsed_manifest(raw: bytes, path: str) -> dict[str, Any]:
     """A manifest whose every place lies where it says, its tables as columns; CheckpointError names
     what does not.
     """
-    content = json.loads(unsealed(raw, path, error=CheckpointError, remedy=""))
+    body = unsealed(raw, path, error=CheckpointError, remedy="")
+    content = parsed(body, path, error=CheckpointError, remedy="")
     found = content if isinstance(content, dict) else {}
     if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise CheckpointError(
@@ -79,10 +79,20 @@ def parsed_manifest(raw: bytes, path: str) -> dict[str, Any]:
     sizes = sizes_of(found["parameters"])
     if large := [name for name, size in sizes.items() if size >= LIMIT]:
         raise _not_ours(path, f"parameters.{large[0]}", "no model is so large")
-    ends = np.array([sizes[name] for name in sorted(sizes)], np.int64)
+    names = sorted(sizes)
+    ends = np.array([sizes[name] for name in names], np.int64)
+    stored = np.zeros(len(names))
     for file, entry in zip(manifest.files, found["files"], strict=True):
         _check_file(path, file, ends)
         entry["tables"] = file.tables
+        if weights := file.tensors.get("param"):
+            number, _, length = file.tables[weights.table].T
+            stored += np.bincount(number, length, len(names))
+    # Memory is asked for by these shapes, so they hold no more than the files do.
+    if (short := ends > stored).any():
+        one = int(short.argmax())
+        what = f"{stored[one]:.0f} of its {ends[one]} elements are in a file"
+        raise _not_ours(path, f"parameters.{names[one]}", what)
     return found
 
 

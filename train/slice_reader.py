@@ -65,33 +65,37 @@ class SliceReader:
 
     def read_all(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
         """What `read` returns for each; read in the order of the files."""
-        arrays = [np.empty(length, "<f4") for *_, length in wanted]
-        jobs: list[tuple[int, int, memoryview]] = []
-        for (name, key, start, length), array in zip(wanted, arrays, strict=True):
+        jobs: list[tuple[int, int, int, int, int]] = []
+        for number, (name, key, start, length) in enumerate(wanted):
             filled = 0
             for piece in self.tables.pieces(name, key, start, length):
                 first = piece.start - start
-                target = array[first : first + piece.length].view(np.uint8).data
-                jobs.append((piece.file, piece.offset, target))
+                jobs.append((piece.file, piece.offset, number, first, piece.length))
                 filled += piece.length
             if filled != length:
                 raise CheckpointError(
                     f"{self._folder} holds {filled} of the {length} elements of {key} of "
                     f"{name!r} from {start}; it was written by another model"
                 )
-        jobs.sort(key=lambda job: job[:2])
+        jobs.sort()
+        # Before memory is asked for: the files are as large as the manifest says.
+        fresh = {i: self._file(i) for i in {job[0] for job in jobs} if i not in self._held}
+        arrays = [np.empty(length, "<f4") for *_, length in wanted]
         for index, of_one in groupby(jobs, key=lambda job: job[0]):
-            with self._opened(index) as file:
-                for _, offset, target in of_one:
+            with self._opened(index, fresh) as file:
+                for _, offset, number, first, length in of_one:
                     self.goes_on()
-                    file.read(offset, target)
+                    file.read(offset, arrays[number][first : first + length].view(np.uint8).data)
         return arrays
 
-    @contextmanager
-    def _opened(self, index: int) -> Iterator[FileReader]:
-        """A file, with what is held of it; after reads that went well it is held on."""
+    def _file(self, index: int) -> FileReader:
         entry = self._files[index]
-        file = self._held.pop(index, None) or FileReader(self._folder / entry["name"], entry)
+        return FileReader(self._folder / entry["name"], entry)
+
+    @contextmanager
+    def _opened(self, index: int, fresh: Mapping[int, FileReader]) -> Iterator[FileReader]:
+        """A file, with what is held of it; after reads that went well it is held on."""
+        file = self._held.pop(index, None) or fresh.get(index) or self._file(index)
         self._num_held -= file.num_held
         self.num_opened += 1
         with file.opened():
@@ -172,10 +176,10 @@ class FileReader:
             return self._held[1]
         size = self._chunk_bytes
         count = max(1, num_chunks(min(num_bytes, READ_BYTES), size))
+        # A chunk may be called larger than its file, and memory is taken before the read.
+        wanted = min(count * size, self._num_bytes - index * size)
         try:
-            data = memoryview(
-                insisting(lambda: os.pread(self._descriptor, count * size, index * size))
-            )
+            data = memoryview(insisting(lambda: os.pread(self._descriptor, wanted, index * size)))
         except OSError as error:
             reason = f"chunk {index} (from byte {index * size}) cannot be read: {error.strerror}"
             raise Damage(self._path, reason, chunk=index) from error

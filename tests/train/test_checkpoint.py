@@ -1,5 +1,6 @@
 """The commit protocol: a checkpoint is complete or it does not exist, and damage is named."""
 
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,8 @@ import pytest
 from data.durable import read_sealed, write_sealed
 from tests.train.checkpoints import SHAPES, inventory, values, write
 from train import checkpoint, slices
-from train.checkpoint import CheckpointError, committed, open_checkpoint
+from train.checkpoint import CheckpointError, committed, completed_steps, open_checkpoint
+from train.choice import choose
 from train.retention import Retention
 from train.slices import write_slices
 from train.tables import Tables, columns, flat_table
@@ -231,3 +233,48 @@ def test_sigkill_at_any_moment_leaves_a_usable_checkpoint(tmp_path: Path) -> Non
         assert np.array_equal(saved.read("b"), values(reached)["param/b"])
         manifest = json.loads((saved.folder / "manifest.json").read_text())
         assert manifest["state"] == {"step": reached}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"state":{"step":2}', '"state":{"x":' + "[" * 50_000 + "]" * 50_000 + "}", "recursion"),
+        ('"state":{"step":2}', '"state":{"step":' + "9" * 5000 + "}", "integer string"),
+        ('"shape":[6,5]', f'"shape":[{2**45}]', "parameters.a: 30 of its 35184372088832 elements"),
+    ],
+)
+def test_a_seal_does_not_make_nonsense_a_manifest(
+    tmp_path: Path, old: str, new: str, told: str
+) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    path = tmp_path / "checkpoints/step-000000002/manifest.json"
+    body = json.dumps(read_sealed(path), sort_keys=True, separators=(",", ":"))
+    assert old in body
+    changed = body.replace(old, new).encode()
+    seal = hashlib.sha256(changed).hexdigest()
+    path.write_bytes(changed[:-1] + f',"sha256":"{seal}"}}\n'.encode())
+    chosen = choose(tmp_path)
+    assert chosen.taken is not None and chosen.taken.step == completed_steps(tmp_path) == 1
+    assert f"{path} holds what no headrace writes" in chosen.passed_over[0].reason
+    assert told in chosen.passed_over[0].reason
+
+
+def test_no_memory_is_taken_for_what_is_in_no_file(tmp_path: Path) -> None:
+    """Shape, tables and sizes agree, and all of them are of a file that is not there."""
+    write(tmp_path, 1, num_ranks=1)
+    path = tmp_path / "checkpoints/step-000000001/manifest.json"
+    content = read_sealed(path)
+    huge = 2**45
+    content["parameters"]["b"]["shape"] = [huge]
+    (entry,) = content["files"]
+    entry["tables"] = [[0, 0, 30, 1, 0, huge]]
+    entry.update(bytes=2**50, chunk_bytes=2**50, chunks="0" * 16)
+    write_sealed(path, content)
+    with pytest.raises(CheckpointError, match=rf"has \d+ bytes, {2**50} were written"):
+        open_checkpoint(tmp_path).read("b")
+    entry.update(bytes=(path.parent / entry["name"]).stat().st_size)
+    content["parameters"]["b"]["shape"], entry["tables"] = [7], [[0, 0, 30, 1, 0, 7]]
+    write_sealed(path, content)
+    with pytest.raises(CheckpointError, match=r"chunk 0 .* is not what was written"):
+        open_checkpoint(tmp_path).verify()
