@@ -1,9 +1,9 @@
 """Hugging Face folders in and out: the only module that imports transformers.
 
-Nothing that is read here can run code: remote code is off, weights come from safetensors only, and
-the hub is never asked. A folder that lacks weights of its model is refused, because transformers
-would start them at random without failing. Importing this module costs seconds; import it where
-it is used.
+Nothing that is read here can run code or lies outside of the folder: remote code is off, the hub is
+never asked, and train/folder_files.py has looked before transformers does. A folder that lacks
+weights of its model is refused, because transformers would start them at random without failing.
+Importing this module costs seconds; import it where it is used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from train.folder_files import check_folder, no_files, refuse_links, weight_files
 from train.folder_tokenizer import FolderTokenizer as FolderTokenizer
 from train.folder_tokenizer import ModelFolderError as ModelFolderError
 from train.folder_tokenizer import NoModelFolder as NoModelFolder
@@ -54,6 +55,8 @@ _LOAD_ERRORS = (
     KeyError,
     TypeError,
     AttributeError,
+    # A library that a folder needs and nobody has installed.
+    ImportError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -68,8 +71,9 @@ def load_tokenizer(folder: str | Path) -> FolderTokenizer:
     folder = _existing(Path(folder))
     num_embeddings: int = _config(folder).get_text_config().vocab_size
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
-    except _LOAD_ERRORS as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_SAFE, **no_files(folder))
+    # The library tokenizers raises Exception itself.
+    except Exception as error:
         raise ModelFolderError(
             f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}; "
             "the folder needs a tokenizer.json beside config.json"
@@ -148,9 +152,9 @@ def context_length(folder: str | Path) -> int | None:
 
 
 def num_parameters(folder: str | Path) -> int:
-    """Values in the folder's safetensors files, from their headers alone."""
+    """Values in the safetensors that the folder's weights are read from, by their headers alone."""
     total = 0
-    for path in sorted(_existing(Path(folder)).glob("*.safetensors")):
+    for path in weight_files(_existing(Path(folder))):
         try:
             with safe_open(path, "pt") as file:
                 total += sum(
@@ -169,6 +173,7 @@ def save_folder(
     The tokenizer files are those of `tokenizer_from` to the byte, except that `tokenizer_config`
     is laid over tokenizer_config.json.
     """
+    refuse_links(tokenizer_from)
     model.save_pretrained(out, max_shard_size="5GB")
     for pattern in TOKENIZER_FILES:
         for file in sorted(tokenizer_from.glob(pattern)):
@@ -181,7 +186,7 @@ def save_folder(
 
 
 def _load(auto: Any, folder: Path, *, dtype: torch.dtype | None, **options: Any) -> tuple[Any, Any]:
-    _refuse_pickles(_existing(folder))
+    weight_files(_existing(folder))
     _refuse_larger(auto, folder)
     try:
         return auto.from_pretrained(  # type: ignore[no-any-return]
@@ -219,20 +224,8 @@ def _existing(folder: Path) -> Path:
             f"{folder} is no Hugging Face folder: it {what}; "
             "make one from a run with `headrace export RUN OUT`"
         )
+    check_folder(folder)
     return folder
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    others = sorted(
-        file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}")
-    )
-    raise ModelFolderError(
-        f"{folder} holds no *.safetensors"
-        + (f", only {', '.join(others)}, which can run code when loaded" if others else "")
-        + "; load it where you trust it and write it again with save_pretrained"
-    )
 
 
 def _refuse_larger(auto: Any, folder: Path) -> None:
