@@ -3,8 +3,8 @@
 
 Floating point gives another sum in another order. Here the gradient of every micro-batch becomes
 whole multiples of 2^-44, and those are added as integers: any number of ranks that divides the
-batch comes to the same bits. A micro-batch must hold the same samples everywhere, and its kernels
-must repeat themselves (train/build.py).
+batch comes to the same bits. A micro-batch must hold the same samples everywhere, its dropout must
+not follow the ranks (train/step.py), and its kernels must repeat themselves (train/build.py).
 
 Cost: every rank holds all weights, gradients and optimizer state, 8 bytes per parameter for the
 integer sum besides, and sends 8 bytes per parameter and step instead of 4. Elements below 2^-45 are

@@ -38,7 +38,6 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     what the ranks agreed on.
     """
     started = time.perf_counter()
-    _seed(job.config.seed, step, job.world.rank)
     found = _read(job, step, batches)
     lr = learning_rate(
         step,
@@ -53,7 +52,7 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     num_valid = job.task.num_valid(step)
     if num_valid is None:
         found, num_valid = _counted(job, step, found)
-    done = [_micro_step(job, step, batch, num_valid) for batch in found]
+    done = [_micro_step(job, step, micro, batch, num_valid) for micro, batch in enumerate(found)]
     at("reduce", step)
     loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
     loss, norm = float(loss_sum) / num_valid, job.engine.grad_norm()
@@ -115,10 +114,11 @@ def _read(job: Job, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _micro_step(
-    job: Job, step: int, batch: Batch, num_valid: int
+    job: Job, step: int, micro: int, batch: Batch, num_valid: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a micro-batch, and its hash with its count of quarantined samples."""
     counts = _take_counts(job, batch)
+    _seed(job.config.seed, step, micro * job.world.size + job.world.rank)
 
     def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         with job.timing.measuring("compute"):
@@ -268,7 +268,8 @@ def _giving_up(job: Job, step: int, reason: str) -> str:
     )
 
 
-def _seed(seed: int, step: int, rank: int) -> None:
-    # Dropout draws from (seed, step, rank): a resumed step needs no saved generator.
-    key = hashlib.blake2b(f"dropout/{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+def _seed(seed: int, step: int, place: int) -> None:
+    # Dropout draws from the place of a micro-batch in the global batch: a resumed step needs no
+    # saved generator, and whichever rank computes it drops the same.
+    key = hashlib.blake2b(f"dropout/{seed}/{step}/{place}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(key, "little") >> 1)

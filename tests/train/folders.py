@@ -60,7 +60,7 @@ def make_folder(
 
 def _model(shape: str, **options: Any) -> Any:
     if shape == "gpt2":
-        # Without dropout the numbers do not depend on the number of ranks.
+        # Without dropout the numbers do not depend on the micro-batch.
         still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         sizes = {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2}
         config = transformers.GPT2Config(**{"bos_token_id": 0, **still, **sizes, **options})

@@ -51,9 +51,9 @@ def tune(world: World, jobs: list[Job]) -> list[str]:
     return outcomes
 
 
-def drawing_from_the_start(number: int, step: int, rank: int) -> None:
+def drawing_from_the_start(number: int, step: int, place: int) -> None:
     """As with a generator that nobody saved: a new process begins it again."""
-    seed(number, step - SKIPPED, rank)
+    seed(number, step - SKIPPED, place)
 
 
 def counting_the_skip(engine: Engine, *args: Any, **options: Any) -> Checkpoint | None:
@@ -125,3 +125,24 @@ def test_an_interruption_around_a_skipped_step_leaves_no_trace_under_dropout(
         assert found["rows"][:SKIPPED] == right["rows"][:SKIPPED], "they differ by the resume alone"
     first = [read_metrics(run)[1]["loss"] for _, run, _, _ in (begun[0], begun[-1])]
     assert first[0] != first[1], "nothing was dropped"
+
+
+def test_dropout_follows_the_samples_and_not_the_ranks(
+    folder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    settings = (f"model={folder}", f"data={labelled}", "batch_size=4", "micro_batch=1")
+    exact = config(*settings, "zero.stage=0", "train.reproducible=across_world_sizes")
+    for ranks in (1, 2):
+        jobs: list[Job] = [
+            (exact, tmp_path / f"exact-{ranks}", 2, ""),
+            (config(*settings), tmp_path / f"deepspeed-{ranks}", 2, ""),
+        ]
+        assert run_ranks(ranks, tune, jobs) == [["stopped"] * 2] * ranks
+
+    def numbers(name: str) -> list[Any]:
+        rows = read_metrics(tmp_path / name)
+        return [row[key] for row in rows for key in ("loss", "grad_norm") if key in row]
+
+    assert numbers("exact-1") == numbers("exact-2")
+    # fp32 in another order of additions.
+    assert numbers("deepspeed-1") == pytest.approx(numbers("deepspeed-2"), rel=2e-4)
