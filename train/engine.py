@@ -208,11 +208,15 @@ class DeepSpeedEngine:
 def whole_replicas(
     module: torch.nn.Module, flats: list[Flat]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, and the optimizer state of `flats`, which every rank holds whole."""
-    yield from named(module).items()
+    """The weights, and the fp32 twins and optimizer state of `flats`, which every rank holds
+    whole.
+    """
+    weights = named(module)
+    yield from weights.items()
+    own = {id(weight) for weight in weights.values()}
     for flat in flats:
         for key, tensor in flat.tensors().items():
-            if key != "param":
+            if key != "param" or id(flat.master) not in own:
                 yield f"{flat.fragments[0].name} ({key})", tensor
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import train.replicas
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
-from tests.train.toy import make_engine, run_steps
+from tests.train.toy import Toy, make_engine, run_steps
 from train import faults
+from train.build import build_engine
 from train.checkpoint import committed
 from train.config import JobConfig, RunConfig
 from train.events import read_events
@@ -22,6 +23,8 @@ from train.replicas import ReplicasDiffer, check_replicas, checksum
 from train.world import World
 
 SIZE = 6
+EXACT = -1
+"""No stage: train.reproducible=across_world_sizes, whose fp32 twins every rank holds."""
 Case = tuple[str, int, str]
 CASES: list[Case] = [
     ("fp32", 0, "embedding.weight"),
@@ -31,6 +34,7 @@ CASES: list[Case] = [
     ("bf16", 2, "embedding.weight"),
     ("fp32", 3, "norm.weight"),
     ("bf16", 3, "narrow.bias"),
+    ("bf16", EXACT, "wide.weight (param)"),
 ]
 
 
@@ -44,14 +48,15 @@ def alarms(
         train.replicas.is_near = lambda _: False
     found = []
     for precision, stage, name in cases:
-        settings = {"precision": precision, "zero": {"stage": stage}}
-        engine, accumulation = make_engine(
-            JobConfig.model_validate(settings), world, size=SIZE, micro_batch=2
-        )
-        layout: dict[str, Any] = {"size": SIZE, "micro_batch": 2, "accumulation": accumulation}
+        settings: dict[str, Any] = {"precision": precision, "micro_batch": 2}
+        if stage == EXACT:
+            settings["train"] = {"reproducible": "across_world_sizes"}
+        made = JobConfig.model_validate(settings | {"zero": {"stage": max(stage, 0)}})
+        layout = {"micro_batch": 2, "accumulation": -(-SIZE // (2 * world.size))}
+        engine = build_engine(Toy(), made, world, **layout)
         told = []
         for step in (1, 2):
-            run_steps(engine, world, range(step, step + 1), **layout)
+            run_steps(engine, world, range(step, step + 1), size=SIZE, **layout)
             if step == 2 and world.rank == culprit:
                 flip_one_bit(dict(engine.replicas())[name])
             told.append(alarm(engine, world, run))
