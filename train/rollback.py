@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from train.checkpoint import Checkpoint, CheckpointError, committed, discard_step, open_checkpoint
-from train.choice import choose
 from train.engine import Engine
 from train.events import read_events, record
 from train.guard import Guard
-from train.state import load_checkpoint
-from train.world import RankError, World
+from train.state import load_first
+from train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -113,27 +112,11 @@ def _load_before(
     engine is as it was, when there is none.
     """
 
-    def load(run: Path, step: int) -> Checkpoint:
-        with world.together(f"opening the checkpoint of step {step}"):
-            saved = open_checkpoint(run, step)
-        load_checkpoint(engine, world, saved)
-        return saved
-
-    def take(run: Path, step: int) -> Checkpoint:
-        try:
-            return load(run, step)
-        except RankError:
-            if not mend(step):
-                raise
-        return load(run, step)
-
     before = world.broadcast([step for step in committed(run) if step < spike[0]])
-    choice = choose(run, before, take=take, failures=RankError)
-    told = [f"step {passed.step}: {passed.reason}" for passed in choice.passed_over]
+    choice = load_first(engine, world, run, before, mend=mend)
     if choice.taken is not None:
-        for reason in told if world.is_main else ():
-            log.warning("checkpoint not usable, going back further: %s", reason)
         return choice.taken
+    told = [f"step {passed.step}: {passed.reason}" for passed in choice.passed_over]
     what = f"loss or gradient norm spikes from step {spike[0]} to {spike[-1]}, and {run} has no "
     if told:
         raise NoWayBack(

@@ -8,7 +8,7 @@ into host memory, then all ranks agree, and only then is the engine touched.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 
 from train import checkpoint
 from train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from train.choice import choose
+from train.choice import Choice, choose
 from train.engine import Engine
 from train.inventory import check_same
 from train.slice_reader import SliceReader
@@ -56,31 +56,28 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
 def load_newest(
     engine: Engine, world: World, run: Path, *, mend: Callable[[int], bool] = lambda step: False
 ) -> Checkpoint | None:
-    """Collective. Load the newest checkpoint that verifies; each one passed over is reported once,
-    with its reason. `mend` is asked for one that does not, and says whether it put it right; its
-    CheckpointError is one reason more.
+    """Collective. Load the newest checkpoint that verifies; `mend` as in `load_first`.
 
     Returns None when the run has no checkpoint at all; raises CheckpointError when it has some and
     none is usable, because starting again from nothing would throw away the run.
     """
     steps = world.broadcast(checkpoint.committed(run) if world.is_main else None)
+    return load_first(engine, world, run, steps, mend=mend).require()
 
-    def load(run: Path, step: int) -> Checkpoint:
-        with world.together(f"opening the checkpoint of step {step}"):
-            saved = open_checkpoint(run, step)
-        committed = world.broadcast(saved.manifest.get("time"))
-        with world.together(f"opening the checkpoint of step {step}"):
-            if saved.manifest.get("time") != committed:
-                raise CheckpointError(
-                    f"{saved.folder / checkpoint.MANIFEST} is of another commit here than on rank "
-                    "0: this machine sees an older state of the file system; mount it again here"
-                )
-        load_checkpoint(engine, world, saved)
-        return saved
+
+def load_first(
+    engine: Engine, world: World, run: Path, steps: Sequence[int], *, mend: Callable[[int], bool]
+) -> Choice:
+    """Collective. Load the first of these checkpoints that verifies; each one passed over is
+    reported once, with its reason. The engine is as it was when there is none.
+
+    `mend` is asked for one that does not, and says whether it put it right; its CheckpointError is
+    one reason more.
+    """
 
     def take(run: Path, step: int) -> Checkpoint:
         try:
-            return load(run, step)
+            return _load(engine, world, run, step)
         except RankError as error:
             try:
                 is_mended = mend(step)
@@ -91,14 +88,28 @@ def load_newest(
                 raise
             if world.is_main:
                 log.warning("checkpoint mended from the mirror: %s", error)
-        return load(run, step)
+        return _load(engine, world, run, step)
 
     choice = choose(run, steps, take=take, failures=RankError)
-    saved = choice.require()
-    for passed in choice.passed_over if world.is_main else ():
-        step = saved and saved.step
+    for passed in choice.passed_over if world.is_main and choice.taken else ():
+        step = choice.taken and choice.taken.step
         reason = f"step {passed.step}: {passed.reason}"
         log.warning("checkpoint not usable, going on from step %s: %s", step, reason)
+    return choice
+
+
+def _load(engine: Engine, world: World, run: Path, step: int) -> Checkpoint:
+    """Collective. Load the checkpoint of a step, one and the same on all ranks."""
+    with world.together(f"opening the checkpoint of step {step}"):
+        saved = open_checkpoint(run, step)
+    committed = world.broadcast(saved.manifest.get("time"))
+    with world.together(f"opening the checkpoint of step {step}"):
+        if saved.manifest.get("time") != committed:
+            raise CheckpointError(
+                f"{saved.folder / checkpoint.MANIFEST} is of another commit here than on rank "
+                "0: this machine sees an older state of the file system; mount it again here"
+            )
+    load_checkpoint(engine, world, saved)
     return saved
 
 
