@@ -33,6 +33,8 @@ BLOCK_TOKENS = 2**19
 
 Dtype = Literal["<u2", "<u4"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**44)]
+"""Of one shard: those of 100,000 shards add up in 64 bits."""
 # split/source/file: no part may be empty or start with a dot, so no path can leave the dataset.
 ShardPath = Annotated[str, Field(pattern=r"^(train|val)/[^/.\x00][^/\x00]*/[^/.\x00][^/\x00]*$")]
 
@@ -46,12 +48,12 @@ class ShardEntry:
 
     path: ShardPath
     """SPLIT/SOURCE/FILE, relative to the dataset."""
-    bytes: int
+    bytes: Count
     sha256: Sha256
     idx_sha256: Sha256
     """Of the whole index file beside the shard."""
-    tokens: int
-    documents: int
+    tokens: Count
+    documents: Count
 
     @property
     def split(self) -> str:

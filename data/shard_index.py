@@ -10,20 +10,24 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data.config import DataError
 from data.durable import parsed, unsealed
 from data.folder import Array, Folder, Kind, damaged, read_at
-from data.manifest import Dtype
+from data.manifest import Dtype, Sha256
 from data.names import names_of
 from data.places import Place
 
 INDEX_FORMAT = "headrace-shard-index"
 INDEX_VERSION = 1
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**48)]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,16 @@ class Chunk:
     """One chunk of a shard. Offsets are of the first array element, in bytes of the tar."""
 
     key: str
-    documents: int
-    tokens: int
-    lens_offset: int
-    tokens_offset: int
-    lens_xxh3: str
-    tokens_xxh3: str
-    ids_offset: int | None = None
+    documents: Count
+    tokens: Count
+    lens_offset: Count
+    tokens_offset: Count
+    lens_xxh3: Xxh3
+    tokens_xxh3: Xxh3
+    ids_offset: Count | None = None
     """Of the document ids; None, like what follows, where the shard keeps none."""
-    ids_bytes: int = 0
-    ids_xxh3: str | None = None
+    ids_bytes: Count = 0
+    ids_xxh3: Xxh3 | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As in the index: shards without document ids have the index that they always had."""
@@ -82,8 +86,9 @@ class ShardIndex:
     """The content of an index file."""
 
     dtype: Dtype
-    bytes: int
-    tar_sha256: str
+    bytes: Count
+    tar_sha256: Sha256
+    """By which the cache of what comes from elsewhere names its files."""
     chunks: tuple[Chunk, ...]
 
     @property
@@ -95,6 +100,9 @@ class ShardIndex:
     def documents(self) -> int:
         """Documents of the shard."""
         return sum(chunk.documents for chunk in self.chunks)
+
+
+_INDEX = TypeAdapter(ShardIndex)
 
 
 def index_path(shard: Path) -> Path:
@@ -129,12 +137,14 @@ def _index_from(raw: bytes, path: str, sha256: str | None) -> ShardIndex:
             f"{path} is no shard index that this headrace reads: "
             f"format {found.get('format')!r}, version {found.get('version')!r}"
         )
-    return ShardIndex(
-        dtype=found["dtype"],
-        bytes=found["bytes"],
-        tar_sha256=found["tar_sha256"],
-        chunks=tuple(Chunk(**chunk) for chunk in found["chunks"]),
-    )
+    try:
+        return _INDEX.validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(
+            f"{path} holds what no headrace writes: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}; restore it from a copy of this dataset"
+        ) from None
 
 
 def read_names(file: int, path: str | Path, chunk: Chunk) -> list[str] | None:

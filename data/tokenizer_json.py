@@ -242,7 +242,7 @@ def _merges(model: PieceModel) -> list[list[str]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}; fetch or write it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__} where an object is expected")

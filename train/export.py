@@ -100,6 +100,7 @@ def export(
     _check_model(saved, config)
     source = tokenizer_file(run)
     _check_tokenizer(saved, source)
+    tokenizer = load_tokenizer(source)
     _remove_leftovers(out)
     unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     # Nobody else has our number; on storage without locks a dead export of it was left above.
@@ -108,7 +109,7 @@ def export(
         try:
             bos = bool(saved.state.get("bos", False))
             write_huggingface_tokenizer(source, unfinished, bos=bos)
-            _write_configs(unfinished, config, load_tokenizer(source), dtype)
+            _write_configs(unfinished, config, tokenizer, dtype)
             weights = write_weights(
                 unfinished, saved, config, dtype, max_shard_bytes=max_shard_bytes
             )
@@ -210,7 +211,14 @@ def _model_config(run: Path) -> ModelConfig:
 
 
 def _check_model(saved: Checkpoint, config: ModelConfig) -> None:
-    stored, expected = saved.parameters, parameter_shapes(config)
+    stored = saved.parameters
+    # Before so many names are made: a layer has some parameters.
+    if config.num_layers > len(stored):
+        raise ExportError(
+            f"{saved.folder} is of another model than the run's config.json: {len(stored)} "
+            f"parameters there, config.json makes it {config.num_layers} layers"
+        )
+    expected = parameter_shapes(config)
     if stored != expected:
         names = sorted(stored.keys() | expected.keys())
         name = next(n for n in names if stored.get(n) != expected.get(n))

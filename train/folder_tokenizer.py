@@ -92,8 +92,15 @@ class FolderTokenizer:
         user = {"role": "user", "content": prompt}
         assistant = {"role": "assistant", "content": response}
         apply = self._tokenizer.apply_chat_template
-        start: str = apply([user], tokenize=False, add_generation_prompt=True)
-        whole: str = apply([user, assistant], tokenize=False)
+        try:
+            start: str = apply([user], tokenize=False, add_generation_prompt=True)
+            whole: str = apply([user, assistant], tokenize=False)
+        # A template is a program in a sandbox: it raises what it likes.
+        except Exception as error:
+            raise ModelFolderError(
+                f"{self._folder}: its chat template cannot be applied: {error}; mend "
+                "chat_template.jinja, or chat_template in tokenizer_config.json"
+            ) from error
         return start, whole.removeprefix(start) if whole.startswith(start) else response
 
     def context_ids(self) -> list[int]:

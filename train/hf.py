@@ -72,13 +72,15 @@ def load_tokenizer(folder: str | Path) -> FolderTokenizer:
     num_embeddings: int = _config(folder).get_text_config().vocab_size
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_SAFE, **no_files(folder))
+        return FolderTokenizer(tokenizer, folder, num_embeddings=num_embeddings)
+    except ModelFolderError:
+        raise
     # The library tokenizers raises Exception itself.
     except Exception as error:
         raise ModelFolderError(
             f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}; "
             "the folder needs a tokenizer.json beside config.json"
         ) from None
-    return FolderTokenizer(tokenizer, folder, num_embeddings=num_embeddings)
 
 
 def load_causal(folder: str | Path, *, dtype: torch.dtype | None = torch.float32) -> Any:

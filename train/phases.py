@@ -167,8 +167,8 @@ def _rows(run: Path) -> list[tuple[RunPhase, dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             row = json.loads(line)
-        except ValueError:
-            # Torn by a crash: the change was not made.
+        except (ValueError, RecursionError):
+            # Torn by a crash: the change was not made. Only something foreign nests deeply.
             continue
         try:
             content = {name: row.pop(name) for name in DECIDED}
@@ -176,7 +176,7 @@ def _rows(run: Path) -> list[tuple[RunPhase, dict[str, Any]]]:
             if not phase.seq_len:
                 phase = phase.model_copy(update={"seq_len": _first_seq_len(run)})
             rows.append((phase, content))
-        except (KeyError, AttributeError, ValidationError) as error:
+        except (KeyError, AttributeError, TypeError, ValidationError) as error:
             raise DataError(
                 f"{path}:{number} is damaged ({type(error).__name__}): which samples the steps "
                 "have cannot be told; put back a copy of the file"
@@ -188,6 +188,6 @@ def _first_seq_len(run: Path) -> int:
     """What the run began with: rows from before it could change do not repeat it. 0 where its
     config.json is damaged, which whoever opens the run tells.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return int(json.loads((run / "config.json").read_text())["config"]["seq_len"])
     return 0

@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
         return {"kind": table["kind"], "config": table["config"], **table}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is damaged: {error}; put back a copy (each attempt's config is in "
             f"{path.parent / 'attempts.jsonl'}), or start a new run with another --run"
