@@ -81,7 +81,9 @@ class Engine(Protocol):
         """
 
     def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Named tensors that must be equal, bit for bit, on every rank between steps."""
+        """Named tensors that must be equal, bit for bit, on every rank, until `step` and after
+        it.
+        """
 
     def flats(self) -> list[Flat]:
         """This rank's fp32 master partitions and their optimizer state; views, not copies."""

@@ -19,7 +19,7 @@ from train.replicas import check_replicas
 from train.restore import mend
 from train.rollback import roll_back
 from train.run import Outcome
-from train.step import quarantine, take_step
+from train.step import due, quarantine, take_step
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ def train(job: Job) -> tuple[Outcome, int]:
             step = _roll_back(job) + 1
             batches = _batches(job, step)
             continue
-        if due(job.config.guard.check_every, step):
-            check_replicas(job.engine, job.world, job.run, step=step, attempt=job.attempt)
         if agreed.is_written:
             job.saver.commit()
         if job.pace.is_due(step) or step == job.steps or agreed.stop or agreed.save:
@@ -86,8 +84,7 @@ def save(job: Job, step: int) -> None:
     """Collective. Begin a checkpoint of this step. ReplicasDiffer instead, when what the ranks hold
     alike differs: a resume from it would make them equal, and wrong.
     """
-    every = job.config.guard.check_every
-    if every > 0 and not due(every, step):
+    if job.config.guard.check_every > 0:
         check_replicas(job.engine, job.world, job.run, step=step, attempt=job.attempt)
     state = {
         "step": step,
@@ -121,11 +118,6 @@ def _say_when_nothing_is_saved(job: Job) -> None:
     first_save = job.steps if every == 0 else -(-job.first_step // every) * every
     if min(first_save, job.stop_at or job.steps) >= job.steps:
         log.info("no checkpoint before the last step: checkpoint.every=%d", every)
-
-
-def due(every: int, step: int) -> bool:
-    """Whether something that happens `every` so many steps, 0 being never, happens at this one."""
-    return every > 0 and step % every == 0
 
 
 def _batches(job: Job, first_step: int) -> Iterator[Batch]:

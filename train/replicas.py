@@ -1,9 +1,16 @@
 """Silent corruption: what every rank should hold alike is compared, and the odd rank is named.
 
-Stage 0 holds weights and optimizer state alike on every rank, stages 1 and 2 the weights that the
-forward pass uses, stage 3 its small whole parameters. One hash of all of it goes around (16 bytes a
-rank, between the hosts); only where those differ does one per tensor follow. Bits on a GPU are
-summed up there. What is sharded has no copy to compare with: `headrace replay` recomputes it.
+    stage 0   weights, moments, fp32 twins   a flipped bit stays, and the next look finds it
+    1 and 2   the weights that are used      rebuilt by every update: found in the steps looked at
+    3         its small whole parameters     as at 1 and 2
+
+So a step is looked at before its update, while what it has computed with is there; so is every step
+whose loss or gradient the guard finds bad or high, and the state once more before a checkpoint. One
+hash of all of it goes around (16 bytes a rank, between the hosts); only where those differ does one
+per tensor follow. Bits on a GPU are summed up there.
+
+What is sharded has no copy to compare with, and a gradient that was added up wrongly is all ranks'
+alike: `headrace replay` computes those again.
 """
 
 from __future__ import annotations
@@ -40,7 +47,8 @@ class ReplicasDiffer(ValueError):
 
 
 def check_replicas(engine: Engine, world: World, run: Path, *, step: int, attempt: int) -> None:
-    """Collective. ReplicasDiffer on every rank, with the event recorded, when ranks differ.
+    """Collective. ReplicasDiffer on every rank, with the event recorded, when ranks differ. Not
+    between the parts of an update.
 
     Costs a read of what is compared, where it is: for 10.7 M parameters on two ranks of a CPU 2 to
     30 ms, which every hundred steps of 4,096 tokens is 0.005 % of the training

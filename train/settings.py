@@ -149,7 +149,8 @@ class GuardConfig(Table):
     """Steps that are not taken: no forward pass, no update; their samples count as consumed."""
     check_every: NonNegativeInt = 100
     """Optimizer steps between comparisons of what every rank should hold alike, which also come
-    before every checkpoint; 0 never compares.
+    before every checkpoint and at steps that are bad or high; 0 never compares. ZeRO 1 to 3 rebuild
+    weights in every step: only 1 looks at all that were used.
     """
 
 

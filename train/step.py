@@ -27,6 +27,7 @@ from train.guard import Decision, NonFiniteLoss, Verdict
 from train.job import Agreed, Job
 from train.metrics import Row
 from train.progress import at, start_seconds
+from train.replicas import check_replicas
 from train.schedule import learning_rate
 from train.timing import TIMED_STEPS
 
@@ -58,6 +59,7 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     loss, norm = float(loss_sum) / num_valid, job.engine.grad_norm()
     verdict = job.guard.judge(loss, norm)
     agreed = _agreed(job, step, [counts for _, counts in done], verdict)
+    _check(job, step, agreed)
     decision = job.guard.settle(
         step, loss=loss, grad_norm=norm, is_bad=agreed.is_bad, is_high=agreed.is_high
     )
@@ -80,6 +82,11 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     skipped = "" if decision == "step" else reason
     _record(job, step, lr=lr, agreed=agreed, started=started, skipped=skipped, numbers=numbers)
     return decision, agreed
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens `every` so many steps, 0 being never, happens at this one."""
+    return every > 0 and step % every == 0
 
 
 def quarantine(job: Job) -> dict[str, int]:
@@ -158,6 +165,18 @@ def _agreed(
         is_bad=found[5] > 0,
         is_high=found[6] > 0,
     )
+
+
+def _check(job: Job, step: int, agreed: Agreed) -> None:
+    """Collective. ReplicasDiffer where the weights that this step has computed with differ.
+
+    Before the update: at ZeRO 1 and 2 it rebuilds them, and what a flipped bit has done to the
+    gradient all ranks then have alike. A step out of the ordinary is looked at in any case.
+    """
+    every = job.config.guard.check_every
+    is_odd = every > 0 and (agreed.is_bad or agreed.is_high)
+    if (is_odd or due(every, step)) and not job.is_replay:
+        check_replicas(job.engine, job.world, job.run, step=step, attempt=job.attempt)
 
 
 def _record(

@@ -19,6 +19,8 @@ from train.build import build_engine
 from train.checkpoint import committed
 from train.config import JobConfig, RunConfig
 from train.events import read_events
+from train.metrics import read_metrics
+from train.pretrain import PretrainTask
 from train.replicas import ReplicasDiffer, check_replicas, checksum
 from train.world import World
 
@@ -157,6 +159,60 @@ def test_a_run_ends_at_the_next_check_and_a_clean_one_does_not(
         run_ranks(2, flipping, made, tmp_path / "flipped", "optimizer:5:1:bitflip")
     (event,) = read_events(tmp_path / "flipped", "replicas differ")
     assert event["step"] == 6
+
+
+def changed_while_computing(
+    world: World, dataset: Path, folder: Path, cases: list[tuple[bool, tuple[str, ...]]]
+) -> list[str]:
+    """How runs end in whose step CHANGED a weight of rank 1 is another before the forward pass: by
+    a bit, or by so much that the loss is no number.
+    """
+    loss_sum = PretrainTask.loss_sum
+    steps_begun, is_much = 0, False
+
+    def changing(task: Any, module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal steps_begun
+        steps_begun += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and steps_begun == CHANGED and world.rank == 1:
+            weight = next(module.parameters()).detach()
+            if is_much:
+                weight.fill_(torch.nan)
+            else:
+                flip_one_bit(weight)
+        return loss_sum(task, module, batch)
+
+    ended = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainTask, "loss_sum", changing)
+        for number, (is_much, overrides) in enumerate(cases):  # noqa: B007
+            steps_begun = 0
+            made = config(dataset, "eval.samples=1", "checkpoint.every=0", "steps=5", *overrides)
+            try:
+                ended.append(train_run(world, made, folder / str(number)))
+            except ReplicasDiffer as error:
+                ended.append(str(error))
+    return ended
+
+
+CHANGED = 4
+
+
+def test_weights_are_compared_while_the_step_that_used_them_is_not_taken(
+    dataset: Path, tmp_path: Path
+) -> None:
+    checks = f"guard.check_every={CHANGED}"
+    cases = [
+        (False, ("zero.stage=1", checks)),
+        (False, ("zero.stage=2", checks)),
+        (False, ("zero.stage=3", checks)),
+        # What makes a loss no number is no mere skip, at whichever step.
+        (True, ("zero.stage=1",)),
+    ]
+    for ended in run_ranks(2, changed_while_computing, dataset, tmp_path, cases):
+        for text, case in zip(ended, cases, strict=True):
+            assert text.startswith(f"step {CHANGED}: the ranks [0, 1] differ in embed"), case
+    rows = [read_metrics(tmp_path / str(number))[-1]["step"] for number in range(len(cases))]
+    assert rows == [CHANGED - 1] * len(cases), "nothing was updated with it"
 
 
 def test_what_differs_is_not_saved_and_a_resume_is_clean(dataset: Path, tmp_path: Path) -> None:
