@@ -12,10 +12,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -40,6 +43,8 @@ PREFETCHED = 4
 """Micro-batches that a loader process keeps ready."""
 LOCATED = (64, 512)
 """Micro-batches whose samples are looked up in the order at once: at first, and further on."""
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+"""What asks a trainer to save. A terminal, srun and systemd send it to all processes at once."""
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +222,8 @@ def _from_workers(plan: Plan, num_workers: int) -> Iterator[Loaded]:
         multiprocessing_context=context,
         worker_init_fn=_end_with_parent,
     )
-    batches = iter(loader)
+    with _deaf():
+        batches = iter(loader)
     # To take a batch over costs milliseconds of messages; a thread does it during the step before.
     ahead = ThreadPoolExecutor(1, "loader")
     try:
@@ -229,8 +235,23 @@ def _from_workers(plan: Plan, num_workers: int) -> Iterator[Loaded]:
         ahead.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started in here hear none of STOP_SIGNALS: the trainer needs batches until
+    the ranks have agreed to stop. They inherit what is blocked; a handler would be lost.
+    """
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        # It ignores SIGINT and SIGTERM by itself, and lets them through here where it is started.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
 def _end_with_parent(_number: int) -> None:
-    """In a loader process: end when the trainer does, however it ends.
+    """In a loader process: end when the trainer does, however it ends, and when it says so.
 
     torch only sees that the fork server ends, and that waits for the loader processes.
     """
@@ -241,7 +262,15 @@ def _end_with_parent(_number: int) -> None:
         parent.join()
         os._exit(1)
 
+    def obey() -> None:
+        # With SIGTERM torch ends a process that lingers. From anybody else it is for the trainer.
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent.pid:
+            pass
+        os._exit(1)
+
     threading.Thread(target=wait, name="parent", daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=obey, name="signals", daemon=True).start()
 
 
 def _taken(coming: Future[Loaded | DataError | None]) -> Loaded | None:

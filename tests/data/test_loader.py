@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from data.config import DataError, accumulation
-from data.loader import Batch, SampleStream, micro_batches, sample_hash
+from data.loader import STOP_SIGNALS, Batch, SampleStream, micro_batches, sample_hash
 from data.manifest import read_manifest
 from data.shard_index import index_path, read_index
 from tests.data.tiny import documents, flip_bit, write_dataset
@@ -158,6 +160,49 @@ def test_the_loader_processes_of_a_killed_trainer_end(stream: SampleStream) -> N
     while any(_lives(pid) for pid in workers):
         assert time.monotonic() < deadline, "loader processes outlive their trainer"
         time.sleep(0.05)
+
+
+def _read_until_told(pipe: Connection, stream: SampleStream) -> None:
+    os.setsid()
+    # The fork server of this test may have been started for loader processes.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    asked: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: asked.append(number))
+    batches = _rank(stream, num_steps=100, num_workers=2)
+    next(batches)
+    pipe.send(os.getpid())
+    while len(asked) < len(STOP_SIGNALS):
+        time.sleep(0.01)
+    # More than can have been ready, and from every process.
+    found = sum(1 for _ in itertools.islice(batches, 100))
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    pipe.send((found, [worker.exitcode for worker in workers]))
+
+
+def test_a_stop_that_reaches_all_processes_leaves_the_loader_processes_at_work(
+    stream: SampleStream,
+) -> None:
+    """The trainer needs them until the ranks have agreed at which step they stop. What the trainer
+    sends itself ends them.
+    """
+    here, there = processes.Pipe()
+    trainer = processes.Process(target=_read_until_told, args=(there, stream))
+    trainer.start()
+    there.close()
+    try:
+        assert here.poll(60), "the trainer hangs"
+        group = here.recv()
+        for number in STOP_SIGNALS:
+            os.killpg(group, number)
+        assert here.poll(20), "the loader processes are gone"
+        assert here.recv() == (100, [1, 1])
+    finally:
+        trainer.kill()
+        trainer.join()
 
 
 def _lives(pid: int) -> bool:

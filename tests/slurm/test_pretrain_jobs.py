@@ -36,7 +36,8 @@ def test_a_job_on_two_nodes_trains_to_the_end(slurm: Cluster, dataset: Path, pla
 def test_a_job_that_is_told_its_time_is_over_saves_is_queued_again_and_goes_on(
     slurm: Cluster, dataset: Path, plain: Path
 ) -> None:
-    job = submit(slurm, dataset, "signalled")
+    # Loader processes get the signal, too: srun sends it to every process of a step.
+    job = submit(slurm, dataset, "signalled", "data.num_workers=2")
     job.reaches(120)
     # What Slurm sends before the time limit, by --signal=B:USR1.
     slurm.run("scancel", "--batch", "--signal=USR1", job.job)
