@@ -90,8 +90,9 @@ def launch(argv: Sequence[str], *, run: Path, num_processes: int, program: str =
         folder = Path(name)
         torchrun = _start_torchrun([program, *argv], num_processes, folder)
         failure = _attend(torchrun, folder, stop, num_processes)
-        failure = failure or _unspoken(torchrun, folder, stop)
         pids = mailbox.processes(folder).values()
+        has_begun = bool(_rows_of(run, num_rows, pids))
+        failure = failure or _unspoken(torchrun, folder, stop, has_begun)
     if failure is not None:
         _close(run, num_rows, pids, "failed", failure.message)
         raise _error(failure, run)
@@ -208,12 +209,15 @@ def _signal_ranks(folder: Path, number: signal.Signals) -> None:
 
 
 def _unspoken(
-    torchrun: subprocess.Popen[bytes], folder: Path, stop: _StopRequests
+    torchrun: subprocess.Popen[bytes], folder: Path, stop: _StopRequests, has_begun: bool
 ) -> Failure | None:
-    """The failure that no rank has told; none when the end was asked for."""
-    if torchrun.returncode == 0 or stop.asked:
+    """The failure that no rank has told; none when it is the end that was asked for."""
+    if torchrun.returncode == 0 or stop.insisted or (stop.asked and not has_begun):
         return None
     words = mailbox.last_words(folder)
+    if stop.asked and (not words or words.endswith(tuple(number.name for number in STOP_SIGNALS))):
+        # What asks ends torchrun, and a rank that does not listen yet.
+        return None
     if not words:
         return Failure(0, f"torchrun left with {torchrun.returncode}")
     if "SIGKILL" in words:

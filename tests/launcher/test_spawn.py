@@ -136,6 +136,25 @@ def test_a_signal_reaches_the_ranks_and_the_code_is_3(number: int, tmp_path: Pat
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize("what", ["wait and die", "be deaf"])
+def test_what_a_rank_dies_of_that_was_asked_to_stop_tells_whether_it_failed(
+    what: str, tmp_path: Path
+) -> None:
+    """While it saves, of something else; or of what it was asked with, as it did not listen yet."""
+    with start(what, tmp_path) as job:
+        until(lambda: all((tmp_path / f"listening-{rank}").exists() for rank in (0, 1)))
+        job.send_signal(signal.SIGTERM)
+        _, stderr = job.communicate(timeout=60)
+    last, row = stderr.splitlines()[-1], attempts(tmp_path)[-1]
+    if what == "be deaf":
+        assert job.returncode == 3 and "error" not in stderr, stderr
+        assert (row["outcome"], row["reason"]) == ("stopped", "SIGTERM; ended before it was saved")
+        return
+    assert job.returncode == 1 and row["outcome"] == "failed", stderr
+    assert last.startswith("error: training failed: rank 0 ended with SIGKILL (somebody killed it")
+    assert last.endswith("the same command goes on from the beginning")
+
+
 def test_the_same_signal_twice_ends_the_ranks_at_once_with_3(tmp_path: Path) -> None:
     with start("wait", tmp_path) as job:
         until(lambda: all((tmp_path / f"listening-{rank}").exists() for rank in (0, 1)))

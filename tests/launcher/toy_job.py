@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def train(what: str, run: Path) -> str:
-    """Do WHAT: refuse, crash, die, complete, or wait to be stopped."""
+    """Do WHAT: refuse, crash, die, complete, or wait to be stopped: and save then, die, or be deaf."""
     rank = int(os.environ["RANK"])
     (run / f"rank-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
     while not (run / "rank-0").exists():
@@ -60,11 +60,13 @@ def train(what: str, run: Path) -> str:
     if rank == 0:
         begin(run, 1)
     stop = StopRequest()
-    if what == "wait":
+    if what in ("wait", "wait and die"):
         stop.listen()
     (run / f"listening-{rank}").touch()
     for _ in range(600):
-        if stop.reason is not None:
+        if stop.reason is not None and what == "wait and die" and rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if stop.reason is not None and what == "wait":
             return end(run, rank, "stopped")
         time.sleep(0.1)
     return "failed"
