@@ -62,7 +62,9 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
     with _recorded(world, run, attempt, owner), _watched(world, run, work, attempt):
         at("build")
         outcome, step = _train(world, run, work, stop, stop_at, attempt, owner)
-    reason = stop.reason or ("--stop-at" if outcome == "stopped" else "")
+    # A signal may have reached one rank alone.
+    asked = next(filter(None, world.gather(stop.reason)), None)
+    reason = asked or ("--stop-at" if outcome == "stopped" else "")
     with world.together("recording the end of the attempt"):
         if world.is_main:
             run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
