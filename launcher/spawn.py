@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,17 +63,18 @@ def run_job(
             "already; leave --nproc out, or give srun one task per node and start torchrun there",
             exit_code=2,
         )
+    if role is Role.LAUNCHER and num_processes > 1:
+        return launch(sys.argv[1:], run=run, num_processes=num_processes, program=program)
     if role is not Role.LAUNCHER:
         return run_rank(train)
-    if num_processes > 1:
-        return launch(sys.argv[1:], run=run, num_processes=num_processes, program=program)
     log.info("launcher: one process, no torchrun")
-    at("import")
     try:
-        return EXIT_CODES[train()]
-    except KeyboardInterrupt:
+        with _interruptible():
+            at("import")
+            return EXIT_CODES[train()]
+    except KeyboardInterrupt as asked:
         # The loop listens once it runs; nothing was trained yet.
-        log.info("SIGINT: stopped before training began")
+        log.info("%s: stopped before training began", asked)
         return EXIT_CODES["stopped"]
 
 
@@ -103,6 +104,22 @@ def launch(argv: Sequence[str], *, run: Path, num_processes: int, program: str =
         # Before the first step.
         return EXIT_CODES["stopped"]
     return EXIT_CODES[rows[-1]["outcome"] if rows else "complete"]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within, each of STOP_SIGNALS is a KeyboardInterrupt of its name, until the loop listens."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, handler)
 
 
 def thread_settings(num_processes: int, environ: Mapping[str, str]) -> dict[str, str]:

@@ -68,6 +68,25 @@ def test_one_process_trains_in_place(outcome: str, code: int, tmp_path: Path) ->
     assert pids == [os.getpid()]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_one_process_trains_stops_it_with_3(
+    number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train() -> str:
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+        return "complete"
+
+    caplog.set_level("INFO")
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert run_job(train, run=tmp_path, num_processes=1) == 3
+        assert signal.getsignal(number) is signal.SIG_IGN, "as it was"
+    finally:
+        signal.signal(number, before)
+    assert caplog.messages[-1] == f"{signal.Signals(number).name}: stopped before training began"
+
+
 def test_an_srun_rank_starts_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")

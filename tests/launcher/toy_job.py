@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def train(what: str, run: Path) -> str:
-    """Do WHAT: refuse, crash, die, complete; or wait for a stop, and save, die or be deaf then."""
+    """Do WHAT: refuse, crash, die, complete, or wait to be stopped, and save, die or be deaf."""
     rank = int(os.environ["RANK"])
     (run / f"rank-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
     while not (run / "rank-0").exists():
