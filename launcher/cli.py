@@ -260,7 +260,13 @@ def _train(
 
     config = load_config(kind, recipe.text, overrides, name=recipe.name)
     folder = run or Path("runs") / recipe.name
-    _leave(spawn.run_job(lambda: train(config, folder), run=folder, num_processes=nproc))
+
+    def run_rank() -> str:
+        outcome = train(config, folder)
+        faults.tell_missed()
+        return outcome
+
+    _leave(spawn.run_job(run_rank, run=folder, num_processes=nproc))
 
 
 def _leave(code: int) -> None:

@@ -27,8 +27,9 @@ from typing import Any
 from data.durable import StorageError
 from launcher import mailbox
 from launcher.mailbox import Failure
-from launcher.rank import STOP_SIGNALS, Role, follow_parent, recognise, run_rank
+from launcher.rank import STOP_SIGNALS, Role, follow_parent, place_of, recognise, run_rank
 from launcher.rank import rank_of as rank_of
+from train import faults
 from train.attempts import Outcome, attempts, end_attempt
 from train.progress import at
 
@@ -65,6 +66,7 @@ def run_job(
         )
     if role is Role.LAUNCHER and num_processes > 1:
         return launch(sys.argv[1:], run=run, num_processes=num_processes, program=program)
+    faults.check_rank(os.environ.get(faults.VARIABLE), place_of(os.environ)[1])
     if role is not Role.LAUNCHER:
         return run_rank(train)
     log.info("launcher: one process, no torchrun")
@@ -85,6 +87,7 @@ def launch(argv: Sequence[str], *, run: Path, num_processes: int, program: str =
     SIGUSR1 ask the ranks to save and stop; a second signal of the same kind ends them at once.
     LaunchError carries the message and the code of a rank that refused, or says that one failed.
     """
+    faults.check_rank(os.environ.get(faults.VARIABLE), num_processes)
     num_rows = len(attempts(run))
     with tempfile.TemporaryDirectory(prefix="headrace-") as name, _StopRequests() as stop:
         log.info("launcher: starting %d processes with torchrun", num_processes)

@@ -9,8 +9,9 @@
     backward    before gradients are computed    evaluate    before a batch is validated on
     export      before an export is published
 
-Steps count as in the loop; `import` to `load`, and `export`, happen at step 0. Where nothing is
-asked for, a point costs a call and a comparison with None. No torch here.
+Steps count as in the loop, from 1; `import` to `load`, and `export`, happen at step 0, and so does
+the first `evaluate`. What can never happen is refused, and what did not is told at the end. Where
+nothing is asked for, a point costs a call and a comparison with None. No torch here.
 """
 
 from __future__ import annotations
@@ -78,7 +79,20 @@ def parse(text: str) -> Fault:
             f"{VARIABLE}={text!r}: {fault.kind} changes a number, and none passes by at "
             f"{fault.phase}; it can happen at {' and '.join(places)}"
         )
+    if fault.step > 0 and fault.phase in (*AT_START, "export"):
+        raise FaultError(f"{VARIABLE}={text!r}: {fault.phase} happens at step 0 alone")
+    if fault.step == 0 and fault.phase in (*IN_A_STEP, *IN_A_SAVE):
+        raise FaultError(f"{VARIABLE}={text!r}: the first {fault.phase} happens at step 1")
+    if fault.rank > 0 and fault.phase == "export":
+        raise FaultError(f"{VARIABLE}={text!r}: one process exports, and that is rank 0")
     return fault
+
+
+def check_rank(text: str | None, num_ranks: int) -> None:
+    """FaultError when the fault of `text` is to happen to none of so many ranks."""
+    if text and (rank := parse(text).rank) >= num_ranks:
+        ranks = "rank 0 alone" if num_ranks == 1 else f"ranks 0 to {num_ranks - 1}"
+        raise FaultError(f"{VARIABLE}={text!r}: there is no rank {rank} here, but {ranks}")
 
 
 _armed: Fault | None = None
@@ -103,6 +117,15 @@ def hits(phase: str, step: int, kind: str) -> bool:
         return False
     _disarm()
     return True
+
+
+def tell_missed() -> None:
+    """At the end of a run: warn when this rank has not come to where its fault is to happen."""
+    if _armed is not None:
+        what = f"{_armed.kind} at {_armed.phase}, step {_armed.step}"
+        log.warning(
+            "%s: %s did not happen, as rank %d never came there", VARIABLE, what, _armed.rank
+        )
 
 
 def _is_here(phase: str, step: int) -> bool:

@@ -105,8 +105,10 @@ def test_a_rank_that_stands_still_is_named_with_the_stacks_of_all(
     assert attempts(tmp_path / "run")[-1]["outcome"] == "failed"
     # Whatever comes before the fault is not the watch's; what follows it takes 5 s at most.
     assert STALL_SECONDS <= told[0]["seconds"] <= STALL_SECONDS + 5
-    again = pretrain(dataset, tmp_path, "", "--nproc", "1")
+    again = pretrain(dataset, tmp_path, "data:99:0:kill", "--nproc", "1")
     assert again.returncode == 0, again.stderr
+    missed = "HEADRACE_FAULT: kill at data, step 99 did not happen, as rank 0 never came there"
+    assert missed in again.stderr
 
 
 @pytest.mark.parametrize("argv", [["pretrain", "tiny-cpu"], ["export", "RUN", "OUT"]])

@@ -16,6 +16,7 @@ from launcher.rank import Role, rank_of, recognise
 from launcher.spawn import LaunchError, run_job
 from launcher.spawn import thread_settings as threads
 from train.attempts import attempts
+from train.faults import FaultError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
@@ -85,6 +86,15 @@ def test_a_signal_before_one_process_trains_stops_it_with_3(
     finally:
         signal.signal(number, before)
     assert caplog.messages[-1] == f"{signal.Signals(number).name}: stopped before training began"
+
+
+@pytest.mark.parametrize(("num_processes", "ranks"), [(1, "rank 0 alone"), (2, "ranks 0 to 1")])
+def test_a_fault_of_a_rank_that_there_is_not_starts_no_processes(
+    num_processes: int, ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_FAULT", "data:5:2:kill")
+    with pytest.raises(FaultError, match=f"there is no rank 2 here, but {ranks}"):
+        run_job(lambda: "complete", run=tmp_path, num_processes=num_processes)
 
 
 def test_an_srun_rank_starts_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
