@@ -21,14 +21,12 @@ def imported() -> dict[str, Any]:
     start = time.monotonic()
     importlib.import_module("train.pretrain")
     seconds = time.monotonic() - start
-    from launcher.snapshot import take
     from train.attempts import versions
     from train.preflight import num_gpus
 
     return {
         "import_seconds": seconds,
-        # A checkout that was edited on one node alone.
-        "versions": {**versions(), "headrace's code": take(Path()).folder.name},
+        "versions": versions(),
         "num_gpus": num_gpus(),
     }
 

@@ -16,13 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from data.durable import write_durably, writing
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("launcher", "train", "model", "data")
-SUFFIXES = (".py", ".toml")
+from train.code import digest, sources
 
 
 @dataclass(frozen=True)
@@ -72,17 +67,8 @@ class Snapshot:
 
 def take(folder: Path, recipe: Path | None = None) -> Snapshot:
     """The sources that run here, for a folder FOLDER/HASH; nothing is written yet."""
-    paths = [
-        path
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*"))
-        if path.suffix in SUFFIXES and path.is_file()
-    ]
-    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths}
+    files = sources()
     name = f"recipe/{recipe.name}" if recipe is not None else ""
     if recipe is not None:
         files[name] = recipe.read_bytes()
-    digest = xxhash.xxh3_64()
-    for path_name, content in sorted(files.items()):
-        digest.update(f"{path_name}\0{len(content)}\0".encode() + content)
-    return Snapshot(folder / digest.hexdigest(), files, name)
+    return Snapshot(folder / digest(files), files, name)

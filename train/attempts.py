@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.durable import RowFile, read_rows
+from train.code import digest, sources
 
 if TYPE_CHECKING:
     from train.config import JobConfig
@@ -81,8 +82,11 @@ def begin_attempt(
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers of a run depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Of what the numbers of a run depend on, and the hash of our own code: on one node, or since
+    the attempt before, a checkout may have been edited.
+    """
+    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {**found, "headrace's code": digest(sources())}
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

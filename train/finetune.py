@@ -25,7 +25,7 @@ from train.attempt import run_attempt
 from train.checkpoint import CheckpointError, committed, open_checkpoint
 from train.choice import newest_intact, retraining
 from train.config import ConfigError, FinetuneConfig
-from train.decode import decode
+from train.decode import decode, flat_keys
 from train.examples import Examples, read_files, tokenize
 from train.examples_task import ExamplesTask
 from train.restore import restore_newer
@@ -138,7 +138,18 @@ def finetuning(config: FinetuneConfig, examples: Examples, *, num_ranks: int) ->
         steps=config.steps,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        identity=_described(Path(config.model.path)),
     )
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What a model is, key by key of its config.json, and the bytes of its weights' files.
+
+    Their content is not read for it: from the first checkpoint on a run has its own weights.
+    """
+    table = json.loads((folder / "config.json").read_text())
+    weights = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    return dict(flat_keys({"config.json": table, "bytes": weights}))
 
 
 def _load(config: FinetuneConfig, examples: Examples, *, dtype: torch.dtype | None) -> Any:

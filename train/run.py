@@ -177,6 +177,8 @@ def _compare(
         raise ConfigError(
             f"{run} is a {old['kind']} run, this is {new['kind']}; choose another --run"
         )
+    # Fine-tuning runs from before they had one.
+    old = {**old, "identity": old.get("identity") or new["identity"]}
     before, after = _comparable(old), _comparable(new)
     # Other micro-batches are other sums, which this run has promised not to see.
     held = ("micro_batch",) if after.get("train.reproducible") == "across_world_sizes" else ()

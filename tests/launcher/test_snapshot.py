@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.snapshot import ROOT, Snapshot, take
+from launcher.snapshot import Snapshot, take
 from launcher.template import FOLDER
 from tests.launcher.slurm_stand_ins import Cluster
+from train.code import ROOT
 
 WHERE = "import launcher, sys; print(launcher.__file__); print(sys.dont_write_bytecode)"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from train.attempts import attempts, begin_attempt, changes, end_attempt
+import train.code
+from train.attempts import attempts, begin_attempt, changes, end_attempt, versions
 from train.config import ConfigError, RunConfig
 from train.decode import flat_keys, load_config
 from train.run import open_run
@@ -92,6 +94,19 @@ def test_every_key_may_change_or_may_not(tmp_path: Path, key: str) -> None:
         open_run(tmp_path / "run", changed, {})
 
 
+def test_an_edit_of_the_code_is_another_version_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "train" / "step.py"
+    module.parent.mkdir()
+    monkeypatch.setattr(train.code, "ROOT", tmp_path)
+    found = []
+    for content in ("lr = 1", "lr = 2", "lr = 1"):
+        module.write_text(content)
+        found.append(versions()["headrace's code"])
+    assert found[0] == found[2] != found[1]
+
+
 def test_what_changed_between_attempts_is_recorded(tmp_path: Path) -> None:
     first = load_config(RunConfig, "steps = 9", [])
     second = load_config(RunConfig, "steps = 9", ["zero.stage=3", "checkpoint.every=5"])
@@ -115,5 +130,6 @@ def test_what_changed_between_attempts_is_recorded(tmp_path: Path) -> None:
     assert sorted(begin(3, second, 4)) == sorted(expected)
     rows = [row for row in attempts(tmp_path) if row["event"] == "start"]
     assert sorted(rows[-1]["changed"]) == sorted(expected)
+    assert re.fullmatch("[0-9a-f]{16}", rows[-1]["versions"]["headrace's code"])
     newer = {**rows[-1], "versions": rows[-1]["versions"] | {"torch": "9.9"}}
     assert changes(rows[-1], newer) == [f"torch: {rows[-1]['versions']['torch']!r} -> '9.9'"]

@@ -25,6 +25,7 @@ from train.finetune import finetune_on, finetuning, learning_rate_for, prepare_e
 from train.generate import generate
 from train.job import Task
 from train.metrics import read_metrics
+from train.run import open_run
 from train.world import World
 
 RECIPE = """
@@ -107,6 +108,33 @@ def test_a_classifier_learns_from_any_folder_at_any_stage(tmp_path: Path, labell
         assert held_out["f1_macro"] == pytest.approx(rows[-1]["val_f1_macro"])
         provenance = json.loads((run / "hf" / "headrace.json").read_text())
         assert (provenance["step"], provenance["config"]["seq_len"]) == (40, CONTEXT)
+
+
+def test_another_model_in_the_same_folder_is_refused(tmp_path: Path, labelled: Path) -> None:
+    folder, run = make_folder(tmp_path / "model"), tmp_path / "run"
+    made, examples = prepare_examples(config(f"model={folder}", f"data={labelled}"))
+
+    def reopen() -> None:
+        open_run(run, made, finetuning(made, examples, num_ranks=1).identity)
+
+    reopen()
+    reopen()
+    described = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(described.replace('"gelu_new"', '"relu"'))
+    told = r"config\.json\.activation_function: 'gelu_new' in the run, 'relu' now"
+    with pytest.raises(ConfigError, match=told):
+        reopen()
+    (folder / "config.json").write_text(described)
+    with (folder / "model.safetensors").open("ab") as weights:
+        weights.write(b"more")
+    with pytest.raises(ConfigError, match=r"bytes\.model\.safetensors: \d+ in the run, \d+ now"):
+        reopen()
+    # A run from before folders were described.
+    (tmp_path / "old").mkdir()
+    table = json.loads((run / "config.json").read_text()) | {"identity": {}}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(table))
+    run = tmp_path / "old"
+    reopen()
 
 
 def test_any_world_sees_the_same_samples_and_losses(
