@@ -20,7 +20,7 @@ from train.guard import Guard
 from train.job import Job
 from train.loop import train
 from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
-from train.opening import claim, end_at_once, look_at, nothing_to_do
+from train.opening import claim, end_at_once, look_at, nothing_to_do, tell_promise
 from train.optim import STATE_KEYS
 from train.ownership import Ownership
 from train.pace import Pace
@@ -139,6 +139,7 @@ def _train(
     saved = load_newest(engine, world, run, mend=lambda step: mend(world, run, mirror, step))
     if saved is not None:
         _check_data(saved, work)
+        tell_promise(world, run, work, attempt, saved)
     first_step = 1 if saved is None else saved.step + 1
     _warn_of_little_room(engine, world, run, work)
     log.info(

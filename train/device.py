@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -26,7 +28,22 @@ def machine(device: torch.device) -> dict[str, str | int]:
     """What the bits of a kernel's result depend on besides its release."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
-    return {"device": platform.machine(), "threads": torch.get_num_threads()}
+    return {
+        "device": platform.machine(),
+        "processor": processor(),
+        # Libraries choose their kernels by it, and it can be set (ATEN_CPU_CAPABILITY).
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def keep_freed_memory() -> bool:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from data.durable import StorageError, remove_leftovers
 from train import run as run_directory
-from train.checkpoint import CheckpointError, committed, completed_steps
+from train.attempts import changes
+from train.checkpoint import Checkpoint, CheckpointError, committed, completed_steps
 from train.device import machine
 from train.exclusion import exclusion_file
 from train.ownership import FOLDER, Ownership, RunInUse, own
-from train.promise import promise
+from train.promise import promise, skipped_too_late
 from train.rollback import leave_spikes
+from train.rows import ReplayUsageError, start_of
 from train.run import Outcome
 from train.stop import STOP_FILE
 from train.work import Work
@@ -93,8 +95,6 @@ def _record(world: World, run: Path, work: Work, attempt: int, done: int) -> Non
     )
     if changed:
         log.info("changed since the attempt before: %s", "; ".join(changed))
-    if done:
-        log.info("%s", promise(work.config.train, changed, device=world.device.type))
     try:
         _check_still_at(run, done)
         if work.tokenizer is not None:
@@ -105,6 +105,31 @@ def _record(world: World, run: Path, work: Work, attempt: int, done: int) -> Non
     except (ValueError, OSError) as error:
         run_directory.end_attempt(run, attempt, outcome="failed", step=None, reason=str(error))
         raise
+
+
+def tell_promise(world: World, run: Path, work: Work, attempt: int, saved: Checkpoint) -> None:
+    """Collective. Say what the numbers to come are, against those of a run that did not stop at the
+    step of the checkpoint.
+    """
+    with world.together("comparing the attempt with the one that it goes on from"):
+        if not world.is_main:
+            return
+        try:
+            then, now = (start_of(run, {"attempt": n}) for n in (saved.state["attempt"], attempt))
+        except (KeyError, ReplayUsageError) as error:
+            log.warning("whether the run goes on to the last bit is not known: %s", error)
+            return
+        told = promise(work.config.train, changes(then, now), device=world.device.type)
+        log.info("%s", told)
+        before = then["config"]["guard"]["skip_steps"]
+        if late := skipped_too_late(before, work.config.guard.skip_steps, step=saved.step):
+            log.warning(
+                "guard.skip_steps comes too late for steps %s: the run has taken them, or skipped "
+                "them by itself, and goes on from step %d; to leave them out begin another --run "
+                "with them",
+                late,
+                saved.step,
+            )
 
 
 def end_at_once(world: World, run: Path, work: Work, outcome: Outcome, done: int) -> Outcome:
@@ -130,9 +155,9 @@ def _check_same_everywhere(world: World, work: Work) -> None:
         if differing:
             key = differing[0]
             raise RankError(
-                f"ranks {world.rank} and {rank} do not see the same data: {key} is "
+                f"ranks {world.rank} and {rank} do not see the same data or model: {key} is "
                 f"{work.identity.get(key)!r} on one and {found[key]!r} on the other; give every "
-                "node the same dataset",
+                "node the same files",
                 1,
             )
 

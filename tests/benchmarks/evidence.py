@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from train.device import processor
+
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
 TABLE = "<!-- evidence: written by `make evidence` -->", "<!-- end of evidence -->"
@@ -287,14 +289,7 @@ def rewrite(markers: tuple[str, str], text: str) -> None:
 
 def _machine() -> str:
     gpu = f"one {torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores, {_cpu()}, {gpu}Python {platform.python_version()}"
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    return f"{os.cpu_count()} cores, {processor()}, {gpu}Python {platform.python_version()}"
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""An allocator that keeps what a step frees does not fault it in again."""
+"""What a machine is told by; and an allocator that keeps what a step frees does not fault it in
+again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from train.attempts import changes
+from train.device import machine
+from train.promise import promise
+from train.settings import TrainConfig
 
 PROGRAM = """
 import resource, sys, torch
@@ -36,3 +44,14 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     # 10 steps of 96 MiB are 245,760 faults of 4 KiB, or 480 of 2 MiB, when all is given back.
     assert found["kept"] < 40
     assert found["given back"] > 400
+
+
+def test_a_machine_is_told_by_what_its_kernels_follow() -> None:
+    told = machine(torch.device("cpu"))
+    assert told["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert told["threads"] == torch.get_num_threads()
+    assert set(told) == {"device", "processor", "instructions", "threads"}
+    before, after = ({"world_size": 1, "config": {}, "machine": m} for m in (told, {**told}))
+    after["machine"]["instructions"] = "DEFAULT"
+    (changed,) = changes(before, after)
+    assert f"because of {changed}" in promise(TrainConfig(), [changed], device="cpu")

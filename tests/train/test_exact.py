@@ -21,7 +21,6 @@ from train.config import ConfigError, JobConfig, RunConfig
 from train.exact import FRACTION_BITS, ExactEngine
 from train.metrics import read_metrics
 from train.plain import PlainEngine
-from train.promise import promise
 from train.run import open_run
 from train.settings import TrainConfig
 from train.world import World
@@ -183,31 +182,6 @@ def test_what_cannot_keep_the_promise_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"train\.reproducible='across_world_sizes' .*{message}"):
         reproducible(dataset, *overrides)
-
-
-@pytest.mark.parametrize(
-    ("table", "changed", "device", "says"),
-    [
-        ({}, [], "cpu", "every number is, to the last bit"),
-        ({}, ["checkpoint.every: 1 -> 2"], "cpu", "every number is, to the last bit"),
-        ({}, ["world_size: 1 -> 2"], "cpu", "last digits, because of world_size: 1 -> 2"),
-        ({}, ["zero.stage: 1 -> 2"], "cpu", "last digits, because of zero.stage: 1 -> 2"),
-        ({}, ["torch: '1' -> '2'"], "cpu", "last digits, because of torch: '1' -> '2'"),
-        ({}, [], "cuda", "without train.deterministic=true"),
-        ({"deterministic": True}, [], "cuda", "every number is, to the last bit"),
-        ({"deterministic": True}, ["world_size: 1 -> 2"], "cuda", "because of world_size"),
-        (
-            {"reproducible": "across_world_sizes"},
-            ["world_size: 1 -> 2"],
-            "cuda",
-            "every number is, to the last bit",
-        ),
-    ],
-)
-def test_a_resume_says_what_it_promises(
-    table: dict[str, Any], changed: list[str], device: str, says: str
-) -> None:
-    assert says in promise(TrainConfig.model_validate(table), changed, device=device)
 
 
 def chosen_kernels(world: World) -> tuple[bool, bool, int]:
