@@ -17,13 +17,11 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from faulthandler import dump_traceback
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +89,10 @@ class Watch:
                 self._end()
 
     def _told(self) -> list[Path]:
-        return sorted(self._prefix.parent.glob(f"{self._prefix.name}-*.json"))
+        # Storage that fails must not end the watch.
+        with suppress(OSError):
+            return sorted(self._prefix.parent.glob(f"{self._prefix.name}-*.json"))
+        return []
 
     def _end(self) -> None:
         """Tell, have one rank report, and leave. Does not return."""
@@ -103,7 +104,10 @@ class Watch:
         # A network file system lists a folder anew when something was written to it, and who has
         # told must not be taken for silent.
         self._write(name, own)
-        found = [json.loads(path.read_bytes()) for path in self._told()]
+        found = []
+        for path in self._told():
+            with suppress(OSError):
+                found.append(json.loads(path.read_bytes()))
         if found and found[0]["rank"] == self._rank:
             message = self._report(found)
             log.error("%s", message)
@@ -187,11 +191,18 @@ def verdict_of(found: Sequence[dict[str, Any]], hosts: Sequence[str]) -> str:
 
 
 def stacks() -> str:
-    """The Python stacks of all threads of this process."""
-    with tempfile.TemporaryFile("w+") as file:
-        dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
+    """The Python stacks of all threads of this process, innermost calls first. Made without a file,
+    not even the sources: storage that does not answer may be why this rank stands still.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    told = []
+    for ident, frame in sys._current_frames().items():
+        calls = [
+            f'  File "{called.f_code.co_filename}", line {line} in {called.f_code.co_name}'
+            for called, line in traceback.walk_stack(frame)
+        ]
+        told.append("\n".join([f"Thread {names.get(ident, ident)}:", *calls]))
+    return "\n\n".join(told) + "\n"
 
 
 def _waits() -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, train_run
 from train import faults
 from train.config import RunConfig
-from train.progress import PLACES
-from train.watch import verdict_of
+from train.progress import PLACES, at
+from train.watch import EXIT_STALLED, Watch, verdict_of
 from train.world import World
 
 HOSTS = ("n0", "n1")
@@ -39,6 +42,36 @@ def test_a_rank_that_tells_nothing_is_named() -> None:
 def test_every_place_has_a_verdict(phase: str) -> None:
     said = verdict_of([told(0, phase), told(1, phase, step=8)], HOSTS)
     assert said.startswith(f"rank 0 on n0 (process 100) stands still at {phase} of step 7")
+
+
+def test_a_rank_that_stands_still_is_ended_although_its_storage_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Any:
+        raise OSError(errno.EIO, "no storage")
+
+    def leave(code: int) -> None:
+        left.append(code)
+        watch._closed.set()
+
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    monkeypatch.setattr(Path, "glob", fails)
+    for name in ("START_SECONDS", "GATHER_SECONDS", "END_SECONDS"):
+        monkeypatch.setattr(train.watch, name, 0.0)
+    (tmp_path / "attempts").mkdir()
+    at("build")
+    watch = Watch(
+        tmp_path, attempt=1, rank=0, hosts=["n0"], stall_seconds=0.1, reading=lambda step: ""
+    )
+    watch._thread.join(10)
+    assert left == [EXIT_STALLED]
+    monkeypatch.undo()
+    (own,) = (tmp_path / "attempts").iterdir()
+    stacks = json.loads(own.read_bytes())["stacks"]
+    assert "Thread MainThread:\n" in stacks and "Thread watch:\n" in stacks
+    assert f'  File "{__file__}", line ' in stacks
 
 
 def train_with(world: World, made: RunConfig, run: Path, fault: str) -> str:
