@@ -60,7 +60,7 @@ def test_results_lie_where_git_does_not_look(monkeypatch: pytest.MonkeyPatch) ->
     assert f"{folder.parts[0]}/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-def test_a_test_that_has_passed_three_times_is_not_run_again(tmp_path: Path) -> None:
+def test_what_has_passed_is_not_run_again_and_what_has_failed_stays_so(tmp_path: Path) -> None:
     (tmp_path / "test_three.py").write_text(THREE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
 
@@ -71,9 +71,20 @@ def test_a_test_that_has_passed_three_times_is_not_run_again(tmp_path: Path) -> 
         done = subprocess.run(
             command, cwd=tmp_path, env=os.environ | paths | environ, capture_output=True, text=True
         )
-        return done.stdout.splitlines()[-1]
+        return done.stdout
 
-    assert outcome().startswith("3 failed, 3 passed")
-    assert outcome(MENDED="1").startswith("3 passed, 3 skipped")
+    def summary(*argv: str, **environ: str) -> str:
+        return outcome(*argv, **environ).splitlines()[-1]
+
+    assert summary().startswith("3 failed, 3 passed")
+    again = outcome(MENDED="1")
+    assert again.splitlines()[-1].startswith("3 skipped, 3 errors")
+    assert "has failed before: {'code': " in again and "E       AssertionError: assert (" in again
+    # Whoever has looked into it may take the rows away.
+    kept = tmp_path / "kept/test_three.jsonl"
+    rows = [row for row in kept.read_text().splitlines(keepends=True) if '"ok": true' in row]
+    assert len(rows) == 3
+    kept.write_text("".join(rows))
+    assert summary(MENDED="1").startswith("3 passed, 3 skipped")
     # The default run neither looks nor keeps.
-    assert outcome("-m", "not slow").startswith("1 failed, 1 passed, 4 deselected")
+    assert summary("-m", "not slow").startswith("1 failed, 1 passed, 4 deselected")
