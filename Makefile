@@ -20,8 +20,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# FAULTS=200: so many random faults in one run. What has passed is kept in build/results (or HEADRACE_RESULTS): a soak
-# that was stopped goes on there when it is started again.
+# FAULTS=200: so many random faults in one run, 30 without it. What has been tried is kept in build/results (or
+# HEADRACE_RESULTS): a soak that was stopped goes on there when it is started again, and tells again what has failed.
 soak: .venv/installed
 	$(BIN)/pytest
 

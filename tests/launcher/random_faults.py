@@ -116,19 +116,19 @@ def predicted(rows: Sequence[Mapping[str, Any]]) -> tuple[float, dict[str, float
     """Goodput by Daly's formula (train/interval.py), and what it is computed from, in seconds.
 
     The formula lets a job fail at any time. Between a fault and the next start there is no job, so
-    that time is added to every mean interval. A save costs whatever an interval takes besides its
-    steps.
+    that time is added to every mean interval. A save costs what the run itself says that it stood
+    still: time which is neither of a step nor of a save is in the measured goodput alone.
     """
     trained = [row for row in rows if row["steps"]]
     steps = sum(row["steps"] for row in trained)
     step = math.fsum(row["training"] for row in trained) / steps
-    beside = math.fsum(row["steps"] * row["step"] - row["training"] for row in trained) / steps
+    stalled = math.fsum(row["stalled"] for row in trained)
     found = {
         "between_failures": fmean(row["struck"] for row in rows),
         "down": fmean(row["ended"] - row["struck"] for row in rows),
         "restart": fmean(row["first"] for row in trained),
         "interval": EVERY * step,
-        "save": EVERY * beside,
+        "save": stalled / max(sum(row["saves"] for row in trained), 1),
         "lost": fmean(row["training"] - row["kept"] for row in trained),
     }
     costs = Costs(

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ class Attempt:
         rows = self._rows()
         done = next(iter(committed(self._run)), 0)
         kept = [row["step_seconds"] for row in rows if row["step"] <= done]
-        saves = [row["checkpoint_stall_seconds"] for row in rows if "checkpoint_step" in row]
+        saved = [row for row in rows if "checkpoint_step" in row]
         training = math.fsum(row["step_seconds"] for row in rows)
         # Between the first step and the fault.
         spent = self._struck - self._first if rows else None  # type: ignore[operator]
@@ -189,8 +190,10 @@ class Attempt:
             "step": max(spent, training) / len(rows) if spent is not None else None,
             "training": training,
             "kept": math.fsum(kept),
-            "saves": len(saves),
-            "stalled": math.fsum(saves),
+            "saves": len(saved),
+            "stalled": math.fsum(row["checkpoint_stall_seconds"] for row in saved),
+            # Steps until the run knew of a save.
+            "in_flight": max((row["step"] - row["checkpoint_step"] for row in saved), default=0),
         }
 
 
@@ -202,20 +205,32 @@ def command(recipe: Path, dataset: Path, run: Path, *more: str) -> list[str]:
 
 def play(
     folder: Path,
-    rows: list[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
     faults: int,
     strike: Callable[[int, int], Strike],
-) -> Iterator[dict[str, Any]]:
-    """Let faults happen to the run below `folder` until there are `faults` rows; adds and yields
-    each new one. `strike` makes the fault from its index and the step of the newest checkpoint.
+    *,
+    check: Callable[[dict[str, Any]], None],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Let faults happen to the run below `folder` until there are `faults` rows, each of which is
+    checked and kept. `strike` makes the fault from its index and the step of the newest checkpoint.
+
+    Raises at a row that `check` refuses and at a fault that does not strike: with `ok`
+    False and `why` their rows are kept like any other.
     """
     run = folder / "run"
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
     started = command(folder / "recipe.toml", folder / "dataset", run)
     for index in range(len(rows), faults):
         meant = strike(index, next(iter(committed(run)), 0))
-        rows.append({"index": index, **Attempt(started, run, meant, folder / "scratch").play()})
-        yield rows[-1]
+        row: dict[str, Any] = {"index": index, "fault": meant.fault}
+        try:
+            row |= Attempt(started, run, meant, folder / "scratch").play()
+            check(row)
+        except Exception:
+            keep(row | {"ok": False, "why": traceback.format_exc()})
+            raise
+        keep(row | {"ok": True})
 
 
 def end_with_us() -> None:
