@@ -14,25 +14,41 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import RECIPE, config, train_run
+from train import faults
 from train.attempts import attempts
 
 STALL_SECONDS = 6
 MESSAGES = {
-    "kill": "training failed: rank 1 ended with SIGKILL",
-    "term": "training failed: rank 1 ended with SIGTERM",
-    "usr1": "training failed: rank 1 ended with SIGUSR1",
-    "eio": "training failed: OSError: [Errno 5] Input/output error: 'HEADRACE_FAULT ",
-    "exit": "training failed: rank 1 left with 0, and nothing was done yet",
-    "raise": "training failed: RuntimeError: HEADRACE_FAULT ",
-    "stop": "error: rank 1 on ",
-    "hang": "error: rank 1 on ",
+    "kill": "training failed: rank {rank} ended with SIGKILL",
+    "term": "training failed: rank {rank} ended with SIGTERM",
+    "usr1": "training failed: rank {rank} ended with SIGUSR1",
+    "eio": "training failed: OSError: [Errno 5] Input/output error: 'HEADRACE_FAULT {phase}'",
+    "enospc": "error: HEADRACE_FAULT {phase} cannot be written: No space left on device; make room",
+    "exit": "training failed: rank {rank} left with 0, and nothing was done yet",
+    "raise": "training failed: RuntimeError: HEADRACE_FAULT {phase}",
+    "stop": "error: rank {rank} on ",
+    "hang": "error: rank {rank} on ",
 }
 """What is told of a rank that something happens to before it has met the others."""
 BEFORE_THEY_MEET = [
-    (f"{phase}:0:1:{kind}", message)
+    f"{phase}:0:{rank}:{kind}"
     for phase in ("import", "rendezvous")
-    for kind, message in MESSAGES.items()
+    for kind in (*MESSAGES, "slow")
+    for rank in (0, 1)
 ]
+BY_DEFAULT = ("import:0:1:kill", "rendezvous:0:0:raise", "import:0:1:exit")
+EXPORTS = {
+    "kill": (-9, ""),
+    "term": (-15, ""),
+    "usr1": (-10, ""),
+    "exit": (0, ""),
+    "raise": (1, "RuntimeError: HEADRACE_FAULT export"),
+    "enospc": (1, "HEADRACE_FAULT export"),
+    "eio": (1, "HEADRACE_FAULT export"),
+}
+"""The exit code of an export, and what it says. It is one process: nobody waits for one that is
+stopped or hangs, and a slow one is as good as any.
+"""
 
 
 def headrace(argv: list[str], fault: str = "") -> subprocess.CompletedProcess[str]:
@@ -58,25 +74,27 @@ def pretrain(
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("import:0:1:kill", "training failed: rank 1 ended with SIGKILL"),
-        ("rendezvous:0:0:raise", "training failed: RuntimeError: HEADRACE_FAULT rendezvous"),
-        ("import:0:1:exit", "training failed: rank 1 left with 0, and nothing was done yet"),
-        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in BEFORE_THEY_MEET),
-    ],
+    "text",
+    [t if t in BY_DEFAULT else pytest.param(t, marks=pytest.mark.slow) for t in BEFORE_THEY_MEET],
 )
 def test_a_rank_that_dies_before_it_has_met_the_others_ends_all(
-    dataset: Path, tmp_path: Path, fault: str, message: str
+    dataset: Path, tmp_path: Path, text: str
 ) -> None:
-    done = pretrain(dataset, tmp_path, fault)
+    fault, done = faults.parse(text), pretrain(dataset, tmp_path, text)
+    assert f"HEADRACE_FAULT: {fault.kind} at {fault.phase}, step 0" in done.stderr
+    if fault.kind == "slow":
+        assert done.returncode == 0, done.stderr
+        return
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert message in last, done.stderr
-    end = "the same command goes on from the beginning"
-    if fault.endswith(("stop", "hang")):
+    assert MESSAGES[fault.kind].format(rank=fault.rank, phase=fault.phase) in last, done.stderr
+    if fault.kind in ("stop", "hang"):
         assert " did not come to the rendezvous at localhost:" in last
-        end = "Then run the same command again"
+    end = {
+        "stop": "Then run the same command again",
+        "hang": "Then run the same command again",
+        "enospc": "run the same command again: what was finished is kept",
+    }.get(fault.kind, "the same command goes on from the beginning")
     assert last.endswith(end), done.stderr
 
 
@@ -118,13 +136,25 @@ def test_a_fault_that_there_is_not_is_refused_by_every_command(argv: list[str]) 
     assert "HEADRACE_FAULT='forward:3:0:faint': no kind 'faint'; there are" in done.stderr
 
 
-def test_an_export_that_is_killed_before_it_is_published_leaves_nothing_of_that_name(
-    dataset: Path, tmp_path: Path
-) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    # Two steps are enough of a run.
+@pytest.fixture(scope="module")
+def short(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps: enough to export."""
+    run = tmp_path_factory.mktemp("short") / "run"
     assert run_ranks(1, train_run, config(dataset, "steps=2"), run) == ["complete"]
-    killed = headrace(["export", str(run), str(out)], "export:0:0:kill")
-    assert killed.returncode == -9 and not out.exists(), killed.stderr
-    done = headrace(["export", str(run), str(out)])
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k == "kill" else pytest.param(k, marks=pytest.mark.slow) for k in EXPORTS]
+)
+def test_an_export_that_dies_before_it_is_published_leaves_nothing_of_that_name(
+    short: Path, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    failed = headrace(["export", str(short), str(out)], f"export:0:0:{kind}")
+    assert f"HEADRACE_FAULT: {kind} at export, step 0" in failed.stderr
+    code, message = EXPORTS[kind]
+    assert failed.returncode == code and message in failed.stderr, failed.stderr
+    assert not out.exists()
+    done = headrace(["export", str(short), str(out)])
     assert done.returncode == 0 and (out / "config.json").is_file(), done.stderr
