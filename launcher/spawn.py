@@ -36,6 +36,8 @@ from train.progress import at
 log = logging.getLogger(__name__)
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": 3}
+END_TORCHRUN = signal.SIGHUP
+"""What torchrun ends its ranks and itself of: none of STOP_SIGNALS."""
 POLL_SECONDS = 0.1
 NOTICE_SECONDS = 0.5
 """Within which torchrun, which looks after its ranks every 0.1 s, notices that one is gone."""
@@ -145,6 +147,7 @@ def _start_torchrun(
     command = [sys.executable, "-m", "launcher.torchrun", "--standalone", "--max-restarts=0"]
     # Else torchrun leaves an empty folder per launch in /tmp.
     command += [f"--log-dir={folder}"]
+    command += [f"--signals-to-handle={END_TORCHRUN.name}"]
     # Without the bare -- it would take --run for a prefix of its own options.
     command += [f"--nproc-per-node={num_processes}", "-m", "--", *program]
     # What the loaders of a rank that was ended have left is cleaned up, with a warning each.
@@ -155,9 +158,12 @@ def _start_torchrun(
     }
 
     def in_child() -> None:
-        # torchrun would die of USR1, which srun sends to every process of a step.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        follow_parent(signal.SIGTERM)
+        # srun and systemd send them to all processes; torchrun would end ranks that are saving.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        # nohup has us ignore it.
+        signal.signal(END_TORCHRUN, signal.SIG_DFL)
+        follow_parent(END_TORCHRUN)
 
     # A process group of its own: Ctrl-C in a terminal reaches the launcher alone, and that asks the
     # ranks to save first.
@@ -182,10 +188,10 @@ def _attend(
             # A rank that dies makes the others fail: torchrun knows which one was the first.
             time.sleep(NOTICE_SECONDS)
             if not mailbox.silent_ranks(folder):
-                torchrun.terminate()
+                torchrun.send_signal(END_TORCHRUN)
             _end_ranks(folder)
         elif failure is not None or stop.insisted:
-            torchrun.terminate()
+            torchrun.send_signal(END_TORCHRUN)
             _end_ranks(folder)
         elif number is not None:
             _pass_on(number, folder, num_processes, torchrun)
@@ -207,7 +213,7 @@ def _pass_on(
     name = signal.Signals(number).name
     if len(mailbox.processes(folder)) < num_processes:
         log.info("%s: stopping before training has begun", name)
-        torchrun.terminate()
+        torchrun.send_signal(END_TORCHRUN)
         _end_ranks(folder)
         return
     log.info("%s: saving and stopping; the same signal again stops at once", name)
@@ -235,8 +241,8 @@ def _unspoken(
     if torchrun.returncode == 0 or stop.insisted or (stop.asked and not has_begun):
         return None
     words = mailbox.last_words(folder)
-    if stop.asked and (not words or words.endswith(tuple(number.name for number in STOP_SIGNALS))):
-        # What asks ends torchrun, and a rank that does not listen yet.
+    if stop.asked and words.endswith(tuple(number.name for number in STOP_SIGNALS)):
+        # What asks ends a rank that does not listen yet.
         return None
     if not words:
         return Failure(0, f"torchrun left with {torchrun.returncode}")

@@ -154,14 +154,24 @@ def test_an_error_that_nobody_expected_shows_its_traceback_once(tmp_path: Path) 
     assert len(stderr.splitlines()) < 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_ranks_and_the_code_is_3(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)]
+)
+def test_a_signal_reaches_the_ranks_and_the_code_is_3(
+    number: int, to_all: bool, tmp_path: Path
+) -> None:
+    """To the launcher alone, as from a terminal, or to all, as from srun and systemd."""
     with start("wait", tmp_path) as job:
         until(lambda: all((tmp_path / f"listening-{rank}").exists() for rank in (0, 1)))
-        job.send_signal(number)
+        ranks = [(tmp_path / f"rank-{rank}").read_text().split() for rank in (0, 1)]
+        pids = {job.pid, *(int(pid) for pair in ranks for pid in pair)} if to_all else {job.pid}
+        assert len(pids) == (4 if to_all else 1), "launcher, torchrun, two ranks"
+        for pid in pids:
+            os.kill(pid, number)
         _, stderr = job.communicate(timeout=60)
     assert job.returncode == 3, stderr
-    assert attempts(tmp_path)[-1]["outcome"] == "stopped"
+    last = attempts(tmp_path)[-1]
+    assert last["outcome"] == "stopped" and "reason" not in last, "it has saved"
     assert "Traceback" not in stderr
 
 
