@@ -175,7 +175,7 @@ CASES = {
 def measured() -> dict[str, dict[str, int]]:
     """What rank 0 held in each case."""
     # A CPU without AVX-512 multiplies bf16 fifty times as slowly as fp32.
-    found = run_ranks(RANKS, measure_all, list(CASES.values()), timeout=900)[0]
+    found = run_ranks(RANKS, measure_all, list(CASES.values()), timeout=1800)[0]
     return dict(zip(CASES, found, strict=True))
 
 
