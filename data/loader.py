@@ -34,6 +34,7 @@ from data.boundaries import (
 )
 from data.config import Boundaries, DataError, OnDamage, accumulation
 from data.order import Ints
+from data.signals import STOP_SIGNALS
 from data.stream import SampleStream as SampleStream
 from data.stream import sample_hash as sample_hash
 from data.targets import NO_TARGET
@@ -43,8 +44,6 @@ PREFETCHED = 4
 """Micro-batches that a loader process keeps ready."""
 LOCATED = (64, 512)
 """Micro-batches whose samples are looked up in the order at once: at first, and further on."""
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-"""What asks a trainer to save. A terminal, srun and systemd send it to all processes at once."""
 
 log = logging.getLogger(__name__)
 

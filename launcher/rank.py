@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from data.durable import told
+from data.signals import STOP_SIGNALS
 from launcher import mailbox, slurm
 from train import rendezvous, watch
 from train.progress import at
@@ -30,7 +31,6 @@ from train.rendezvous import RendezvousError
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WAIT_SECONDS = 60
 """How long a rank that failed waits for its end."""
 HEARTBEAT_SECONDS = 20

@@ -25,9 +25,10 @@ from types import FrameType
 from typing import Any
 
 from data.durable import StorageError
+from data.signals import STOP_SIGNALS
 from launcher import mailbox
 from launcher.mailbox import Failure
-from launcher.rank import STOP_SIGNALS, Role, follow_parent, place_of, recognise, run_rank
+from launcher.rank import Role, follow_parent, place_of, recognise, run_rank
 from launcher.rank import rank_of as rank_of
 from train import faults
 from train.attempts import Outcome, attempts, end_attempt

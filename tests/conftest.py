@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from data.prepare import prepare
 from tests import ranks  # sets the environment of ranks before torch starts threads
 from tests.results import pytest_runtest_makereport, three_times  # noqa: F401  (for all folders)
 from train.world import World, join_world
+
+# A shell's `&` and nohup have all processes ignore it, those that a test interrupts, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "tests/launcher/test_life_cycle.py",

@@ -111,7 +111,6 @@ def _load_before(
     """Collective. Load the newest checkpoint before a spike that verifies; NoWayBack, and the
     engine is as it was, when there is none.
     """
-
     before = world.broadcast([step for step in committed(run) if step < spike[0]])
     choice = load_first(engine, world, run, before, mend=mend)
     if choice.taken is not None:

@@ -35,6 +35,7 @@ def load_checkpoint(engine: Engine, world: World, saved: Checkpoint) -> None:
     flats = engine.flats()
     loaded: list[dict[str, np.ndarray]] = []
     with world.together(f"reading {saved.folder}"):
+        # Before anybody reads: a rank that refuses would leave the others waiting for it there.
         check_same(saved.inventory, engine.inventory, str(saved.folder))
     with world.together(f"reading {saved.folder}"):
         loaded = _read_beside(world, flats, saved)

@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from data.signals import STOP_SIGNALS
 from train.deadline import Deadline
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
 LOOK_SECONDS = 1.0
@@ -39,7 +39,7 @@ class StopRequest:
 
     def listen(self) -> None:
         """Replace the handlers of SIGTERM, SIGINT and SIGUSR1; main thread only."""
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def watch(self, run: Path, deadline: Deadline | None) -> None:

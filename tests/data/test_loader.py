@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from data.config import DataError, accumulation
-from data.loader import STOP_SIGNALS, Batch, SampleStream, micro_batches, sample_hash
+from data.loader import Batch, SampleStream, micro_batches, sample_hash
 from data.manifest import read_manifest
 from data.shard_index import index_path, read_index
+from data.signals import STOP_SIGNALS
 from tests.data.tiny import documents, flip_bit, write_dataset
 from tests.ranks import _context as processes
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,16 @@ def folders(folder: Path, world: World) -> Iterator[Case]:
             write = lambda name=name, raw=raw: (good / name).write_bytes(raw)  # noqa: E731
             yield case(f"hf {name} {number}", write, hf.load_tokenizer)
     yield from _weights(good, list(weights), case)
+    yield from _links(good, kept, loads[::2], case)
 
+
+def _links(
+    good: Path, kept: Path, loads: Sequence[Callable[[Path], object]], case: Callable[..., Case]
+) -> Iterator[Case]:
     def hand_on() -> None:
         model = hf.load_causal(kept)
         (good / "vocab.extra").symlink_to("../secret")
-        hf.save_folder(model, folder / "kept" / "out", tokenizer_from=good)
+        hf.save_folder(model, kept / "out", tokenizer_from=good)
 
     for name in ("vocab.extra", "config.json", "tokenizer.json", "model.safetensors", "a.jinja"):
 
@@ -133,7 +138,7 @@ def folders(folder: Path, world: World) -> Iterator[Case]:
             (good / name).unlink(missing_ok=True)
             (good / name).symlink_to("../other.safetensors" if "model" in name else "../secret")
 
-        for load in loads[::2]:
+        for load in loads:
             yield case(f"hf link {name}", link, load)
     handed = case("hf link handed on", hand_on, lambda path: None)
     yield Case(handed.name, handed.load, (good, kept), before=handed.before)
