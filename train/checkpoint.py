@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -238,27 +238,36 @@ def open_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     return saved
 
 
-def prune(run: Path, rule: Retention, *, newest: int, in_use: Collection[int] = ()) -> None:
-    """Remove all committed checkpoints but those in use and those that stay by the rule, among
-    which the one of step `newest` counts as the last.
+def retire(run: Path, rule: Retention, *, newest: int, in_use: Collection[int] = ()) -> list[Path]:
+    """Take back all committed checkpoints but those in use and those that stay by the rule, among
+    which the one of step `newest` counts as the last. Returns what `remove` may take its time
+    with: their folders and uncommitted leftovers, the oldest first.
 
     Later ones are of a history that was left (they were damaged when the run went on from an
-    earlier one) and go too, as do uncommitted leftovers.
+    earlier one) and go too.
     """
     kept = retained(committed_until(run, newest, timed=rule.every_hours > 0), rule)
-    remove_but(run, kept | set(in_use))
+    return retire_but(run, kept | set(in_use))
 
 
-def remove_but(run: Path, kept: Collection[int]) -> list[Path]:
-    """Remove every folder of a checkpoint, committed or not, but those of these steps; returns
-    them, the oldest first.
+def retire_but(run: Path, kept: Collection[int]) -> list[Path]:
+    """Take back every checkpoint but those of these steps; returns their folders and uncommitted
+    leftovers, the oldest first.
     """
     folders = {step_folder(run, step) for step in kept}
     with writing(run / "checkpoints"):
         found = sorted(set((run / "checkpoints").glob("step-*")) - folders)
         for folder in found:
-            _remove(folder)
+            (folder / MANIFEST).unlink(missing_ok=True)
     return found
+
+
+def remove(folders: Iterable[Path], *, goes_on: Callable[[], None] = lambda: None) -> None:
+    """Remove folders that count for nothing; `goes_on` is called before each."""
+    for folder in folders:
+        goes_on()
+        with writing(folder):
+            shutil.rmtree(folder)
 
 
 def committed_until(run: Path, newest: int, *, timed: bool = True) -> Iterator[Committed]:

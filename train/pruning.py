@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.attempts import attempts
-from train.checkpoint import committed, committed_until, remove_but, step_folder
+from train.checkpoint import committed, committed_until, remove, retire_but, step_folder
 from train.choice import choose
 from train.guard import trouble_began
 from train.listing import check_is_run
@@ -63,7 +63,7 @@ def prune_by_hand(run: Path, keep: int, *, dry_run: bool = False) -> Pruned:
     if not dry_run and going:
         # Reading has taken a while.
         check_idle(run)
-        remove_but(run, kept)
+        remove(retire_but(run, kept))
     return Pruned(
         kept=tuple(sorted(kept, reverse=True)),
         intact=None if choice.taken is None else choice.taken.step,

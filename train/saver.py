@@ -1,8 +1,9 @@
 """Checkpoints beside the training: state is copied to host memory, and a thread writes the copy.
 
 The step waits for the copy alone. Whether every rank has written is agreed in the sum that ends
-each step anyway; rank 0 then commits. At most one save is in flight: the next one, and the end of
-the run, wait for it. What a writer meets is raised on every rank, no later than that.
+each step anyway; rank 0 then commits, and its thread removes what the config does not keep. At most
+one save is in flight: the next one, and the end of the run, wait for it. What a writer meets is
+raised on every rank, no later than that.
 Memory: one more copy of what this rank writes, 12 bytes per parameter it owns with AdamW; none on a
 CPU whose training waits for the disk.
 """
@@ -83,6 +84,7 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._buffers: dict[str, torch.Tensor] = {}
         self._pending: _Pending | None = None
+        self._removal: Future[None] | None = None
         self._num_pieces = 0
         self.mirror: MirrorThread | None = None
         """Rank 0's, where the config has a mirror."""
@@ -132,32 +134,42 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Collective. Wait for the save in flight, if there is one, and commit it."""
+        """Collective. Wait for the save in flight, if there is one, commit it, and see what it
+        replaces removed.
+        """
         if self._pending is not None:
-            begun, written = time.monotonic(), self._pending.written
-            wait_for_all(
-                self._world,
-                lambda: not written.done(),
-                place="disk",
-                step=self._pending.step,
-                progress=lambda: self._num_pieces,
-            )
+            begun = time.monotonic()
+            self._wait_for(self._pending.written, self._pending.step)
             self._pending.stall += time.monotonic() - begun
             self.commit()
+        if self._removal is not None:
+            removal, self._removal = self._removal, None
+            self._wait_for(removal, self.committed.step if self.committed else 0)
+            with self._world.together("removing checkpoints that are not kept"):
+                removal.result()
+
+    def _wait_for(self, done: Future[Any], step: int) -> None:
+        wait_for_all(
+            self._world,
+            lambda: not done.done(),
+            place="disk",
+            step=step,
+            progress=lambda: self._num_pieces,
+        )
 
     def close(self) -> None:
         """Take no more; what is in flight is written to its end and stays uncommitted."""
         self._writer.shutdown(wait=False)
 
     def commit(self) -> None:
-        """Collective. Commit the save in flight, which every rank has written, and remove what the
-        config does not keep.
+        """Collective. Commit the save in flight, which every rank has written, and take back what
+        the config does not keep: rank 0's thread removes it.
         """
         pending, self._pending = self._pending, None
         assert pending is not None
         step, begun = pending.step, time.monotonic()
         entry: dict[str, Any] = {}
-        seconds = 0.0
+        seconds, retired = 0.0, list[Path]()
         with self._discarding(step):
             with self._world.together(f"writing the checkpoint of step {step}"):
                 entry, seconds = pending.written.result()
@@ -178,7 +190,8 @@ class Saver:
                     self.check_owner()
                 at("prune", step)
                 if self._world.is_main:
-                    self._prune(step, pending.state.get("guard", {}))
+                    retired = self._retire(step, pending.state.get("guard", {}))
+        self._removal = self._writer.submit(self._remove, retired)
         now = time.monotonic()
         stall = pending.stall + now - begun
         self.committed = SaveCost(step, stall, seconds, now - pending.begun)
@@ -226,13 +239,21 @@ class Saver:
                 "there is a stop" if is_stopped() else f"it took nothing for {mirror.silent:.0f} s",
             )
 
-    def _prune(self, step: int, guard: dict[str, Any]) -> None:
+    def _retire(self, step: int, guard: dict[str, Any]) -> list[Path]:
         rule = replace(self._config.retention(), before=trouble_began(guard))
         in_use = []
         if self.mirror is not None:
             self.mirror.offer(step, rule)
             in_use = [one for one in (self.mirror.in_flight,) if one is not None]
-        checkpoint.prune(self._run, rule, newest=step, in_use=in_use)
+        return checkpoint.retire(self._run, rule, newest=step, in_use=in_use)
+
+    def _remove(self, folders: list[Path]) -> None:
+        def goes_on() -> None:
+            # A later owner may be writing one of these steps again.
+            self.check_owner()
+            self._goes_on()
+
+        checkpoint.remove(folders, goes_on=goes_on)
 
     def _write(
         self,

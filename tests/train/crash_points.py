@@ -137,11 +137,11 @@ def die() -> NoReturn:
 
 
 def save(case: Case, rank: int, gather: Callable[[str, Any], list[Any]]) -> None:
-    """What train/state.py does, without an engine."""
+    """What train/saver.py does, without an engine."""
     run, step = Path(case.run), case.step
     if rank == 0:
         if case.prune_first:
-            checkpoint.remove_but(run, ())
+            checkpoint.remove(checkpoint.retire_but(run, ()))
         checkpoint.begin(run, step)
     gather("begun", None)
     arrays, ranges = pieces(values(step), rank, case.num_ranks)
@@ -156,7 +156,8 @@ def save(case: Case, rank: int, gather: Callable[[str, Any], list[Any]]) -> None
             state={"step": step},
             files=entries,
         )
-        checkpoint.prune(run, Retention(case.keep, case.every_steps), newest=step)
+        rule = Retention(case.keep, case.every_steps)
+        checkpoint.remove(checkpoint.retire(run, rule, newest=step))
     gather("committed", None)
 
 

@@ -171,9 +171,11 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     (tmp_path / "checkpoints/step-000000000").mkdir()
-    checkpoint.prune(tmp_path, Retention(2), newest=4)
+    retired = checkpoint.retire(tmp_path, Retention(2), newest=4)
     assert committed(tmp_path) == [4, 3]
-    assert not (tmp_path / "checkpoints/step-000000000").exists()
+    assert retired == [tmp_path / f"checkpoints/step-00000000{step}" for step in (0, 1, 2)]
+    checkpoint.remove(retired)
+    assert not any(map(Path.exists, retired))
 
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
@@ -198,13 +200,13 @@ import sys
 from pathlib import Path
 from data.durable import read_sealed, write_sealed
 from tests.train.checkpoints import write
-from train.checkpoint import prune
+from train.checkpoint import remove, retire
 from train.retention import Retention
 step = int(sys.argv[2])
 while True:
     step += 1
     write(Path(sys.argv[1]), step)
-    prune(Path(sys.argv[1]), Retention(2), newest=step)
+    remove(retire(Path(sys.argv[1]), Retention(2), newest=step))
     print(step, flush=True)
 """
 

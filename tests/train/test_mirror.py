@@ -163,7 +163,7 @@ def test_one_copy_is_in_flight_and_the_newest_is_next(
     thread.offer(30, KEEP)
     assert (copied, thread.in_flight) == ([10], 10)
     # What is copied stays in the run.
-    checkpoint.prune(run, Retention(1), newest=20, in_use=[10])
+    checkpoint.remove(checkpoint.retire(run, Retention(1), newest=20, in_use=[10]))
     assert committed(run) == [20, 10]
     go_on.append(10)
     assert result(thread).step == 10

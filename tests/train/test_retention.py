@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.durable import read_sealed, write_sealed
 from tests.train.checkpoints import write
-from train.checkpoint import committed, prune, step_folder
+from train.checkpoint import committed, retire, step_folder
 from train.retention import Committed, Retention, retained
 
 HOUR = 3600.0
@@ -84,7 +84,7 @@ def test_pruning_reads_the_times_of_manifests(tmp_path: Path) -> None:
         path = step_folder(tmp_path, step) / "manifest.json"
         content = read_sealed(path) | {"time": hour * HOUR}
         write_sealed(path, content)
-    prune(tmp_path, Retention(1, every_hours=1.0), newest=5)
+    retire(tmp_path, Retention(1, every_hours=1.0), newest=5)
     assert committed(tmp_path) == [5, 3, 1]
-    prune(tmp_path, Retention(1), newest=5)
+    retire(tmp_path, Retention(1), newest=5)
     assert committed(tmp_path) == [5]

@@ -80,7 +80,7 @@ def test_what_passes_the_look_is_written_and_what_does_not_leaves_nothing(tmp_pa
             else:
                 open_checkpoint(disk / "run").verify()
                 outcomes["written"] += 1
-                checkpoint.remove_but(disk / "run", ())
+                checkpoint.remove(checkpoint.retire_but(disk / "run", ()))
                 (disk / "run" / "checkpoints").rmdir()
                 (disk / "run").rmdir()
             make_room(disk)
