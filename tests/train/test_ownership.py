@@ -193,7 +193,9 @@ def test_a_first_start_that_is_refused_writes_no_config(dataset: Path, tmp_path:
     owner.release()
 
 
-def lose_and_save(world: World, dataset: Path, run: Path, at: int) -> tuple[str, list[int]]:
+def lose_and_save(
+    world: World, dataset: Path, run: Path, at: int, *overrides: str
+) -> tuple[str, list[int]]:
     """Train; from look number `at` on the run belongs to somebody else, at step 9 already."""
     original = ownership.Ownership.check
     looks: list[int] = []
@@ -202,12 +204,12 @@ def lose_and_save(world: World, dataset: Path, run: Path, at: int) -> tuple[str,
         looks.append(1)
         if len(looks) == at:
             ownership._create(run, self.number + 1, None)
-            shutil.copytree(step_folder(run, 3), step_folder(run, 9))
+            shutil.copytree(step_folder(run, committed(run)[0]), step_folder(run, 9))
         original(self)
 
     ownership.Ownership.check = check  # type: ignore[method-assign]
     try:
-        pretrain_on(world, config(dataset), run)
+        pretrain_on(world, config(dataset, *overrides), run)
     except RankError as error:
         return str(error), committed(run)
     finally:
@@ -223,6 +225,16 @@ def test_who_has_lost_the_run_begins_commits_and_prunes_nothing(
     told = run_ranks(2, lose_and_save, dataset, tmp_path / "run", at)
     assert [found for _, found in told] == [steps, steps]
     assert all("attempt 1 no longer owns" in message for message, _ in told)
+
+
+def test_who_has_lost_the_run_removes_no_folder_that_it_took_back(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """The fourth look of the second save: its thread was slow, and the step may be another's."""
+    run = tmp_path / "run"
+    (told,) = run_ranks(1, lose_and_save, dataset, run, 7, "checkpoint.keep=1")
+    assert "attempt 1 no longer owns" in told[0]
+    assert sorted(path.name for path in step_folder(run, 3).iterdir()) == ["rank-00000.safetensors"]
 
 
 def test_a_rank_that_comes_late_overwrites_no_file_of_the_new_owner(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import pytest
 import train.slices
 import train.watch
 from tests.ranks import RankFailure, run_ranks
-from tests.train.test_pretrain import config, train_run
-from train.checkpoint import committed
+from tests.train.test_pretrain import config, losses, train_run
+from train.checkpoint import committed, step_folder
 from train.config import RunConfig
-from train.world import World
+from train.world import RankError, World
 
 STALL_SECONDS = 1.5
 
@@ -58,6 +59,62 @@ def test_a_disk_that_takes_nothing_any_more_is_named_with_its_rank(
     assert "stands still at disk of step 1 for " in report["verdict"]
     assert {row["rank"]: row["phase"] for row in report["ranks"]} == {0: "peers", 1: "disk"}
     assert committed(tmp_path) == []
+
+
+KEPT = ("steps=12", "checkpoint.every=4", "checkpoint.keep=1", "checkpoint.background=true")
+
+
+def removing_slowly(world: World, made: RunConfig, run: Path) -> str:
+    """Train; the removal of step 4 takes until three steps have followed the save of step 8."""
+    real = shutil.rmtree
+
+    def slow(folder: Path) -> None:
+        assert committed(run)[0] == 8 and folder == step_folder(run, 4), folder
+        until = time.monotonic() + 30
+        while losses(run)[-1][0] < 11:
+            assert time.monotonic() < until, "training waits for the removal"
+            time.sleep(0.01)
+        shutil.rmtree = real
+        real(folder)
+
+    shutil.rmtree = slow  # type: ignore[assignment]
+    try:
+        return train_run(world, made, run)
+    finally:
+        shutil.rmtree = real
+
+
+def test_no_step_waits_for_the_removal_of_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    made = config(dataset, *KEPT)
+    assert run_ranks(2, removing_slowly, made, tmp_path) == ["complete"] * 2
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000000012"]
+
+
+def removing_in_vain(world: World, made: RunConfig, run: Path) -> str:
+    """The error of a run whose disk removes nothing."""
+    real = shutil.rmtree
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(folder))
+
+    shutil.rmtree = refuse  # type: ignore[assignment]
+    try:
+        with pytest.raises(RankError) as error:
+            train_run(world, made, run)
+    finally:
+        shutil.rmtree = real
+    return str(error.value)
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_on_every_rank(
+    dataset: Path, tmp_path: Path
+) -> None:
+    first, second = run_ranks(2, removing_in_vain, config(dataset, *KEPT), tmp_path)
+    assert first == second
+    assert first.startswith(
+        f"{step_folder(tmp_path, 4)} cannot be written: Operation not permitted"
+    )
+    assert committed(tmp_path) == [8]
 
 
 def from_slow_disk(world: World, made: RunConfig, run: Path) -> str:
