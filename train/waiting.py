@@ -46,4 +46,4 @@ def wait_for_all(
         if num_leaving or not num_busy:
             return not num_leaving
         # Work that takes a moment is waited for no longer than that.
-        time.sleep(min(POLL_SECONDS, (time.monotonic() - begun) / 10))
+        time.sleep(min(POLL_SECONDS, (time.monotonic() - begun) / 50))

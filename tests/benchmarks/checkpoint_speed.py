@@ -30,7 +30,7 @@ from train.settings import CheckpointConfig
 from train.slices import WRITE_BYTES
 from train.world import World, join_world
 
-WIDTH, LAYERS, ROUNDS = 2048, 7, 9
+WIDTH, LAYERS, ROUNDS = 2048, 7, 21
 """29.4 million parameters: 352 MB of weights and moments."""
 
 
