@@ -2,9 +2,9 @@
 
 Every stage is a `headrace` command, printed before it runs, so each can be repeated by hand. The
 text is the source of this Python's own standard library; training runs on two processes with ZeRO
-stage 2 in bf16. A second call continues where the first one ended. The model must learn: held-out
-bits per byte at most 0.6 of the untrained model's, and macro-F1 at least 0.2 above always answering
-the commonest class; else the exit code is 1.
+stage 2 in bf16, or in fp32 on a CPU that is slow in bf16. A second call continues where the first
+one ended. The model must learn: held-out bits per byte at most 0.6 of the untrained model's, and
+macro-F1 at least 0.2 above always answering the commonest class; else the exit code is 1.
 """
 
 from __future__ import annotations
@@ -101,14 +101,16 @@ def quickstart(workdir: Path) -> int:
 def _stages(folders: Folders, corpus: Corpus) -> Iterator[list[str]]:
     yield _argv("prepare", "--input", corpus.text, "--output", folders.dataset, *PREPARE)
     ranks = ("--nproc", _num_processes())
+    precision = _precision()
     yield _argv(
         "pretrain", "tiny-cpu", f"data={folders.dataset}", "--run", folders.pretrained, *ranks,
-        *PRETRAIN, *EVERY,
+        *PRETRAIN, *EVERY, *precision,
     )  # fmt: skip
     yield _argv("export", folders.pretrained, folders.model)
     yield _argv(
         "finetune", "classify", f"model={folders.model}", f"data={corpus.windows}",
         f"data.val={corpus.val_windows}", "--run", folders.finetuned, *ranks, *FINETUNE, *EVERY,
+        *precision,
     )  # fmt: skip
 
 
@@ -244,6 +246,21 @@ def _num_processes() -> int:
     import torch
 
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def _precision() -> tuple[str, ...]:
+    """That of the recipes, bf16, but on a CPU that has no instructions for it."""
+    import torch
+
+    from train.ceiling import SLOW, bf16_share
+
+    if torch.cuda.is_available():
+        return ()
+    share = bf16_share(torch.device("cpu"))
+    if share >= SLOW:
+        return ()
+    _say(f"this CPU multiplies bf16 at {share:.2f} of its fp32 rate: training in fp32")
+    return ("precision=fp32",)
 
 
 def _program() -> str:

@@ -136,12 +136,12 @@ def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    import train.metrics
+    import train.ceiling
     from train.world import join_world
 
     share_server()
     # Else a third of a short run.
-    train.metrics.CEILING_SECONDS = 0.01
+    train.ceiling.CEILING_SECONDS = 0.01
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),

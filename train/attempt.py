@@ -14,12 +14,13 @@ import torch
 from data.durable import StorageError
 from train import run as run_directory
 from train.build import build_engine, settle
+from train.ceiling import SLOW, bf16_share, matmul_flops_per_second
 from train.checkpoint import Checkpoint, CheckpointError
 from train.engine import DTYPES, Engine
 from train.guard import Guard
 from train.job import Job
 from train.loop import train
-from train.metrics import Metrics, ProgressLine, View, matmul_flops_per_second, wandb_views
+from train.metrics import Metrics, ProgressLine, View, wandb_views
 from train.opening import claim, end_at_once, look_at, nothing_to_do, tell_promise
 from train.optim import STATE_KEYS
 from train.ownership import Ownership
@@ -219,5 +220,13 @@ def _warn_of_little_room(engine: Engine, world: World, run: Path, work: Work) ->
 def _peak_flops(world: World, work: Work) -> float:
     if not work.flops_per_token:
         return 0.0
-    rate = matmul_flops_per_second(world.device, DTYPES[work.config.precision])
+    precision = work.config.precision
+    if precision == "bf16" and world.device.type == "cpu" and world.is_main:
+        share = bf16_share(world.device)
+        if share < SLOW:
+            log.warning(
+                "this CPU multiplies bf16 at %.2f of its fp32 rate: precision=fp32 trains faster",
+                share,
+            )
+    rate = matmul_flops_per_second(world.device, DTYPES[precision])
     return float(world.sum(torch.tensor(rate, dtype=torch.float64)))

@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,8 +28,6 @@ log = logging.getLogger(__name__)
 
 FINISH_SECONDS = 60
 """How long the end of a run waits for wandb."""
-CEILING_SECONDS = 0.2
-"""How long an attempt measures, at its start, what MFU is a fraction of."""
 
 
 class View(Protocol):
@@ -195,28 +192,3 @@ def wandb_views(run: Path, config: LogConfig, settings: Row) -> list[View]:
     except Exception as error:
         log.warning("wandb is switched off for this attempt: %s", error)
         return []
-
-
-def matmul_flops_per_second(
-    device: torch.device, dtype: torch.dtype, *, seconds: float = 0.0, size: int = 0
-) -> float:
-    """Measured FLOP/s of square matrix products on this device: the ceiling that MFU is a fraction
-    of. Of random values: constant ones draw less power, and a GPU multiplies them a tenth faster.
-    """
-    size = size or (8192 if device.type == "cuda" else 768)
-    # A generator of its own: what training draws must not depend on what was measured.
-    own = torch.Generator(device).manual_seed(0)
-    a = torch.empty(size, size, device=device, dtype=dtype).uniform_(-1, 1, generator=own)
-    b = a.clone()
-    _synchronized(a, b)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < (seconds or CEILING_SECONDS):
-        _synchronized(a, b)
-        count += 1
-    return count * 2.0 * size**3 / (time.perf_counter() - start)
-
-
-def _synchronized(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.mm(a, b)
-    if a.device.type == "cuda":
-        torch.cuda.synchronize(a.device)

@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from train.metrics import matmul_flops_per_second
+from train.ceiling import matmul_flops_per_second
 from train.world import Group, World
 
 TRIES = 5

@@ -27,10 +27,10 @@ from model.flops import flops_per_token
 from model.gpt import GPT
 from model.loss import token_loss_sum
 from train.build import build_engine
+from train.ceiling import matmul_flops_per_second
 from train.config import RunConfig
 from train.decode import load_config
 from train.engine import DTYPES, Batch, Engine
-from train.metrics import matmul_flops_per_second
 from train.saver import Saver
 from train.world import World, join_world
 

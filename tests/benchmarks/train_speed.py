@@ -30,9 +30,9 @@ from model.config import ModelConfig
 from model.flops import flops_per_token
 from model.gpt import GPT, init_weights
 from model.loss import token_loss_sum
+from train.ceiling import matmul_flops_per_second
 from train.config import JobConfig, Precision
 from train.engine import DTYPES, Batch, DeepSpeedEngine, Engine
-from train.metrics import matmul_flops_per_second
 from train.plain import PlainEngine
 from train.world import World, join_world
 

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from train.metrics import Metrics, Row, matmul_flops_per_second, read_metrics, wandb_views
+from train.metrics import Metrics, Row, read_metrics, wandb_views
 from train.settings import LogConfig
 
 
@@ -60,8 +59,3 @@ def test_wandb_offline_keeps_the_run_on_disk(
     metrics.write({"step": 1, "loss": 2.0})
     metrics.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_the_matmul_rate_is_a_rate() -> None:
-    rate = matmul_flops_per_second(torch.device("cpu"), torch.float32, seconds=0.05, size=128)
-    assert 1e8 < rate < 1e13
