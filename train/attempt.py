@@ -143,6 +143,7 @@ def _train(
         tell_promise(world, run, work, attempt, saved)
     first_step = 1 if saved is None else saved.step + 1
     _warn_of_little_room(engine, world, run, work)
+    _warn_of_slow_precision(world, work)
     log.info(
         "attempt %d starts %s", attempt, f"from step {saved.step}" if saved else "from nothing"
     )
@@ -217,16 +218,19 @@ def _warn_of_little_room(engine: Engine, world: World, run: Path, work: Work) ->
         log.warning("%s", warning)
 
 
-def _peak_flops(world: World, work: Work) -> float:
-    if not work.flops_per_token:
-        return 0.0
-    precision = work.config.precision
-    if precision == "bf16" and world.device.type == "cpu" and world.is_main:
+def _warn_of_slow_precision(world: World, work: Work) -> None:
+    is_cpu = world.device.type == "cpu"
+    if is_cpu and work.config.precision == "bf16" and world.is_main:
         share = bf16_share(world.device)
         if share < SLOW:
             log.warning(
                 "this CPU multiplies bf16 at %.2f of its fp32 rate: precision=fp32 trains faster",
                 share,
             )
-    rate = matmul_flops_per_second(world.device, DTYPES[precision])
+
+
+def _peak_flops(world: World, work: Work) -> float:
+    if not work.flops_per_token:
+        return 0.0
+    rate = matmul_flops_per_second(world.device, DTYPES[work.config.precision])
     return float(world.sum(torch.tensor(rate, dtype=torch.float64)))

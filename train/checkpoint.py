@@ -266,7 +266,8 @@ def remove(folders: Iterable[Path], *, goes_on: Callable[[], None] = lambda: Non
     """Remove folders that count for nothing; `goes_on` is called before each."""
     for folder in folders:
         goes_on()
-        with writing(folder):
+        # Who makes room by hand may come first; what is left of it is found again.
+        with writing(folder), suppress(FileNotFoundError):
             shutil.rmtree(folder)
 
 

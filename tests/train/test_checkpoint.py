@@ -174,6 +174,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     retired = checkpoint.retire(tmp_path, Retention(2), newest=4)
     assert committed(tmp_path) == [4, 3]
     assert retired == [tmp_path / f"checkpoints/step-00000000{step}" for step in (0, 1, 2)]
+    shutil.rmtree(retired[1])
     checkpoint.remove(retired)
     assert not any(map(Path.exists, retired))
 
