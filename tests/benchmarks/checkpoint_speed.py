@@ -2,8 +2,8 @@
 
 One rank with ZeRO-1 and AdamW in fp32, a third of a gigabyte of state. `save` waits for the disk,
 `unhashed` is a save that leaves out the hashes, and what it saves is what hashing costs; `stall` is
-what training waits for when the save runs beside it: for the copy, and later for the commit.
-Wall time, because a disk is waited for; medians.
+what training waits for when the save runs beside it: for the copy, and later for the commit; `copy`
+is its limit, the same bytes copied in memory. Wall time, because a disk is waited for; medians.
 
     .venv/bin/python -m tests.benchmarks.checkpoint_speed
 """
@@ -48,6 +48,13 @@ def plain_write(path: Path, content: memoryview) -> float:
     return seconds
 
 
+def copying(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Seconds to copy one into the other."""
+    begun = time.perf_counter()
+    target.copy_(source)
+    return time.perf_counter() - begun
+
+
 @contextmanager
 def no_hashes() -> Iterator[None]:
     """Within, a checkpoint gets none."""
@@ -82,6 +89,7 @@ def measure(world: World, folder: Path) -> dict[str, float]:
         kind: Saver(engine, world, folder / kind, config=CheckpointConfig(background=background))
         for kind, background in (("save", False), ("stall", True))
     }
+    buffers = [torch.ones(size // 4) for _ in range(2)]
     steps = iter(range(1, 1000))
 
     def save() -> float:
@@ -108,6 +116,7 @@ def measure(world: World, folder: Path) -> dict[str, float]:
         "save": save,
         "stall": stall,
         "unhashed": unhashed,
+        "copy": lambda: copying(*buffers),
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(ROUNDS + 1):
@@ -131,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name, join_world() as world:
         found = measure(world, Path(name))
     megabytes = found["bytes"] / 1e6
-    for case in ("plain", "save", "unhashed", "stall"):
+    for case in ("plain", "save", "unhashed", "stall", "copy"):
         print(f"{case:8} {found[case]:.3f} s  {megabytes / found[case]:8.0f} MB/s")
     bars = [
         Bar(
