@@ -200,6 +200,14 @@ def committed(run: Path) -> list[int]:
     return sorted((step for step in steps if step is not None), reverse=True)
 
 
+def uncommitted(run: Path) -> list[Path]:
+    """Folders of saves that were cut before their commit, or of checkpoints whose removal was; the
+    oldest first.
+    """
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    return [folder for folder in folders if not (folder / MANIFEST).exists()]
+
+
 def completed_steps(run: Path) -> int:
     """Steps of the newest checkpoint whose files are there; the load tells of others."""
     for step in committed(run):

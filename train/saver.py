@@ -112,6 +112,8 @@ class Saver:
             with self._world.together(f"making room for the checkpoint of step {step}"):
                 if self._world.is_main:
                     self.check_owner()
+                    # A save that was cut may have been of another step, and has taken room.
+                    checkpoint.remove(checkpoint.uncommitted(self._run), goes_on=self._goes_on)
                     check_room(self._run, step, shares, state)
                     checkpoint.begin(self._run, step)
             flats = self._engine.flats()

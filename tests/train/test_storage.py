@@ -77,6 +77,19 @@ def test_a_checkpoint_on_a_full_disk_costs_the_steps_since_the_last_one(
     assert losses(run) == losses(whole)
 
 
+def test_what_a_cut_save_of_another_step_takes_is_room_for_the_next_one(
+    dataset: Path, whole: Path, disk: Path
+) -> None:
+    run = disk / "run"
+    run_ranks(2, train_run, config(dataset), run, 3)
+    # The attempt that was killed saved at another step, and left no room for step 6.
+    left = step_folder(run, 5)
+    left.mkdir()
+    fill(left, leave_kilobytes=200)
+    assert run_ranks(2, train_run, config(dataset), run) == ["complete"] * 2
+    assert losses(run) == losses(whole) and not left.exists()
+
+
 def refused_rows(world: World, made: RunConfig, run: Path) -> str:
     """`refused`, with the disk filled once the rows of step 4 are being written."""
     import train.step
