@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -21,6 +22,7 @@ MAX_ROWS = 20
 """Parameters that are shown; --json has all."""
 MAX_VALUE = 60
 """Characters of a value that are shown."""
+FILE_WIDTH = 200
 
 
 def show_list(run: Path, found: Listing, *, as_json: bool) -> None:
@@ -143,9 +145,8 @@ def _table(first: str, *rest: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    console = Console()
     # A file has no width: what is cut or folded there can no longer be read.
-    console.print(table, width=None if console.is_terminal else 200)
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
 
 
 def _short(value: Any) -> str:

@@ -33,7 +33,7 @@ from train.run import Outcome
 from train.saver import Saver, checkpoint_shares
 from train.state import load_newest
 from train.step import tell_mirrored
-from train.stop import StopRequest
+from train.stop import STOP_FILE, StopRequest
 from train.timing import Timing
 from train.watch import Watch
 from train.work import Work
@@ -70,17 +70,18 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
         if world.is_main:
             run_directory.end_attempt(run, attempt, outcome=outcome, step=step, reason=reason)
     if outcome == "stopped":
-        how = " without --stop-at" if reason == "--stop-at" else ""
-        log.info(
-            "%s is saved at step %d (%s); the same command%s goes on from there",
-            run,
-            step,
-            reason,
-            how,
-        )
+        log.info("%s is saved at step %d (%s); %s", run, step, reason, how_to_go_on(run, reason))
     else:
         log.info("%s is complete: %d of %d steps", run, step, work.steps)
     return outcome
+
+
+def how_to_go_on(run: Path, reason: str) -> str:
+    """What continues a run that was saved and stopped for a reason."""
+    stop = run / STOP_FILE
+    first = f"remove {stop}, and " if stop.exists() else ""
+    how = " without --stop-at" if reason == "--stop-at" else ""
+    return f"{first}the same command{how} goes on from there"
 
 
 @contextmanager

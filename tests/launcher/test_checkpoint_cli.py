@@ -90,7 +90,8 @@ def as_json(*argv: object, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
-def test_ls_shows_the_mirror_too(tmp_path: Path) -> None:
+def test_ls_shows_the_mirror_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     run = make_run(tmp_path / "run", 10, 20, mirror=str(tmp_path / "far"))
     mirror = Mirror(str(tmp_path / "far"), run)
     for step in (10, 20):
@@ -104,7 +105,9 @@ def test_ls_shows_the_mirror_too(tmp_path: Path) -> None:
     assert {**found[3], "mirror": None} == found[1]
     assert found[4]["problem"].endswith("far/run/step-000000010/rank-00000.safetensors is missing")
     text = headrace("checkpoint", "ls", run).stdout
-    assert text.splitlines()[0].split()[-2:] == ["sizes", "where"]
+    heading, *lines = text.splitlines()
+    assert heading.split()[-2:] == ["sizes", "where"]
+    assert [line.split()[0] for line in lines[:5]] == ["90", "20", "10", "20", "10"]
     assert f"mirror: {tmp_path / 'far/run'}" in text
 
 

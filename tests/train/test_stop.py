@@ -15,6 +15,7 @@ import pytest
 import train.step
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, losses, train_run
+from train.attempt import how_to_go_on
 from train.attempts import attempts
 from train.checkpoint import committed
 from train.config import RunConfig
@@ -73,9 +74,14 @@ def test_a_stop_file_ends_the_run_and_keeps_it_ended_until_it_is_gone(
     assert committed(run) == [4, 3, 2]
     assert not (run / "SAVE").exists()
     assert attempts(run)[-1]["reason"] == f"the file {run / 'STOP'}"
+    reason = attempts(run)[-1]["reason"]
+    assert how_to_go_on(run, reason) == (
+        f"remove {run / 'STOP'}, and the same command goes on from there"
+    )
     assert run_ranks(2, train_run, made, run) == ["stopped"] * 2
     assert [row[0] for row in losses(run)] == [1, 2, 3, 4]
     (run / "STOP").unlink()
+    assert how_to_go_on(run, reason) == "the same command goes on from there"
     assert run_ranks(2, train_run, made, run) == ["complete"] * 2
     assert [row[0] for row in losses(run)] == list(range(1, 9))
 
