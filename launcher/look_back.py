@@ -27,6 +27,11 @@ def show_hindsight(found: Hindsight, *, as_json: bool) -> None:
     print(
         f"{found.num_steps} steps{left_out}: the guard would have objected to {len(found.findings)}"
     )
+    if found.num_missing:
+        print(
+            f"{found.num_missing} good steps more have to be known before anything is out of the "
+            "ordinary; a smaller guard.window takes fewer"
+        )
 
 
 def show_replay(found: Replay, run: Path, *, as_json: bool) -> None:

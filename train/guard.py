@@ -113,6 +113,12 @@ class Guard:
         return "step"
 
     @property
+    def num_missing(self) -> int:
+        """Good steps that have to come before anything is out of the ordinary."""
+        asked = self._config.outlier != "off" or self._config.rollback > 0
+        return self._config.window - len(self._losses) if asked else 0
+
+    @property
     def spike(self) -> range:
         """The steps since the trouble began: what a rollback lists."""
         return range(min(self._bad + self._high), max(self._bad + self._high) + 1)

@@ -43,6 +43,8 @@ class Hindsight:
     num_skipped: int
     """Of those, the ones that the run itself left out, or ended with."""
     findings: tuple[Finding, ...]
+    num_missing: int
+    """Good steps that the run was too short by for anything to be out of the ordinary."""
 
 
 def hindsight(run: Path, config: GuardConfig) -> Hindsight:
@@ -70,7 +72,7 @@ def hindsight(run: Path, config: GuardConfig) -> Hindsight:
             if finding.decision == "give up":
                 break
     num_skipped = sum("loss" not in last.get(step, {}) for step in steps)
-    return Hindsight(len(steps), num_skipped, tuple(findings))
+    return Hindsight(len(steps), num_skipped, tuple(findings), guard.num_missing)
 
 
 def _judged(

@@ -173,7 +173,12 @@ def verify(run: Path, step: int | None = None) -> Verification:
 
 
 def check_is_run(run: Path) -> None:
-    """CheckpointError for a folder that has nothing of a run."""
+    """CheckpointError for a folder that has nothing of a run, or is a mirror's copy of one."""
+    if any(run.glob(f"step-*/{MANIFEST}")):
+        raise CheckpointError(
+            f"{run} is a mirror's copy of a run: name the run itself, whose mirror is looked at, "
+            "too; if it is lost, its training command copies it back from here"
+        )
     if not (run / "config.json").is_file() and not (run / "checkpoints").is_dir():
         raise CheckpointError(
             f"{run} is no run directory: it has neither config.json nor checkpoints; name the "

@@ -109,6 +109,9 @@ def test_ls_shows_the_mirror_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert heading.split()[-2:] == ["sizes", "where"]
     assert [line.split()[0] for line in lines[:5]] == ["90", "20", "10", "20", "10"]
     assert f"mirror: {tmp_path / 'far/run'}" in text
+    for command in ("ls", "verify"):
+        done = headrace("checkpoint", command, tmp_path / "far/run")
+        assert done.returncode == 1 and "is a mirror's copy of a run: name the run" in done.stderr
 
 
 def test_ls_shows_the_run_when_its_mirror_cannot_be_read(

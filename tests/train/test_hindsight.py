@@ -54,6 +54,9 @@ def test_hindsight_tells_what_the_guard_would_have_done(tmp_path: Path) -> None:
     assert (finding.step, finding.decision) == (10, "roll back")
     assert finding.reason.startswith("steps 9 to 10: loss 9 is above 2.")
     assert hindsight(run, GuardConfig(window=8)).findings == ()
+    assert skipping.num_missing == hindsight(run, GuardConfig()).num_missing == 0
+    short = hindsight(run, GuardConfig(window=20, outlier="skip"))
+    assert (short.findings, short.num_missing) == ((), 8)
     with pytest.raises(ConfigError, match=r"has no metrics\.jsonl; train it with"):
         hindsight(tmp_path, GuardConfig())
 
