@@ -31,7 +31,7 @@ from launcher.mailbox import Failure
 from launcher.rank import Role, follow_parent, place_of, recognise, run_rank
 from launcher.rank import rank_of as rank_of
 from train import faults
-from train.attempts import Outcome, attempts, end_attempt
+from train.attempts import HEARSAY, Outcome, attempts, end_attempt
 from train.progress import at
 
 log = logging.getLogger(__name__)
@@ -266,9 +266,11 @@ def _rows_of(run: Path, num_rows: int, pids: Collection[int]) -> list[dict[str, 
 
 
 def _close(run: Path, num_rows: int, pids: Collection[int], outcome: Outcome, reason: str) -> None:
-    """Write the end of the attempt of this launch, if its ranks were ended before they could."""
+    """Write the end of the attempt of this launch, if its ranks were ended before they could, or
+    the one that did has only heard of it.
+    """
     rows = _rows_of(run, num_rows, pids)
-    if rows and rows[-1]["event"] == "start":
+    if rows and (rows[-1]["event"] == "start" or rows[-1].get("reason", "").startswith(HEARSAY)):
         # A full disk may be what ended them.
         with suppress(StorageError):
             end_attempt(run, rows[-1]["attempt"], outcome=outcome, step=None, reason=reason)

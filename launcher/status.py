@@ -136,7 +136,7 @@ def _read(run: Path, jobs: Iterable[QueuedJob]) -> Status:
         return Status(str(run), "not started", **known)
     last = starts[-1]
     ends = [row for row in rows if row.get("event") == "end"]
-    end = next((row for row in ends if row["attempt"] == last["attempt"]), None)
+    end = next((row for row in reversed(ends) if row["attempt"] == last["attempt"]), None)
     life = life_of(run, last["attempt"])
     state: State = end["outcome"] if end else "running" if life.is_alive else "gone"
     steps = last["config"].get("steps") or None

@@ -1,7 +1,8 @@
 """attempts.jsonl: a row when an attempt of a run starts, and a row when it ends, with its outcome.
 
 Rows are only appended and reach the disk before the call returns. Training writes them; the
-launcher reads the outcome, and closes the row of ranks that could not. No torch here.
+launcher reads the outcome, and adds the row of ranks that could not, or only heard that another was
+gone: of two ends of an attempt the last one counts. No torch here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Outcome = Literal["complete", "stopped", "failed"]
 FILE = "attempts.jsonl"
+HEARSAY = "another rank was gone"
+"""How the reason begins of a rank that ended because another had."""
 PACKAGES = ("headrace", "torch", "deepspeed", "numpy")
 
 

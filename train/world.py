@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from train.affinity import stay_near
+from train.attempts import HEARSAY
 from train.deadline import Deadline
 from train.device import keep_freed_memory
 from train.exclusion import host_name
@@ -136,7 +137,7 @@ def cause_of(error: BaseException) -> str:
         return text
     peer = re.search(r"\] .*?\[(\S+?)\]", text)
     return (
-        f"another rank was gone, its connection from {peer[1] if peer else '?'} broke; what ended "
+        f"{HEARSAY}, its connection from {peer[1] if peer else '?'} broke; what ended "
         "that rank stands in its own log, or in that of its host"
     )
 

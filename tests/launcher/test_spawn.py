@@ -134,6 +134,14 @@ def test_the_end_of_the_ranks_becomes_one_exit_code_and_one_line(
     assert not rows or rows[-1]["outcome"] == ("complete" if code == 0 else "failed")
 
 
+def test_what_ended_a_rank_outweighs_what_another_heard_of_it(tmp_path: Path) -> None:
+    with start("hear of a death", tmp_path) as job:
+        _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 1, stderr
+    assert [row["event"] for row in attempts(tmp_path)] == ["start", "end", "end"]
+    assert attempts(tmp_path)[-1]["reason"].startswith("rank 1 ended with SIGKILL (somebody")
+
+
 def test_a_launch_that_is_refused_ends_no_attempt_of_another(tmp_path: Path) -> None:
     with start("refused by another", tmp_path) as job:
         _, stderr = job.communicate(timeout=60)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from launcher import spawn
+from train.attempts import HEARSAY, attempts
 from train.stop import StopRequest
 
 
@@ -37,7 +38,9 @@ def main() -> None:
 
 
 def train(what: str, run: Path) -> str:
-    """Do WHAT: refuse, crash, die, complete, or wait to be stopped, and save, die or be deaf."""
+    """Do WHAT: refuse, crash, die, hear of a death, complete, or wait to be stopped, and save, die
+    or be deaf.
+    """
     rank = int(os.environ["RANK"])
     (run / f"rank-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
     while not (run / "rank-0").exists():
@@ -50,6 +53,15 @@ def train(what: str, run: Path) -> str:
         raise RuntimeError("out of luck")
     if what == "die" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "hear of a death":
+        if rank == 1:
+            while not any("reason" in row for row in attempts(run)):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin(run, 1)
+        heard = f"{HEARSAY}, its connection from 10.0.0.2 broke"
+        add_row(run, {"attempt": 1, "event": "end", "outcome": "failed", "reason": heard})
+        time.sleep(60)
     if what == "complete":
         if rank == 0:
             begin(run, 1)
