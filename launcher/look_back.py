@@ -58,6 +58,12 @@ def difference_of(found: Replay, run: Path) -> str:
             "bits can only be equal on the same layout, machine and releases "
             f"({found.layout_differs}); data_hash must be equal on any"
         )
+    elif found.is_harmless:
+        advice = (
+            "the run has left that step out, so that no weight has seen it and no checkpoint has "
+            "to go; what it met then is not in the data: look at the rank's machine, and replay "
+            "it once more"
+        )
     else:
         advice = (
             "layout, machine and releases are the recorded ones, so that this is silent "

@@ -83,9 +83,11 @@ def recorded(run: Path, step: int) -> Recorded:
     )
 
 
-def differing(row: Row | None, found: Row) -> list[str]:
-    """What the recorded row of a step and another disagree on, with both values."""
-    if row is None:
+def differing(row: Row, found: Row) -> list[str]:
+    """What the recorded row of a step, empty where there is none, and another disagree on, with
+    both values.
+    """
+    if not row:
         return []
     return [
         f"{key} {row.get(key)!r} recorded, {found.get(key)!r} now"

@@ -62,7 +62,11 @@ class Replay:
     """Why bits cannot be expected; empty on the same layout."""
     checkpoint_compared: bool
     differences: tuple[str, ...]
-    """The first step that differs, then what differs in the checkpoint."""
+    """The first step that differs, among those that were taken and those that were left out, then
+    what differs in the checkpoint.
+    """
+    is_harmless: bool
+    """Whether only steps differ that the run has left out."""
 
 
 def replay(run: Path, step: int) -> Replay:
@@ -88,12 +92,14 @@ def replay_on(world: World, run: Path, step: int) -> Replay:
     guard, metrics = AsRecorded(plan), _Rows(run)
     job = _job(world, run, work, plan, guard, metrics)
     batches = work.task.micro_batches(plan.start + 1, step, rank=world.rank, num_ranks=world.size)
-    differences: list[str] = []
+    first: dict[bool, str] = {}
     for number in range(plan.start + 1, step + 1):
         take_step(job, number, batches)
-        found = differing(plan.rows.get(number), metrics.rows[-1] | guard.numbers)
-        if found and not differences:
-            differences = [f"step {number}: {', '.join(found)}"]
+        row = plan.rows.get(number, {})
+        found = differing(row, metrics.rows[-1] | guard.numbers)
+        if found:
+            first.setdefault("skipped" in row, f"step {number}: {', '.join(found)}")
+    differences = list(first.values())
     has_checkpoint = world.broadcast(step in committed(run))
     if has_checkpoint:
         with world.together("comparing with the checkpoint"):
@@ -114,6 +120,7 @@ def replay_on(world: World, run: Path, step: int) -> Replay:
         layout_differs=world.broadcast(layout_differs(plan, now, wanders=wanders)),
         checkpoint_compared=has_checkpoint,
         differences=tuple(differences),
+        is_harmless=differences == [first.get(True)],
     )
 
 
