@@ -12,6 +12,7 @@ thousand times a minute in tests.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -27,6 +28,7 @@ import numpy as np
 from data.durable import sync, write_sealed, writing
 from train.inventory import Inventory, Parameter, sizes_of
 from train.manifest import FORMAT, VERSION, read_manifest
+from train.patience import insisting
 from train.retention import Committed, Retention, retained
 from train.slice_reader import FileReader, SliceReader
 from train.slices import CheckpointError as CheckpointError
@@ -183,8 +185,9 @@ def commit(
 def discard(run: Path, step: int) -> None:
     """Give back the room of a checkpoint that could not be committed. One rank only."""
     folder = step_folder(run, step)
-    if not (folder / MANIFEST).exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(CheckpointError):
+        if not _is_committed(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def discard_step(run: Path, step: int) -> None:
@@ -195,17 +198,29 @@ def discard_step(run: Path, step: int) -> None:
 
 def committed(run: Path) -> list[int]:
     """Steps with a manifest, newest first; nothing is verified yet."""
-    paths = (run / "checkpoints").glob("step-*/manifest.json")
-    steps = [step_of(path.parent.name) for path in paths]
-    return sorted((step for step in steps if step is not None), reverse=True)
+    found = [folder for folder in reversed(folders_of(run)) if _is_committed(folder)]
+    return [int(folder.name.removeprefix("step-")) for folder in found]
 
 
 def uncommitted(run: Path) -> list[Path]:
     """Folders of saves that were cut before their commit, or of checkpoints whose removal was; the
     oldest first.
     """
-    folders = sorted((run / "checkpoints").glob("step-*"))
-    return [folder for folder in folders if not (folder / MANIFEST).exists()]
+    return [folder for folder in folders_of(run) if not _is_committed(folder)]
+
+
+def folders_of(run: Path) -> list[Path]:
+    """Every folder of a checkpoint, committed or not, the oldest first; none of the copies that
+    somebody has put beside them. CheckpointError when nobody can tell.
+    """
+    place = run / "checkpoints"
+    try:
+        names = insisting(lambda: os.listdir(place))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _not_seen(place, error) from error
+    return [place / name for name in sorted(names) if step_of(name) is not None]
 
 
 def completed_steps(run: Path) -> int:
@@ -264,7 +279,7 @@ def retire_but(run: Path, kept: Collection[int]) -> list[Path]:
     """
     folders = {step_folder(run, step) for step in kept}
     with writing(run / "checkpoints"):
-        found = sorted(set((run / "checkpoints").glob("step-*")) - folders)
+        found = [folder for folder in folders_of(run) if folder not in folders]
         for folder in found:
             (folder / MANIFEST).unlink(missing_ok=True)
     return found
@@ -288,6 +303,26 @@ def committed_until(run: Path, newest: int, *, timed: bool = True) -> Iterator[C
                 time = open_checkpoint(run, step).time
         if step <= newest:
             yield Committed(step, time)
+
+
+def _is_committed(folder: Path) -> bool:
+    """Whether there is a manifest. A file server that does not answer has not said no: what counts
+    as garbage is removed.
+    """
+    try:
+        insisting((folder / MANIFEST).stat)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _not_seen(folder, error) from error
+    return True
+
+
+def _not_seen(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be looked into: {error.strerror}; mend that, then run the same command "
+        "again: no checkpoint was removed"
+    )
 
 
 def _remove(folder: Path) -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from train.attempts import attempts
-from train.checkpoint import committed, committed_until, remove, retire_but, step_folder
+from train.checkpoint import (
+    committed,
+    committed_until,
+    folders_of,
+    remove,
+    retire_but,
+    step_folder,
+)
 from train.choice import choose
 from train.guard import trouble_began
 from train.listing import check_is_run
@@ -58,7 +65,7 @@ def prune_by_hand(run: Path, keep: int, *, dry_run: bool = False) -> Pruned:
     if choice.taken is not None:
         kept.add(choice.taken.step)
     staying = {step_folder(run, step) for step in kept}
-    going = sorted(set((run / "checkpoints").glob("step-*")) - staying)
+    going = [folder for folder in folders_of(run) if folder not in staying]
     size = sum(file.stat().st_size for folder in going for file in folder.rglob("*"))
     if not dry_run and going:
         # Reading has taken a while.

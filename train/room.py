@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.durable import StorageError
-from train.checkpoint import step_folder
+from train.checkpoint import folders_of, step_folder
 from train.inventory import Inventory
 from train.slices import Range, chunk_bytes_of, file_name, num_chunks, slices_bytes
 from train.tables import flat_table
@@ -90,7 +90,7 @@ def tight(run: Path, keep: int, shares: Sequence[Share]) -> str | None:
     """
     free = free_at(run)
     needed, inodes = _needed(shares, 0, free.block)
-    held_bytes, held_inodes = _taken((run / "checkpoints").glob("step-*"))
+    held_bytes, held_inodes = _taken(folders_of(run))
     count = keep + 1
     for what, one, left, held in (
         ("bytes", needed, free.bytes, held_bytes),

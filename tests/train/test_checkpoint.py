@@ -1,5 +1,6 @@
 """The commit protocol: a checkpoint is complete or it does not exist, and damage is named."""
 
+import errno
 import hashlib
 import json
 import os
@@ -177,6 +178,45 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     shutil.rmtree(retired[1])
     checkpoint.remove(retired)
     assert not any(map(Path.exists, retired))
+
+
+def test_what_somebody_has_put_beside_the_checkpoints_stays(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    copy, packed = (tmp_path / f"checkpoints/step-000000001.{end}" for end in ("good", "tar"))
+    shutil.copytree(tmp_path / "checkpoints/step-000000001", copy)
+    packed.touch()
+    assert checkpoint.uncommitted(tmp_path) == []
+    checkpoint.remove(checkpoint.retire(tmp_path, Retention(1), newest=2))
+    assert committed(tmp_path) == [2]
+    assert (copy / "manifest.json").exists() and packed.exists()
+
+
+@pytest.mark.parametrize("unseen", ["checkpoints", "checkpoints/step-000000002/manifest.json"])
+def test_a_checkpoint_that_nobody_can_look_for_is_not_taken_for_garbage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unseen: str
+) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    away = [str(tmp_path / unseen)]
+
+    def refuses(name: str) -> Any:
+        real = getattr(os, name)
+
+        def ask(path: Any, *rest: Any, **options: Any) -> Any:
+            # Once: the next look may succeed.
+            if str(path) in away:
+                away.clear()
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *rest, **options)
+
+        return ask
+
+    for name in ("scandir", "listdir", "stat"):
+        monkeypatch.setattr(os, name, refuses(name))
+    with pytest.raises(CheckpointError, match=r"cannot be looked into: Permission denied; mend"):
+        checkpoint.retire(tmp_path, Retention(1), newest=2)
+    assert committed(tmp_path) == [2, 1]
 
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
