@@ -71,7 +71,7 @@ class Mirror:
         self.location = self._store.path("").rstrip("/")
         """What messages call it."""
         self.went_on = time.monotonic()
-        """When a piece of a file was taken last, by time.monotonic()."""
+        """When a piece of a file was taken last, there or here, by time.monotonic()."""
 
     def check_same_run(self) -> None:
         """DataUsageError when the copies there are those of another run of this name: each would
@@ -156,7 +156,7 @@ class Mirror:
             if entry["name"] in names:
                 name = f"{saved.folder.name}/{entry['name']}"
                 pieces = checked(self._read(name), entry, self._store.path(name))
-                target.write(entry["name"], pieces)
+                target.write(entry["name"], self._going_on(pieces))
 
     def commit_back(self, saved: Checkpoint) -> None:
         """Copy the manifest, when every file is back."""
@@ -254,14 +254,17 @@ class Mirror:
 
     def _write(self, name: str, pieces: Iterable[bytes]) -> None:
         def owned() -> Iterator[bytes]:
-            for piece in pieces:
-                yield piece
-                self.went_on = time.monotonic()
+            yield from self._going_on(pieces)
             # Copying takes minutes; in a folder the file gets its name after this.
             self._check_owner()
 
         self._check_owner()
         self._store.write(name, owned())
+
+    def _going_on(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece
+            self.went_on = time.monotonic()
 
 
 def _id_of(config: bytes) -> Any:

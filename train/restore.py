@@ -9,7 +9,8 @@ without it would remove it, so the start fails.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from train.checkpoint import Checkpoint, CheckpointError, completed_steps
 from train.mirror import Mirror, MirrorError
 from train.ownership import check_idle
 from train.rollback import is_left, rollbacks_of
+from train.waiting import wait_for_all
 from train.world import RankError, World
 
 log = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ def _copy_back(world: World, run: Path, mirror: Mirror, saved: Checkpoint) -> No
                 checkpoint.begin(run, step)
         names = [entry["name"] for entry in saved.manifest["files"]]
         with _together(world, f"copying step {step} back from {mirror.location}"):
-            mirror.copy_back(saved, names[world.rank :: world.size])
+            _copy_beside(world, mirror, saved, names[world.rank :: world.size])
         with _together(world, f"committing step {step} of the mirror"):
             if world.is_main:
                 mirror.commit_back(saved)
@@ -132,6 +134,22 @@ def _copy_back(world: World, run: Path, mirror: Mirror, saved: Checkpoint) -> No
         if world.is_main:
             checkpoint.discard(run, step)
         raise
+
+
+def _copy_beside(world: World, mirror: Mirror, saved: Checkpoint, names: Sequence[str]) -> None:
+    """Collective. `mirror.copy_back` from a thread: a file may take longer than ranks wait for each
+    other, and some have fewer of them than others, or none.
+    """
+    with ThreadPoolExecutor(1, "restore") as pool:
+        copied = pool.submit(mirror.copy_back, saved, names)
+        wait_for_all(
+            world,
+            lambda: not copied.done(),
+            place="mirror",
+            step=saved.step,
+            progress=lambda: mirror.went_on,
+        )
+    copied.result()
 
 
 @contextmanager

@@ -6,16 +6,21 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import data.store
 import train.slices
 import train.watch
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from train.checkpoint import committed, step_folder
 from train.config import RunConfig
+from train.metrics import read_metrics
+from train.mirror import Mirror
+from train.pretrain import pretrain_on
 from train.world import RankError, World
 
 STALL_SECONDS = 1.5
@@ -137,3 +142,41 @@ def test_a_load_may_take_longer_than_a_rank_may_stand_still(dataset: Path, tmp_p
     begun = time.monotonic()
     assert run_ranks(2, from_slow_disk, made, tmp_path) == ["complete"] * 2
     assert time.monotonic() - begun > 2 * STALL_SECONDS
+
+
+def mending_slowly(world: World, made: RunConfig, run: Path) -> str:
+    """Go on; the mirror makes a rank wait at each piece of a file."""
+    real = data.store.FolderStore.read
+
+    def slow(self: data.store.FolderStore, name: str, first: int = 0) -> Iterator[bytes]:
+        for piece in real(self, name, first):
+            if name.startswith("step-") and name.endswith(".safetensors"):
+                time.sleep(0.5)
+            yield piece
+
+    data.store.FolderStore.read = slow  # type: ignore[method-assign]
+    data.store.BLOCK_BYTES = 100_000
+    train.watch.START_SECONDS = STALL_SECONDS
+    return pretrain_on(world, made, run)
+
+
+def test_a_copy_may_take_longer_to_come_back_than_a_rank_may_stand_still(
+    dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    made = config(
+        dataset,
+        "steps=2",
+        "checkpoint.every=1",
+        f"stall_seconds={STALL_SECONDS}",
+        f"checkpoint.mirror={tmp_path / 'far'}",
+    )
+    assert run_ranks(1, train_run, made, run, 1) == ["stopped"]
+    path = step_folder(run, 1) / "rank-00000.safetensors"
+    assert Mirror(str(tmp_path / "far"), run).steps() == [1]
+    path.write_bytes(bytes(path.stat().st_size))
+    begun = time.monotonic()
+    # The second rank has no file to copy, and waits.
+    assert run_ranks(2, mending_slowly, made, run) == ["complete"] * 2
+    assert time.monotonic() - begun > 2 * STALL_SECONDS
+    assert [row["resumed_from"] for row in read_metrics(run) if "resumed_from" in row] == [1]
