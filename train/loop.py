@@ -60,7 +60,8 @@ def train(job: Job) -> tuple[Outcome, int]:
 
 def validate(job: Job, *, step: int) -> bool:
     """Collective. Write a validation row; False when it gave way to a stop, without one: whoever
-    resumes validates again.
+    resumes validates again. A save in flight is committed as soon as it is written: it need not
+    wait for the end.
     """
     gave_way = False
 
@@ -68,7 +69,11 @@ def validate(job: Job, *, step: int) -> bool:
         nonlocal gave_way
         at("evaluate", step)
         job.stop.look(job.pace.lead_seconds)
-        gave_way = bool(job.world.sum(torch.tensor(int(job.stop.reason is not None))) > 0)
+        flags = [int(job.stop.reason is not None), int(job.saver.is_written)]
+        num_asking, num_written = job.world.sum(torch.tensor(flags)).tolist()
+        if num_written == job.world.size:
+            job.saver.commit()
+        gave_way = bool(num_asking > 0)
         return gave_way
 
     job.engine.module.eval()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
 
+import train.loop
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
 from train.checkpoint import committed
 from train.config import RunConfig
 from train.events import GIVE_UP, read_events
+from train.metrics import read_metrics
 from train.run import attempts
 from train.world import World
 
@@ -80,3 +83,33 @@ def test_a_run_says_when_nothing_is_saved_before_its_last_step_and_how_to_go_on(
         f"{jobs[-1][1]} stands at step 1, which is not before --stop-at 1; to go on, leave "
         "--stop-at out or name a later step"
     ) in heard[-1]
+
+
+def committed_while_validating(world: World, made: RunConfig, run: Path) -> list[list[int]]:
+    """What is committed before each batch of the validation of step 4."""
+    original, seen = train.loop.at, []
+
+    def at(phase: str, step: int) -> None:
+        if (phase, step) == ("evaluate", 4):
+            seen.append(committed(run))
+            time.sleep(0.3)  # in which the save is written
+        original(phase, step)
+
+    train.loop.at = at
+    train_run(world, made, run)
+    return seen
+
+
+def test_a_save_is_committed_while_the_run_validates(dataset: Path, tmp_path: Path) -> None:
+    made = config(
+        dataset, "steps=5", "checkpoint.every=4", "eval.every=4", "eval.samples=8", "micro_batch=1"
+    )
+    first, second = run_ranks(2, committed_while_validating, made, tmp_path)
+    assert first[0] == second[0] == []
+    assert first[-1] == second[-1] == [4]
+    (lag,) = [
+        row["checkpoint_lag_seconds"]
+        for row in read_metrics(tmp_path)
+        if row.get("checkpoint_step") == 4
+    ]
+    assert lag < 0.3 * (len(first) - 1), "the checkpoint is not late because of the validation"
