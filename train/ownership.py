@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 from data.durable import StorageError, writing
 from train.attempts import attempts
 from train.durations import large
+from train.patience import insisting
 
 FOLDER = "attempts"
 BEAT_SECONDS = 10.0
@@ -234,8 +235,12 @@ def _link(path: str) -> str:
 
 
 def _numbers(run: Path) -> list[int]:
-    names = (path.name.removesuffix(".json") for path in (run / FOLDER).glob("*.json"))
-    return [int(name) for name in names if name.isdecimal()]
+    try:
+        names = insisting(lambda: os.listdir(run / FOLDER))
+    except FileNotFoundError:
+        return []
+    found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return [int(name) for name in found if name.isdecimal()]
 
 
 def _read(run: Path, number: int) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Pace:
     ) -> None:
         self._every = every
         self._world = world
-        self._run = run
+        # Once: they change when an attempt begins, and a read may fail.
+        self._attempts = attempts(run) if every == "auto" and world.is_main else []
         self._first_step = first_step
         self.last_step = first_step - 1
         """The step of the last checkpoint."""
@@ -92,7 +93,7 @@ class Pace:
             lag=saved.lag_seconds if saved else FIRST_SAVE_SECONDS,
             restart=RESTART_SECONDS,
             between_failures=between_failures(
-                attempts(self._run), num_devices=self._world.size, now=time.time()
+                self._attempts, num_devices=self._world.size, now=time.time()
             ),
         )
         return choose(costs, step_seconds, is_first=saved is None)

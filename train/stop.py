@@ -52,8 +52,8 @@ class StopRequest:
         if self._run is None or now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        self.save = (self._run / SAVE_FILE).exists()
-        if self.reason is None and (self._run / STOP_FILE).exists():
+        self.save = _is_there(self._run / SAVE_FILE)
+        if self.reason is None and _is_there(self._run / STOP_FILE):
             self.reason = f"the file {self._run / STOP_FILE}"
         if self.reason is None and self._deadline is not None:
             left = self._deadline.seconds_left()
@@ -70,3 +70,12 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file was seen. One look fails now and then where a file server is away for a
+    moment, and the next one follows: no run ends of that.
+    """
+    with suppress(OSError):
+        return path.exists()
+    return False

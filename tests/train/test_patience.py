@@ -14,8 +14,10 @@ import pytest
 from tests.train.checkpoints import write
 from train.checkpoint import open_checkpoint
 from train.choice import choose
+from train.ownership import own
 from train.patience import PAUSES
 from train.slices import CheckpointError
+from train.stop import LOOK_SECONDS, StopRequest
 
 
 def failing(call: Callable[..., Any], *errors: int) -> Callable[..., Any]:
@@ -69,3 +71,31 @@ def test_what_stays_is_told_and_what_cannot_pass_is_told_at_once(
         patch.setattr(Path, "read_bytes", failing(Path.read_bytes, errno.EACCES))
         open_checkpoint(tmp_path, 10)
     assert pauses == list(PAUSES)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_look_for_a_request_that_fails_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    (tmp_path / "SAVE").touch()
+    (tmp_path / "STOP").touch()
+    stop = StopRequest()
+    stop.watch(tmp_path, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing(os.stat, code, code))
+        stop.look()
+    assert (stop.save, stop.reason) == (False, None)
+    stop._looked -= LOOK_SECONDS
+    stop.look()
+    assert stop.save and stop.reason == f"the file {tmp_path / 'STOP'}"
+
+
+def test_an_owner_is_asked_for_again_and_stays_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    owner = own(tmp_path)
+    owner.release()
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name), errno.EIO, errno.ESTALE))
+    owner.check()
+    assert pauses == list(PAUSES[:2])
