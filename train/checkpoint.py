@@ -12,6 +12,7 @@ thousand times a minute in tests.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -289,9 +290,14 @@ def remove(folders: Iterable[Path], *, goes_on: Callable[[], None] = lambda: Non
     """Remove folders that count for nothing; `goes_on` is called before each."""
     for folder in folders:
         goes_on()
-        # Who makes room by hand may come first; what is left of it is found again.
-        with writing(folder), suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        try:
+            with writing(folder):
+                shutil.rmtree(folder)
+        except OSError as error:
+            # Who makes room by hand may come first, and NFS keeps the name of a file that somebody
+            # reads. What is left is found again.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY):
+                raise
 
 
 def committed_until(run: Path, newest: int, *, timed: bool = True) -> Iterator[Committed]:

@@ -180,6 +180,29 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert not any(map(Path.exists, retired))
 
 
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
+def test_a_folder_that_somebody_reads_in_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """On NFS a file that is open keeps a name there, .nfs..., until it is closed."""
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    real = shutil.rmtree
+
+    def remove(folder: Path) -> None:
+        if folder.name == "step-000000001":
+            raise OSError(code, os.strerror(code), str(folder))
+        real(folder)
+
+    retired = checkpoint.retire(tmp_path, Retention(1), newest=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove)
+        checkpoint.remove(retired)
+    assert checkpoint.uncommitted(tmp_path) == retired[:1]
+    checkpoint.remove(checkpoint.uncommitted(tmp_path))
+    assert committed(tmp_path) == [3] and not retired[0].exists()
+
+
 def test_what_somebody_has_put_beside_the_checkpoints_stays(tmp_path: Path) -> None:
     for step in (1, 2):
         write(tmp_path, step)
