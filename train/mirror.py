@@ -72,6 +72,8 @@ class Mirror:
         """What messages call it."""
         self.went_on = time.monotonic()
         """When a piece of a file was taken last, there or here, by time.monotonic()."""
+        self.is_given_up = False
+        """Whether the copy that is being made is to fail: the run removes what is copied."""
 
     def check_same_run(self) -> None:
         """DataUsageError when the copies there are those of another run of this name: each would
@@ -263,6 +265,8 @@ class Mirror:
 
     def _going_on(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         for piece in pieces:
+            if self.is_given_up:
+                raise MirrorError("the run needed its room before it was copied")
             yield piece
             self.went_on = time.monotonic()
 

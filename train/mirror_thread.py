@@ -11,10 +11,15 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from train.checkpoint import remove, step_of
 from train.mirror import Mirror
 from train.retention import Retention
+
+LET_GO_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +43,7 @@ class MirrorThread:
         self._changed = threading.Condition()
         self._is_closed = False
         self.in_flight: int | None = None
-        """The step that is copied now; it must stay in the run."""
+        """The step that is copied now; it stays in the run while there is room."""
         self._begun = time.monotonic()
         self.results: deque[Copied] = deque()
         """Oldest first; whoever reads them takes them away."""
@@ -46,14 +51,27 @@ class MirrorThread:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def offer(self, step: int, rule: Retention) -> None:
+    def offer(self, step: int, rule: Retention) -> tuple[int]:
         """Copy this step, as soon as the copy in flight has ended, and let those go that the rule
-        does not keep then.
+        does not keep then. Returns the step in flight.
         """
         with self._changed:
             self._next = step, rule
             self.in_flight = step if self.in_flight is None else self.in_flight
             self._changed.notify()
+            return (self.in_flight,)
+
+    def let_go(self, folders: Sequence[Path]) -> bool:
+        """Remove these checkpoints of the run, which stayed for their copy alone; whether there was
+        one. Waits until the mirror has taken the last piece, but no longer than LET_GO_SECONDS.
+        """
+        with self._changed:
+            step = self.in_flight
+            if step in [step_of(folder.name) for folder in folders]:
+                self._mirror.is_given_up = True
+                self._changed.wait_for(lambda: self.in_flight != step, LET_GO_SECONDS)
+        remove(folders)
+        return bool(folders)
 
     def end(self) -> None:
         """Nothing more will be offered; `is_busy` until what was is copied, or has failed."""
@@ -85,6 +103,8 @@ class MirrorThread:
         while True:
             with self._changed:
                 self.in_flight = self._next and self._next[0]
+                self._mirror.is_given_up = False
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._next is not None or self._is_closed)
                 if self._next is None:
                     return

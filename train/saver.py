@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from data.durable import StorageError
 from train import checkpoint, faults
 from train.checkpoint import CheckpointError
 from train.device import flip_bit
@@ -85,6 +87,7 @@ class Saver:
         self._buffers: dict[str, torch.Tensor] = {}
         self._pending: _Pending | None = None
         self._removal: Future[None] | None = None
+        self._retire_copied: Callable[..., list[Path]] = list
         self._num_pieces = 0
         self.mirror: MirrorThread | None = None
         """Rank 0's, where the config has a mirror."""
@@ -114,7 +117,7 @@ class Saver:
                     self.check_owner()
                     # A save that was cut may have been of another step, and has taken room.
                     checkpoint.remove(checkpoint.uncommitted(self._run), goes_on=self._goes_on)
-                    check_room(self._run, step, shares, state)
+                    self._check_room(step, shares, state)
                     checkpoint.begin(self._run, step)
             flats = self._engine.flats()
             with self._world.together(f"copying the state of step {step}"):
@@ -243,11 +246,18 @@ class Saver:
 
     def _retire(self, step: int, guard: dict[str, Any]) -> list[Path]:
         rule = replace(self._config.retention(), before=trouble_began(guard))
-        in_use = []
-        if self.mirror is not None:
-            self.mirror.offer(step, rule)
-            in_use = [one for one in (self.mirror.in_flight,) if one is not None]
-        return checkpoint.retire(self._run, rule, newest=step, in_use=in_use)
+        self._retire_copied = partial(checkpoint.retire, self._run, rule, newest=step)
+        in_use = () if self.mirror is None else self.mirror.offer(step, rule)
+        return self._retire_copied(in_use=in_use)
+
+    def _check_room(self, step: int, shares: list[Share], state: dict[str, Any]) -> None:
+        try:
+            check_room(self._run, step, shares, state)
+        except StorageError:
+            # One that stays for its copy in the mirror alone goes before a save fails.
+            if self.mirror is None or not self.mirror.let_go(self._retire_copied()):
+                raise
+            check_room(self._run, step, shares, state)
 
     def _remove(self, folders: list[Path]) -> None:
         def goes_on() -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import train.saver
 import train.step
 from data.durable import read_rows
+from data.store import FolderStore
 from tests.disks import fill, small_disk
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, losses, train_run
@@ -140,3 +142,31 @@ def test_a_mirror_that_is_full_costs_a_run_nothing(
     assert events[-1]["step"] == 8 and "No space left on device" in events[-1]["reason"]
     rows = read_rows(run / "metrics.jsonl")
     assert {row["mirror_failed_step"] for row in rows if "mirror_failed_step" in row} <= {3, 6}
+
+
+def beside_a_slow_mirror(world: World, made: RunConfig, run: Path) -> str:
+    """Train; the copy of step 3 takes longer than the run."""
+    real = FolderStore.read
+
+    def slow(self: FolderStore, name: str, first: int = 0) -> Iterator[bytes]:
+        for piece in real(self, name, first):
+            while committed(run)[0] < 9 and (step_folder(run, 3) / "manifest.json").exists():
+                time.sleep(0.01)
+            yield piece
+
+    FolderStore.read = slow  # type: ignore[method-assign]
+    return pretrain_on(world, made, run)
+
+
+def test_a_copy_that_takes_long_gives_way_where_a_save_needs_its_room(
+    dataset: Path, tmp_path: Path
+) -> None:
+    made = config(dataset, f"checkpoint.mirror={tmp_path / 'far'}", "checkpoint.keep=1", "steps=9")
+    # Two checkpoints of 570 kB fit, and no third.
+    with small_disk(tmp_path / "disk", 1400) as disk:
+        run = disk / "run"
+        assert run_ranks(1, beside_a_slow_mirror, made, run) == ["complete"]
+        assert committed(run)[0] == 9 and Mirror(str(tmp_path / "far"), run).steps() == [9]
+        (event,) = [r for r in read_rows(run / "events.jsonl") if r["event"] == "mirror failed"]
+    assert event["step"] == 3
+    assert event["reason"] == "MirrorError: the run needed its room before it was copied"
