@@ -30,7 +30,8 @@ from train.restore import mend
 from train.rollback import rollbacks_of
 from train.room import tight
 from train.run import Outcome
-from train.saver import Saver, checkpoint_shares
+from train.saver import Saver
+from train.snapshot import checkpoint_shares
 from train.state import load_newest
 from train.step import tell_mirrored
 from train.stop import STOP_FILE, StopRequest

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,12 +33,12 @@ from train.mirror import Mirror
 from train.mirror_thread import MirrorThread
 from train.ownership import Ownership
 from train.progress import at
-from train.room import Share, check_room, share
+from train.room import Share, check_room
 from train.settings import CheckpointConfig
 from train.slices import Range, write_slices
+from train.snapshot import Snapshot, checkpoint_shares
 from train.waiting import wait_for_all
 from train.world import RankError, World
-from train.zero_state import Flat
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Saver:
         self._config = config
         self._owner = owner
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._snapshot = Snapshot()
         self._pending: _Pending | None = None
         self._removal: Future[None] | None = None
         self._retire_copied: Callable[..., list[Path]] = list
@@ -123,9 +123,10 @@ class Saver:
             with self._world.together(f"copying the state of step {step}"):
                 at("snapshot", step)
                 is_flipped = faults.hits("snapshot", step, "bitflip")
-                arrays, ranges = self._snapshot(flats, copied=self._config.background or is_flipped)
+                copied = self._config.background or is_flipped
+                arrays, ranges = self._snapshot.take(flats, copied=copied)
                 if is_flipped:
-                    flip_bit(next(iter(self._buffers.values())))
+                    flip_bit(torch.from_numpy(next(iter(arrays.values()))[0]))
         self._pending = _Pending(
             step,
             state,
@@ -289,53 +290,6 @@ class Saver:
 
     def _goes_on(self) -> None:
         self._num_pieces += 1
-
-    def _snapshot(
-        self, flats: list[Flat], *, copied: bool
-    ) -> tuple[dict[str, list[np.ndarray]], dict[str, list[Range]]]:
-        """What this rank owns, by kind: in buffers that every save fills again, or, of a CPU that
-        waits for the disk, the state itself.
-        """
-        pieces: dict[str, list[torch.Tensor]] = {}
-        ranges: dict[str, list[Range]] = {}
-        for flat in flats:
-            for key, tensor in flat.tensors().items():
-                for part in flat.owned:
-                    pieces.setdefault(key, []).append(tensor.narrow(0, part.offset, part.length))
-                    ranges.setdefault(key, []).append((part.name, part.start, part.length))
-        found = {}
-        for key, parts in pieces.items():
-            if copied or parts[0].is_cuda:
-                found[key] = [self._copied(key, parts)]
-            else:
-                found[key] = [part.numpy() for part in parts]
-        return found, ranges
-
-    def _copied(self, key: str, parts: list[torch.Tensor]) -> np.ndarray:
-        size = sum(map(len, parts))
-        buffer = self._buffers.get(key)
-        if buffer is None or len(buffer) != size:
-            # Pinned memory takes a copy from a GPU several times as fast.
-            pinned = parts[0].is_cuda
-            buffer = self._buffers[key] = torch.empty(size, dtype=torch.float32, pin_memory=pinned)
-        end = 0
-        for part in parts:
-            begin, end = end, end + len(part)
-            buffer[begin:end].copy_(part)
-        return buffer.numpy()
-
-
-def checkpoint_shares(engine: Engine, world: World, *, to_come: Sequence[str] = ()) -> list[Share]:
-    """Collective. What each rank adds to a checkpoint of this engine as it is now, or will be once
-    it has the optimizer state `to_come`.
-    """
-    flats = engine.flats()
-    ranges: dict[str, list[Range]] = {}
-    for flat in flats:
-        for key in {**flat.tensors(), **dict.fromkeys(to_come)}:
-            for part in flat.owned:
-                ranges.setdefault(key, []).append((part.name, part.start, part.length))
-    return world.gather(share(world.rank, ranges, engine.inventory))
 
 
 def _one_value(rows: list[list[dict[str, float]]]) -> dict[str, float]:
