@@ -34,7 +34,7 @@ from train.saver import Saver
 from train.snapshot import checkpoint_shares
 from train.state import load_newest
 from train.step import tell_mirrored
-from train.stop import STOP_FILE, StopRequest
+from train.stop import StopRequest, how_to_go_on
 from train.timing import Timing
 from train.watch import Watch
 from train.work import Work
@@ -75,14 +75,6 @@ def run_attempt(world: World, run: Path, work: Work, *, stop_at: int | None = No
     else:
         log.info("%s is complete: %d of %d steps", run, step, work.steps)
     return outcome
-
-
-def how_to_go_on(run: Path, reason: str) -> str:
-    """What continues a run that was saved and stopped for a reason."""
-    stop = run / STOP_FILE
-    first = f"remove {stop}, and " if stop.exists() else ""
-    how = " without --stop-at" if reason == "--stop-at" else ""
-    return f"{first}the same command{how} goes on from there"
 
 
 @contextmanager

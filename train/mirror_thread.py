@@ -11,17 +11,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
-from train.checkpoint import remove, step_of
 from train.mirror import Mirror
 from train.retention import Retention
 
-LET_GO_SECONDS = 10.0
-
 log = logging.getLogger(__name__)
+
+GIVE_UP_SECONDS = 10.0
+"""How long a copy that is given up may take to end: a place that hangs must not keep a save."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class MirrorThread:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def offer(self, step: int, rule: Retention) -> tuple[int]:
+    def offer(self, step: int, rule: Retention) -> int:
         """Copy this step, as soon as the copy in flight has ended, and let those go that the rule
         does not keep then. Returns the step in flight.
         """
@@ -59,19 +58,17 @@ class MirrorThread:
             self._next = step, rule
             self.in_flight = step if self.in_flight is None else self.in_flight
             self._changed.notify()
-            return (self.in_flight,)
+            return self.in_flight
 
-    def let_go(self, folders: Sequence[Path]) -> bool:
-        """Remove these checkpoints of the run, which stayed for their copy alone; whether there was
-        one. Waits until the mirror has taken the last piece, but no longer than LET_GO_SECONDS.
+    def give_up(self, steps: Collection[int]) -> None:
+        """Have the copy in flight fail if it is of one of these steps, which the run is about to
+        remove. Waits until the mirror has taken the last piece, but no longer than GIVE_UP_SECONDS.
         """
         with self._changed:
             step = self.in_flight
-            if step in [step_of(folder.name) for folder in folders]:
+            if step in steps:
                 self._mirror.is_given_up = True
-                self._changed.wait_for(lambda: self.in_flight != step, LET_GO_SECONDS)
-        remove(folders)
-        return bool(folders)
+                self._changed.wait_for(lambda: self.in_flight != step, GIVE_UP_SECONDS)
 
     def end(self) -> None:
         """Nothing more will be offered; `is_busy` until what was is copied, or has failed."""

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ class Saver:
         self._snapshot = Snapshot()
         self._pending: _Pending | None = None
         self._removal: Future[None] | None = None
-        self._retire_copied: Callable[..., list[Path]] = list
+        self._rule = config.retention()
         self._num_pieces = 0
         self.mirror: MirrorThread | None = None
         """Rank 0's, where the config has a mirror."""
@@ -246,18 +245,20 @@ class Saver:
             )
 
     def _retire(self, step: int, guard: dict[str, Any]) -> list[Path]:
-        rule = replace(self._config.retention(), before=trouble_began(guard))
-        self._retire_copied = partial(checkpoint.retire, self._run, rule, newest=step)
-        in_use = () if self.mirror is None else self.mirror.offer(step, rule)
-        return self._retire_copied(in_use=in_use)
+        self._rule = replace(self._config.retention(), before=trouble_began(guard))
+        in_use = [] if self.mirror is None else [self.mirror.offer(step, self._rule)]
+        return checkpoint.retire(self._run, self._rule, newest=step, in_use=in_use)
 
     def _check_room(self, step: int, shares: list[Share], state: dict[str, Any]) -> None:
         try:
             check_room(self._run, step, shares, state)
         except StorageError:
-            # One that stays for its copy in the mirror alone goes before a save fails.
-            if self.mirror is None or not self.mirror.let_go(self._retire_copied()):
+            if self.mirror is None or self.committed is None:
                 raise
+            # One that stays for its copy in the mirror alone goes before a save fails.
+            retired = checkpoint.retire(self._run, self._rule, newest=self.committed.step)
+            self.mirror.give_up([int(folder.name.removeprefix("step-")) for folder in retired])
+            checkpoint.remove(retired)
             check_room(self._run, step, shares, state)
 
     def _remove(self, folders: list[Path]) -> None:

@@ -72,6 +72,14 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
 
+def how_to_go_on(run: Path, reason: str) -> str:
+    """What continues a run that was saved and stopped for a reason."""
+    stop = run / STOP_FILE
+    first = f"remove {stop}, and " if _is_there(stop) else ""
+    how = " without --stop-at" if reason == "--stop-at" else ""
+    return f"{first}the same command{how} goes on from there"
+
+
 def _is_there(path: Path) -> bool:
     """Whether a file was seen. One look fails now and then where a file server is away for a
     moment, and the next one follows: no run ends of that.

@@ -15,13 +15,12 @@ import pytest
 import train.step
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, losses, train_run
-from train.attempt import how_to_go_on
 from train.attempts import attempts
 from train.checkpoint import committed
 from train.config import RunConfig
 from train.deadline import Deadline
 from train.metrics import read_metrics
-from train.stop import StopRequest
+from train.stop import StopRequest, how_to_go_on
 from train.world import World
 
 
