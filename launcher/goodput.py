@@ -97,8 +97,10 @@ def checkpoint_figures(
     yield sized("checkpoint_bytes", size, "(4 weights + 8 moments) B x parameters, in fp32")
     rate = f"{cluster.nodes:,} nodes x {cluster.write_bytes / 1e9:g} GB/s (--write-rate)"
     copy = f"{COPY_SHARE:g} x {cluster.gpu.host_bytes / 1e9:g} GB/s of PCIe"
-    written = "" if config.checkpoint.background else f" + bytes / ({rate})"
-    yield timed("save_stall_seconds", costs.stall, f"bytes / ranks / ({copy}){written}")
+    rest = f" + bytes / ({rate})"
+    if config.checkpoint.background:
+        rest = ", at most: it is made beside the passes of the next step"
+    yield timed("save_stall_seconds", costs.stall, f"bytes / ranks / ({copy}){rest}")
     yield timed("save_seconds", costs.lag, f"that copy + bytes / ({rate})")
     yield _disk(config, size, step_seconds)
     yield timed(

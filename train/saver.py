@@ -1,9 +1,9 @@
-"""Checkpoints beside the training: state is copied to host memory, and a thread writes the copy.
+"""Checkpoints beside the training: a thread copies the state to host memory and writes the copy.
 
-The step waits for the copy alone. Whether every rank has written is agreed in the sum that ends
-each step anyway; rank 0 then commits, and its thread removes what the config does not keep. At most
-one save is in flight: the next one, and the end of the run, wait for it. What a writer meets is
-raised on every rank, no later than that.
+The next update waits for the copy alone. Whether every rank has written is agreed in the sum that
+ends each step anyway; rank 0 then commits, and its thread removes what the config does not keep.
+At most one save is in flight: the next one, and the end of the run, wait for it. What a writer
+meets is raised on every rank, no later than that.
 Memory: one more copy of what this rank writes, 12 bytes per parameter it owns with AdamW; none on a
 CPU whose training waits for the disk.
 """
@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data.durable import StorageError
@@ -35,7 +35,7 @@ from train.progress import at
 from train.room import Share, check_room
 from train.settings import CheckpointConfig
 from train.slices import Range, write_slices
-from train.snapshot import Snapshot, checkpoint_shares
+from train.snapshot import Arrays, Snapshots, checkpoint_shares, owned
 from train.waiting import wait_for_all
 from train.world import RankError, World
 
@@ -48,7 +48,7 @@ class SaveCost:
 
     step: int
     stall_seconds: float
-    """That training stood still, waiting for a save before it included."""
+    """That training stood still: for the beginning, the copy, the commit, and a save before it."""
     write_seconds: float
     """Until this rank's file was on disk."""
     lag_seconds: float
@@ -60,6 +60,7 @@ class _Pending:
     step: int
     state: dict[str, Any]
     scalars: list[dict[str, float]]
+    copied: Future[Arrays]
     written: Future[tuple[dict[str, Any], float]]
     begun: float
     stall: float
@@ -83,7 +84,7 @@ class Saver:
         self._config = config
         self._owner = owner
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._snapshot = Snapshot()
+        self._snapshots = Snapshots()
         self._pending: _Pending | None = None
         self._removal: Future[None] | None = None
         self._rule = config.retention()
@@ -121,22 +122,36 @@ class Saver:
             flats = self._engine.flats()
             with self._world.together(f"copying the state of step {step}"):
                 at("snapshot", step)
+                parts, ranges = owned(flats)
                 is_flipped = faults.hits("snapshot", step, "bitflip")
                 copied = self._config.background or is_flipped
-                arrays, ranges = self._snapshot.take(flats, copied=copied)
+                copy = self._snapshots.begin(parts, copied=copied)
                 if is_flipped:
-                    flip_bit(torch.from_numpy(next(iter(arrays.values()))[0]))
+                    copy = partial(_flipped, copy)
+        made = self._writer.submit(copy)
         self._pending = _Pending(
             step,
             state,
             # A partition that is all padding has no parameter and may lag behind.
             scalars=[flat.scalars() for flat in flats if flat.fragments],
-            written=self._writer.submit(self._write, step, arrays, ranges, total_bytes),
+            copied=made,
+            written=self._writer.submit(self._write, step, made, ranges, total_bytes),
             begun=begun,
             stall=time.monotonic() - begun,
         )
         if not self._config.background:
             self.finish()
+
+    def wait_for_copy(self) -> None:
+        """Until the save in flight has its copy of the state, which nothing may change before. What
+        the copying thread meets is raised at the commit.
+        """
+        if self._pending is None or self._pending.copied.done():
+            return
+        begun = time.monotonic()
+        at("snapshot", self._pending.step)
+        wait([self._pending.copied])
+        self._pending.stall += time.monotonic() - begun
 
     def finish(self) -> None:
         """Collective. Wait for the save in flight, if there is one, commit it, and see what it
@@ -272,10 +287,11 @@ class Saver:
     def _write(
         self,
         step: int,
-        arrays: dict[str, list[np.ndarray]],
+        copied: Future[Arrays],
         ranges: dict[str, list[Range]],
         total_bytes: int,
     ) -> tuple[dict[str, Any], float]:
+        arrays = copied.result()
         begun = time.monotonic()
         faults.point("write", step)
         folder = checkpoint.step_folder(self._run, step)
@@ -291,6 +307,12 @@ class Saver:
 
     def _goes_on(self) -> None:
         self._num_pieces += 1
+
+
+def _flipped(copy: Callable[[], Arrays]) -> Arrays:
+    arrays = copy()
+    flip_bit(torch.from_numpy(next(iter(arrays.values()))[0]))
+    return arrays
 
 
 def _one_value(rows: list[list[dict[str, float]]]) -> dict[str, float]:

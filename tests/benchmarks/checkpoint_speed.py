@@ -2,8 +2,10 @@
 
 One rank with ZeRO-1 and AdamW in fp32, a third of a gigabyte of state. `save` waits for the disk,
 `unhashed` is a save that leaves out the hashes, and what it saves is what hashing costs; `stall` is
-what training waits for when the save runs beside it: for the copy, and later for the commit; `copy`
-is its limit, the same bytes copied in memory. Wall time, because a disk is waited for; medians.
+what training stands still for when the save runs beside it, the commit included; `copy` is the same
+bytes copied in memory, which is not stood still for as long as `pass`, the forward and backward of
+the next step, takes longer; `beside` is that pass with the save beside it, on the same cores. Wall
+time, because a disk is waited for; medians.
 
     .venv/bin/python -m tests.benchmarks.checkpoint_speed
 """
@@ -32,6 +34,8 @@ from train.world import World, join_world
 
 WIDTH, LAYERS, ROUNDS = 2048, 7, 21
 """29.4 million parameters: 352 MB of weights and moments."""
+TOKENS = 64
+"""Of a step."""
 
 
 def plain_write(path: Path, content: memoryview) -> float:
@@ -73,11 +77,20 @@ def made(world: World) -> DeepSpeedEngine:
     )
     config = JobConfig.model_validate({"precision": "fp32"})
     engine = DeepSpeedEngine(module, config, world, micro_batch=1, accumulation=1)
-    engine.forward_backward(
-        {"x": torch.ones(1, WIDTH)}, num_valid=1, loss_sum=lambda m, b: m(b["x"]).square().sum()
-    )
+    passing(engine)
     engine.step(1e-4)
     return engine
+
+
+def passing(engine: DeepSpeedEngine) -> float:
+    """Seconds of a forward and a backward pass."""
+    begun = time.perf_counter()
+    engine.forward_backward(
+        {"x": torch.ones(TOKENS, WIDTH)},
+        num_valid=TOKENS,
+        loss_sum=lambda m, b: m(b["x"]).square().sum(),
+    )
+    return time.perf_counter() - begun
 
 
 def measure(world: World, folder: Path) -> dict[str, float]:
@@ -97,15 +110,25 @@ def measure(world: World, folder: Path) -> dict[str, float]:
         savers["save"].save(next(steps), {})
         return time.perf_counter() - begun
 
+    beside: list[float] = []
+
     def stall() -> float:
         saver = savers["stall"]
         saver.save(next(steps), {})
+        beside.append(passing(engine))
+        saver.wait_for_copy()
+        engine.step(1e-4)
         while not saver.is_written:
             # As between two steps.
             time.sleep(0.001)
         saver.commit()
         assert saver.committed is not None
         return saver.committed.stall_seconds
+
+    def alone() -> float:
+        found = passing(engine)
+        engine.step(1e-4)
+        return found
 
     def unhashed() -> float:
         with no_hashes():
@@ -117,6 +140,7 @@ def measure(world: World, folder: Path) -> dict[str, float]:
         "stall": stall,
         "unhashed": unhashed,
         "copy": lambda: copying(*buffers),
+        "pass": alone,
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(ROUNDS + 1):
@@ -132,6 +156,7 @@ def measure(world: World, folder: Path) -> dict[str, float]:
             # The first round makes the buffers.
             if number:
                 seconds[name].append(found)
+    seconds["beside"] = beside[1:]
     return {"bytes": float(size), **{n: statistics.median(found) for n, found in seconds.items()}}
 
 
@@ -140,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as name, join_world() as world:
         found = measure(world, Path(name))
     megabytes = found["bytes"] / 1e6
-    for case in ("plain", "save", "unhashed", "stall", "copy"):
+    for case in ("plain", "save", "unhashed", "stall", "copy", "pass", "beside"):
         print(f"{case:8} {found[case]:.3f} s  {megabytes / found[case]:8.0f} MB/s")
     bars = [
         Bar(
