@@ -105,6 +105,8 @@ def launch(argv: Sequence[str], *, run: Path, num_processes: int, program: str =
         raise _error(failure, run)
     if stop.asked:
         _close(run, num_rows, pids, "stopped", f"{stop.asked}; ended before it was saved")
+    if stop.insisted:
+        log.info("the same command goes on from %s", _last_saved(run))
     rows = _rows_of(run, num_rows, pids)
     if stop.asked and not rows:
         # Before the first step.
@@ -281,13 +283,17 @@ def _error(failure: Failure, run: Path) -> LaunchError:
         return LaunchError(failure.message, failure.exit_code)
     if failure.traceback:
         log.error("rank %d:\n%s", failure.rank, failure.traceback.rstrip())
+    return LaunchError(
+        f"training failed: {failure.message}; once the cause is mended, the same command goes on "
+        f"from {_last_saved(run)}"
+    )
+
+
+def _last_saved(run: Path) -> str:
     from train.checkpoint import committed
 
     step = next(iter(committed(run)), 0)
-    return LaunchError(
-        f"training failed: {failure.message}; once the cause is mended, the same command goes on "
-        + (f"from step {step} of {run}" if step else "from the beginning")
-    )
+    return f"step {step} of {run}" if step else "the beginning"
 
 
 class _StopRequests:

@@ -20,6 +20,10 @@ UNTESTED = {
     "compression_training": "compression",
     "sparse_attention": "sparse attention",
     "tensor_parallel": "tensor parallelism",
+    "managed_gradient_accumulation": "updates that nobody asked for",
+    "bf16.bf16_master_weights_and_grads": "masters in bf16",
+    "bf16.bf16_optimizer_states": "moments in bf16",
+    "zero_optimization.zenflow": "ZenFlow",
     "zero_optimization.offload_optimizer": "offloading the optimizer",
     "zero_optimization.offload_param": "offloading parameters",
     "zero_optimization.cpu_offload": "offloading",
@@ -28,7 +32,7 @@ UNTESTED = {
     "zero_optimization.zero_quantized_weights": "quantized weights",
     "zero_optimization.zero_quantized_gradients": "quantized gradients",
 }
-"""Keys that change where a run's state lies, and what they stand for."""
+"""Keys that change where a run's state lies or when it is updated, and what they stand for."""
 
 
 class DeepSpeedTableError(ValueError):

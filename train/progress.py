@@ -13,9 +13,9 @@ from itertools import pairwise
 from train import faults
 
 PLACES = (*faults.PHASES, "disk", "peers", "mirror")
-"""In the order in which a rank comes to them. At the last ones, where it waits for its own file to
-be written, for those of others, and for copies to be made, no fault can be asked for
-(train/faults.py).
+"""In the order in which a rank comes to them; to `snapshot` a second time, when an update waits for
+the copy of the step before. At the last ones, where it waits for its own file to be written, for
+those of others, and for copies to be made, no fault can be asked for (train/faults.py).
 """
 
 

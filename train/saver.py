@@ -103,6 +103,7 @@ class Saver:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Collective. Begin the checkpoint of this step, and wait for it where the config says so.
+        Nothing may change the engine's state before `wait_for_copy`.
 
         RankError on every rank when one of them cannot write, what was written is removed again;
         and when `owner` (rank 0's) has lost the run to a later attempt, whose files are left alone.
@@ -128,12 +129,14 @@ class Saver:
                 copy = self._snapshots.begin(parts, copied=copied)
                 if is_flipped:
                     copy = partial(_flipped, copy)
+        # A partition that is all padding has no parameter and may lag behind. Read before the copy
+        # begins: on a GPU they would queue behind it.
+        scalars = [flat.scalars() for flat in flats if flat.fragments]
         made = self._writer.submit(copy)
         self._pending = _Pending(
             step,
             state,
-            # A partition that is all padding has no parameter and may lag behind.
-            scalars=[flat.scalars() for flat in flats if flat.fragments],
+            scalars,
             copied=made,
             written=self._writer.submit(self._write, step, made, ranges, total_bytes),
             begun=begun,
@@ -142,16 +145,18 @@ class Saver:
         if not self._config.background:
             self.finish()
 
-    def wait_for_copy(self) -> None:
-        """Until the save in flight has its copy of the state, which nothing may change before. What
-        the copying thread meets is raised at the commit.
+    def wait_for_copy(self) -> float:
+        """Until the save in flight has its copy of the state, which nothing may change before;
+        returns the seconds. What the copying thread meets is raised at the commit.
         """
         if self._pending is None or self._pending.copied.done():
-            return
+            return 0.0
         begun = time.monotonic()
         at("snapshot", self._pending.step)
         wait([self._pending.copied])
-        self._pending.stall += time.monotonic() - begun
+        seconds = time.monotonic() - begun
+        self._pending.stall += seconds
+        return seconds
 
     def finish(self) -> None:
         """Collective. Wait for the save in flight, if there is one, commit it, and see what it

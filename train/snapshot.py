@@ -20,12 +20,10 @@ from train.zero_state import Flat
 
 Parts = dict[str, list[torch.Tensor]]
 """Flat fp32 pieces of the live state, by kind."""
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A piece, and its room in a buffer."""
-
-
 Arrays = dict[str, list[np.ndarray]]
 """The same in host memory, to be written."""
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A piece, and its room in a buffer."""
 
 
 class Snapshots:
@@ -33,13 +31,14 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def begin(self, parts: Parts, *, copied: bool) -> Callable[[], Arrays]:
         """Make room for a copy of the parts as they are now; what makes it is returned, for any
         thread. Until it has, nothing may change the parts. Not `copied`, and on a CPU, the arrays
         are the parts themselves, for as long as somebody uses them.
 
-        MemoryError or RuntimeError when there is no room.
+        RuntimeError when there is no room.
         """
         device = next((part.device for kind in parts.values() for part in kind), None)
         if device is None or (device.type == "cpu" and not copied):
@@ -50,7 +49,10 @@ class Snapshots:
         if device.type == "cuda":
             # The GPU may be behind: the state is what it will be at this place of its queue.
             reached = torch.cuda.current_stream(device).record_event()
-            copy = partial(_copy_from_gpu, pairs, device, reached)
+            # One for all saves: a new one might be among those that collectives use.
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            copy = partial(_copy_from_gpu, pairs, self._stream, reached)
 
         def make() -> Arrays:
             copy()
@@ -77,10 +79,12 @@ def _copy(pairs: Sequence[Pair]) -> None:
         np.copyto(room.numpy(), part.numpy())
 
 
-def _copy_from_gpu(pairs: Sequence[Pair], device: torch.device, reached: torch.cuda.Event) -> None:
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_event(reached)
-    with torch.cuda.stream(stream):
+def _copy_from_gpu(
+    pairs: Sequence[Pair], stream: torch.cuda.Stream, reached: torch.cuda.Event
+) -> None:
+    # A new thread is at the first GPU, and to leave a stream would take memory there.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        stream.wait_event(reached)
         for part, room in pairs:
             room.copy_(part, non_blocking=True)
     stream.synchronize()

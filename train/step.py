@@ -69,7 +69,8 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
             _record_untaken(job, GIVE_UP, step, loss=loss, norm=norm, reason=reason)
         job.saver.finish()
         raise NonFiniteLoss(_giving_up(job, step, reason))
-    job.saver.wait_for_copy()
+    # That is time of the save, and not of the step.
+    started += job.saver.wait_for_copy()
     at("optimizer", step)
     if faults.hits("optimizer", step, "bitflip"):
         flip_bit(job.engine.flats()[0].master.detach())

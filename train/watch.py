@@ -110,10 +110,10 @@ class Watch:
                 found.append(json.loads(path.read_bytes()))
         if found and found[0]["rank"] == self._rank:
             message = self._report(found)
-            log.error("%s", message)
             if tell is not None:
                 tell(message)
             else:
+                log.error("%s", message)
                 with suppress(OSError, StorageError):
                     end_attempt(
                         self._run, self._attempt, outcome="failed", step=None, reason=message

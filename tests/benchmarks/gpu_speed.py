@@ -2,8 +2,9 @@
 
 Each case trains a few steps of a recipe's model in a fresh process, on random tokens: an engine as
 training builds it, four micro-batches per step. Memory is what CUDA's allocator held at its peak;
-beside it stands what `headrace plan` says without its margins. `save` is the stall of a checkpoint
-in the background, second one (the first fills its pinned buffers), and the rate of the write.
+beside it stands what `headrace plan` says without its margins. `save` is what a checkpoint in the
+background takes to copy, the second one (the first fills its pinned buffers), what of that is stood
+still for when a step's passes run beside it, and the rate of the write.
 
     python -m tests.benchmarks.gpu_speed [--json FILE]       needs CUDA; about three minutes
 """
@@ -73,8 +74,12 @@ def measure(case: str, *, saves: bool) -> dict[str, float]:
             return token_loss_sum(logits, batch["labels"])
 
         def step() -> float:
-            losses = [forward_backward() for _ in range(ACCUMULATION)]
+            loss = passes()
             engine.step(lr=1e-4)
+            return loss
+
+        def passes() -> float:
+            losses = [forward_backward() for _ in range(ACCUMULATION)]
             return sum(map(float, losses)) / tokens
 
         def forward_backward() -> torch.Tensor:
@@ -108,28 +113,34 @@ def measure(case: str, *, saves: bool) -> dict[str, float]:
             "planned_gb": sum(f.value for f in planned if f.key not in MARGINS) / 1e9,
             "loss": loss,
         }
-        return found | (_save(engine, world, config, step) if saves else {})
+        return found | (_save(engine, world, config, passes) if saves else {})
 
 
 def _save(
-    engine: Engine, world: World, config: RunConfig, step: Callable[[], float]
+    engine: Engine, world: World, config: RunConfig, passes: Callable[[], float]
 ) -> dict[str, float]:
-    """Seconds of two saves in the background."""
+    """Seconds of saves in the background: two whose copy is waited for, one beside a step."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=".") as name:
         saver = Saver(engine, world, Path(name), config=config.checkpoint)
-        for number in (1, 2):
-            step()
+        for number in (1, 2, 3):
             torch.cuda.synchronize()
             begun = time.perf_counter()
             saver.save(number, {})
-            # What `finish` waits for below is no stall: training would go on meanwhile.
-            found[f"stall_seconds_{number}"] = time.perf_counter() - begun
+            if number == 3:
+                found["begin_seconds"] = time.perf_counter() - begun
+                passes()
+                # What `finish` waits for below is no stall: training would go on meanwhile.
+                found["stall_seconds"] = found["begin_seconds"] + saver.wait_for_copy()
+                engine.step(lr=1e-4)
+            else:
+                saver.wait_for_copy()
+                found[f"copy_seconds_{number}"] = time.perf_counter() - begun
             saver.finish()
             cost = saver.committed
             assert cost is not None
             found[f"write_seconds_{number}"] = cost.write_seconds
-        size = sum(p.stat().st_size for p in Path(name).rglob("*.safetensors")) / 2
+        size = sum(p.stat().st_size for p in Path(name).rglob("*.safetensors")) / 3
         found["checkpoint_gb"] = size / 1e9
         saver.close()
     return found

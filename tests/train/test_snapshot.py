@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,12 @@ from train.progress import here
 from train.snapshot import Pair, Snapshots
 from train.world import World
 
-STAGES = ("zero.stage=0", "zero.stage=1", "zero.stage=3")
-SAVES = ("checkpoint.every=1", "checkpoint.keep=10", "steps=4")
+LAYOUTS = (
+    ("zero.stage=0",),
+    ("zero.stage=1", "precision=bf16"),
+    ("zero.stage=3",),
+)
+SAVES = ("checkpoint.every=1", "checkpoint.keep=10", "steps=4", "micro_batch=2", "eval.every=2")
 PAUSE_SECONDS = 0.2
 
 
@@ -40,6 +46,7 @@ def copying_late(world: World, made: RunConfig, run: Path) -> list[list[str]]:
             assert time.monotonic() < until, f"training went on to {phases}"
             if (now := here().phase) != phases[-1]:
                 phases.append(now)
+            time.sleep(0.0005)
         time.sleep(PAUSE_SECONDS)
         real(pairs)
 
@@ -51,27 +58,28 @@ def copying_late(world: World, made: RunConfig, run: Path) -> list[list[str]]:
     return passed
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_late_copy_is_of_its_step(dataset: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_late_copy_is_of_its_step(dataset: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     at_once, late = tmp_path / "at-once/run", tmp_path / "late/run"
-    made = config(dataset, stage, *SAVES)
-    run_ranks(2, train_run, config(dataset, stage, *SAVES, "checkpoint.background=false"), at_once)
+    made = config(dataset, *layout, *SAVES)
+    waiting = config(dataset, *layout, *SAVES, "checkpoint.background=false")
+    run_ranks(2, train_run, waiting, at_once)
     for passed in run_ranks(2, copying_late, made, late):
         assert len(passed) == 4
-        # Training went on to the update of the next step.
-        assert all("reduce" in phases and "optimizer" not in phases for phases in passed[:-1])
+        # Training went on to the update of the next step: three micro-batches.
+        assert all({"backward", "reduce"} & {*phases} for phases in passed[:-1])
+        assert not any("optimizer" in phases for phases in passed)
     assert committed(late) == committed(at_once) == [4, 3, 2, 1]
     assert losses(late) == losses(at_once)
     for step in committed(late):
         for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
             found, wanted = (step_folder(run, step) / name for run in (late, at_once))
             assert found.read_bytes() == wanted.read_bytes(), (step, name)
-    stalls = [
-        row["checkpoint_stall_seconds"]
-        for row in read_metrics(late)
-        if "checkpoint_stall_seconds" in row
-    ]
+    rows = read_metrics(late)
+    stalls = [r["checkpoint_stall_seconds"] for r in rows if "checkpoint_stall_seconds" in r]
     assert len(stalls) == 2 and min(stalls) >= PAUSE_SECONDS
+    # It is told once: as time of the save, and not of the step.
+    assert min(r["step_seconds"] for r in rows if r["step"] > 1 and "loss" in r) < PAUSE_SECONDS
 
 
 def copying_in_vain(world: World, made: RunConfig, run: Path) -> None:
@@ -93,11 +101,32 @@ def test_without_a_copy_nothing_is_committed(dataset: Path, tmp_path: Path) -> N
     assert committed(tmp_path) == []
 
 
+def copying_for_ever(world: World, made: RunConfig, run: Path) -> None:
+    """Train, where the copy of one rank does not end."""
+    if world.rank == 1:
+        train.snapshot._copy = lambda pairs: time.sleep(3600)
+    train_run(world, made, run)
+
+
+def test_a_copy_that_does_not_end_is_named_with_its_rank(dataset: Path, tmp_path: Path) -> None:
+    made = config(dataset, *SAVES, "stall_seconds=1.5")
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(2, copying_for_ever, made, tmp_path)
+    report = json.loads((tmp_path / "attempts/000001.stall.json").read_bytes())
+    assert report["verdict"].startswith("rank 1 on ")
+    assert "stands still at snapshot of step 1 for " in report["verdict"]
+    assert committed(tmp_path) == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_that_is_behind_is_waited_for() -> None:
     state = torch.zeros(1 << 20, device="cuda")
+    snapshots = Snapshots()
+    # Pins its buffer, which waits for the GPU by itself.
+    snapshots.begin({"param": [state]}, copied=True)()
     torch.cuda._sleep(1_000_000_000)  # type: ignore[no-untyped-call]
     state += 1
-    arrays = Snapshots().begin({"param": [state]}, copied=True)()
+    with ThreadPoolExecutor(1) as writer:
+        arrays = writer.submit(snapshots.begin({"param": [state]}, copied=True)).result()
     assert (arrays["param"][0] == 1).all()
