@@ -31,9 +31,9 @@ from data.tokens import TokenSource
 from data.verify import verify
 from tests.data.files import tar
 from tests.data.prepared import stored, tree
-from tests.data.test_warc import Warc, html
 from tests.data.texts import prose
 from tests.data.tiny import flip_bit
+from tests.data.warcs import Warc, html
 
 SETTINGS = {"vocab_size": 320, "val_fraction": 0.2, "part_bytes": 9_000, "shard_bytes": 30_000}
 TEXTS = [prose(300, seed=seed) for seed in range(3)]

@@ -119,6 +119,8 @@ def test_what_the_run_recorded_is_told(
     run = tmp_path / "run"
     open_run(run, CONFIG, {})
     argv = ["data", "inspect", str(dataset), "--run", str(run), "--step", "2"]
+    with pytest.raises(InspectUsageError, match="leave out either --run or the overrides"):
+        run_command([*argv, "seed=1"], standalone=False)
 
     def said(*more: str) -> str:
         run_command([*argv, *more], standalone=False)

@@ -74,15 +74,10 @@ def test_the_samples_of_a_step_can_be_shown_and_proven(folder: Path) -> None:
     assert json.loads(shown.stdout)["data_hash"] == rows(folder)[-2]["data_hash"]
     again = headrace(folder, "data", "inspect", "ds", "--step", "30", *SMALL[3:5], "--json")
     assert json.loads(again.stdout)["data_hash"] == rows(folder)[-2]["data_hash"]
-    refused = headrace(
-        folder, "data", "inspect", "ds", "--step", "1", "--run", "run", "seed=1", code=2
-    )
-    assert "leave out either --run or the overrides" in refused.stderr
 
 
 def test_a_checkpoint_becomes_a_model_that_writes(folder: Path) -> None:
     headrace(folder, "export", "run", "out")
-    assert "is not empty" in headrace(folder, "export", "run", "out", code=2).stderr
     found = json.loads(headrace(folder, "evaluate", "out", "--data", "ds", "--json").stdout)
     assert set(found) == {"loss", "perplexity", "bits_per_byte", "num_tokens"}
     # Training validated packed samples, this scores whole documents: alike, not equal.
@@ -90,7 +85,6 @@ def test_a_checkpoint_becomes_a_model_that_writes(folder: Path) -> None:
     write = ("generate", "out", "def ", "--max-tokens", "12", "--temperature", "0", "--seed", "1")
     text = headrace(folder, *write).stdout
     assert text and not text.startswith("def ")
-    assert headrace(folder, *write).stdout == text
 
 
 def test_a_classifier_is_tuned_and_scored(folder: Path) -> None:

@@ -12,7 +12,8 @@ from launcher.cli import run_command
 from launcher.lifecycle import load_lifecycle
 from launcher.site import Site
 from launcher.stages import resolve
-from tests.launcher.test_lifecycle import LIFECYCLE, Chain, chain
+from tests.launcher.chains import LIFECYCLE, Chain
+from tests.launcher.test_lifecycle import chain
 
 __all__ = ["chain"]  # a fixture
 

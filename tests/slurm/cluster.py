@@ -25,6 +25,7 @@ import pytest
 from launcher.rank import follow_parent
 from tests.slurm import node
 from tests.slurm.node import BRIDGE, CONTROLLER, NETWORK
+from tests.slurm.processes import below, command_of
 
 TOOLS = ("unshare", "nsenter", "ip", "munged", "slurmctld", "slurmd", "sbatch")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge iproute2"
@@ -171,7 +172,7 @@ class Cluster:
         GPU hangs; how many there were.
         """
         words = f"-m launcher {command} "
-        ranks = [pid for pid in self.processes(name) if words in " ".join(_command(pid))]
+        ranks = [pid for pid in self.processes(name) if words in " ".join(command_of(pid))]
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
         return len(ranks)
@@ -189,8 +190,8 @@ class Cluster:
 
     def restart_controller(self) -> None:
         """kill -9 slurmctld, and start it again."""
-        for pid in _below(self._init()):
-            if _command(pid)[:1] == ["slurmctld"]:
+        for pid in below(self._init()):
+            if command_of(pid)[:1] == ["slurmctld"]:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
         with (self.folder / "log" / "slurmctld.out").open("ab") as out:
@@ -206,12 +207,12 @@ class Cluster:
 
     def processes(self, name: str) -> list[int]:
         """Every process of a node, by its number on the host."""
-        return [self._init(name), *_below(self._init(name))]
+        return [self._init(name), *below(self._init(name))]
 
     def commands(self) -> list[str]:
         """Command lines of all that jobs have left running on the nodes."""
         daemons = ("slurmd", "sleep")
-        found = [_command(p) for name in self.nodes for p in self.processes(name)[1:]]
+        found = [command_of(p) for name in self.nodes for p in self.processes(name)[1:]]
         return [" ".join(words) for words in found if words and words[0] not in daemons]
 
     def _start(self, enter: list[str], name: str, *argv: str) -> None:
@@ -253,7 +254,7 @@ class Cluster:
         marked = [node.__file__, name, str(self.folder)]
         started = self._machines[name].pid
         # unshare has the same words, but later ones.
-        return next((pid for pid in _below(started) if _command(pid)[1:4] == marked), None)
+        return next((pid for pid in below(started) if command_of(pid)[1:4] == marked), None)
 
     def _until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         end = time.monotonic() + seconds
@@ -344,26 +345,3 @@ class Cluster:
             "JobCompLoc": self.folder / "log" / "jobcomp.txt",
             "PropagateResourceLimits": "NONE",
         }
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        return [int(n) for task in tasks for n in (task / "children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _below(pid: int) -> list[int]:
-    """All descendants."""
-    found = []
-    for child in _children(pid):
-        found += [child, *_below(child)]
-    return found
-
-
-def _command(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
