@@ -210,8 +210,8 @@ class DeepSpeedEngine:
 def whole_replicas(
     module: torch.nn.Module, flats: list[Flat]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, and the fp32 twins and optimizer state of `flats`, which every rank holds
-    whole.
+    """The weights, and the fp32 twins, optimizer state and reduced gradients of `flats`, all of
+    which every rank holds whole.
     """
     weights = named(module)
     yield from weights.items()
@@ -220,6 +220,8 @@ def whole_replicas(
         for key, tensor in flat.tensors().items():
             if key != "param" or id(flat.master) not in own:
                 yield f"{flat.fragments[0].name} ({key})", tensor
+        if flat.master.grad is not None:
+            yield f"{flat.fragments[0].name} (gradient)", flat.master.grad
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

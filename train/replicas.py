@@ -1,7 +1,8 @@
 """Silent corruption: what every rank should hold alike is compared, and the odd rank is named.
 
     stage 0   weights, moments, fp32 twins   a flipped bit stays, and the next look finds it
-    1 and 2   the weights that are used      rebuilt by every update: found in the steps looked at
+              the reduced gradient           gone with the update: found in the steps looked at
+    1 and 2   the weights that are used      rebuilt by every update: as the gradient
     3         its small whole parameters     as at 1 and 2
 
 So a step is looked at before its update, while what it has computed with is there; so is every step
@@ -9,8 +10,8 @@ whose loss or gradient the guard finds bad or high, and the state once more befo
 hash of all of it goes around (16 bytes a rank, between the hosts); only where those differ does one
 per tensor follow. Bits on a GPU are summed up there.
 
-What is sharded has no copy to compare with, and a gradient that was added up wrongly is all ranks'
-alike: `headrace replay` computes those again.
+What is sharded, gradients at stages 1 to 3 too, has no copy to compare with, and a term that was
+wrong before it was added up is in all copies: `headrace replay` computes those again.
 """
 
 from __future__ import annotations

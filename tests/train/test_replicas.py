@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import train.replicas
 from tests.ranks import RankFailure, run_ranks
 from tests.train.test_pretrain import config, losses, train_run
-from tests.train.toy import Toy, make_engine, run_steps
+from tests.train.toy import Toy, loss_sum, make_engine, micro_batches, run_steps
 from train import faults
 from train.build import build_engine
 from train.checkpoint import committed
@@ -91,6 +92,34 @@ def test_the_odd_rank_and_its_tensor_are_named(tmp_path: Path) -> None:
     assert [(event["ranks"], event["names"]) for event in events] == [
         ([1], [name]) for _, _, name in CASES
     ]
+
+
+def gradient_alarms(world: World, run: Path) -> list[tuple[str, str]]:
+    """What is said before a bit of rank 1's reduced gradient flips, and after, both before the
+    update; at stage 0 and across_world_sizes.
+    """
+    found = []
+    for reproducible in ("same_layout", "across_world_sizes"):
+        settings = {"precision": "fp32", "micro_batch": 2, "zero": {"stage": 0}}
+        made = JobConfig.model_validate(settings | {"train": {"reproducible": reproducible}})
+        engine = build_engine(Toy(), made, world, micro_batch=2, accumulation=1)
+        (batch,) = itertools.islice(micro_batches(1, SIZE, world, micro_batch=2, accumulation=1), 1)
+        engine.forward_backward(batch, num_valid=SIZE, loss_sum=loss_sum)
+        engine.grad_norm()
+        before = alarm(engine, world, run)
+        if world.rank == 1:
+            flip_one_bit(dict(engine.replicas())["wide.weight (gradient)"])
+        found.append((before, alarm(engine, world, run)))
+    return found
+
+
+def test_a_gradient_that_one_rank_alone_has_is_found_before_the_update(tmp_path: Path) -> None:
+    for found in run_ranks(3, gradient_alarms, tmp_path):
+        for before, after in found:
+            assert before == ""
+            assert after.startswith(
+                "step 7: rank 1 differs from the other 2 in wide.weight (gradient) (rank 1 on "
+            )
 
 
 def test_of_two_ranks_nobody_is_right(tmp_path: Path) -> None:
