@@ -52,7 +52,7 @@ def check_replicas(engine: Engine, world: World, run: Path, *, step: int, attemp
     between the parts of an update.
 
     Costs a read of what is compared, where it is: for 10.7 M parameters on two ranks of a CPU 2 to
-    30 ms, which every hundred steps of 4,096 tokens is 0.005 % of the training
+    30 ms, which every hundred steps of 4,096 tokens is 0.02 % of the training at most
     (tests/benchmarks/check_cost.py).
     """
     if world.size == 1:
