@@ -20,7 +20,7 @@ UNTESTED = {
     "compression_training": "compression",
     "sparse_attention": "sparse attention",
     "tensor_parallel": "tensor parallelism",
-    "managed_gradient_accumulation": "updates that nobody asked for",
+    "managed_gradient_accumulation": "accumulation that its caller manages",
     "bf16.bf16_master_weights_and_grads": "masters in bf16",
     "bf16.bf16_optimizer_states": "moments in bf16",
     "zero_optimization.zenflow": "ZenFlow",

@@ -125,20 +125,20 @@ class Saver:
                 at("snapshot", step)
                 parts, ranges = owned(flats)
                 is_flipped = faults.hits("snapshot", step, "bitflip")
-                copied = self._config.background or is_flipped
-                copy = self._snapshots.begin(parts, copied=copied)
+                is_copied = self._config.background or is_flipped
+                copy = self._snapshots.begin(parts, copied=is_copied)
                 if is_flipped:
                     copy = partial(_flipped, copy)
         # A partition that is all padding has no parameter and may lag behind. Read before the copy
         # begins: on a GPU they would queue behind it.
         scalars = [flat.scalars() for flat in flats if flat.fragments]
-        made = self._writer.submit(copy)
+        copied = self._writer.submit(copy)
         self._pending = _Pending(
             step,
             state,
             scalars,
-            copied=made,
-            written=self._writer.submit(self._write, step, made, ranges, total_bytes),
+            copied=copied,
+            written=self._writer.submit(self._write, step, copied, ranges, total_bytes),
             begun=begun,
             stall=time.monotonic() - begun,
         )

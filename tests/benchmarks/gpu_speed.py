@@ -2,9 +2,9 @@
 
 Each case trains a few steps of a recipe's model in a fresh process, on random tokens: an engine as
 training builds it, four micro-batches per step. Memory is what CUDA's allocator held at its peak;
-beside it stands what `headrace plan` says without its margins. `save` is what a checkpoint in the
-background takes to copy, the second one (the first fills its pinned buffers), what of that is stood
-still for when a step's passes run beside it, and the rate of the write.
+beside it stands what `headrace plan` says without its margins. Of three checkpoints in the
+background two are waited for until they are in host memory (`copy`; the first pins its buffers),
+and the third is copied beside a step's passes (`stall`: what training stands still for).
 
     python -m tests.benchmarks.gpu_speed [--json FILE]       needs CUDA; about three minutes
 """

@@ -28,7 +28,7 @@ from data.tokens import TokenSource
 from data.verify import verify
 from tests.data.tiny import cut, documents, write_dataset
 
-NUM_DAMAGES = 500
+NUM_DAMAGES = 1_500
 NUM_SOAK_DAMAGES = 12_000
 SHARD_BYTES, SEQ_LEN = 1600, 24
 TEXTS = documents(40, seed=5)

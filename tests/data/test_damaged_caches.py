@@ -32,7 +32,7 @@ __all__ = ["bench"]
 
 FETCHED_ALWAYS = ("manifest.json", PLAN)
 """They say themselves whether they are whole, and are never kept."""
-NUM_DAMAGES, NUM_SOAK_DAMAGES = 140, 3_000
+NUM_DAMAGES, NUM_SOAK_DAMAGES = 400, 3_000
 
 
 @pytest.fixture

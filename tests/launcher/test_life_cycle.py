@@ -85,6 +85,7 @@ def test_a_checkpoint_becomes_a_model_that_writes(folder: Path) -> None:
     write = ("generate", "out", "def ", "--max-tokens", "12", "--temperature", "0", "--seed", "1")
     text = headrace(folder, *write).stdout
     assert text and not text.startswith("def ")
+    assert headrace(folder, *write).stdout == text
 
 
 def test_a_classifier_is_tuned_and_scored(folder: Path) -> None:

@@ -34,7 +34,7 @@ from tests.train.histories import (
 )
 from tests.train.reading import WINDOW, Reading, read
 
-NUM_HISTORIES, NUM_SOAK_HISTORIES = 15, 200
+NUM_HISTORIES, NUM_SOAK_HISTORIES = 30, 200
 
 
 class Ranks:
