@@ -30,9 +30,11 @@ from train.optim import adamw, clip, finite_or_inf, gradient_norm, inventory_of,
 from train.world import World
 from train.zero_state import (
     Flat,
+    adds_up_everywhere,
     deepspeed_flats,
     deepspeed_norm,
     plain_flats,
+    reduced_gradients,
     refresh_deepspeed,
     replicated,
     spoiled_gradients,
@@ -79,6 +81,9 @@ class Engine(Protocol):
         """Collective. Drop the gradients in place of `step`: weights, optimizer state and every
         copy of them stay, and the next step is as if this one had not been.
         """
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this rank holds of the step's reduced gradient, after `grad_norm`; views."""
 
     def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Named tensors that must be equal, bit for bit, on every rank, until `step` and after
@@ -183,11 +188,19 @@ class DeepSpeedEngine:
             self.engine.step()
         assert not self.engine.was_step_applied()
 
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._stage == 0:
+            return whole_gradients(self.flats())
+        found = reduced_gradients(self.engine.optimizer)
+        return ((f"gradient (part {number})", grad) for number, grad in enumerate(found, 1))
+
     def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._stage == 3:
             yield from replicated(self.engine.optimizer, _names(self.engine.module))
             return
         yield from whole_replicas(self.engine.module, self.flats() if self._stage == 0 else [])
+        if self._stage > 0 and adds_up_everywhere(self.engine.optimizer):
+            yield from self.gradients()
 
     def _with_gradient(self) -> list[torch.Tensor]:
         return [p for p in self.engine.module.parameters() if p.grad is not None]
@@ -220,6 +233,12 @@ def whole_replicas(
         for key, tensor in flat.tensors().items():
             if key != "param" or id(flat.master) not in own:
                 yield f"{flat.fragments[0].name} ({key})", tensor
+    yield from whole_gradients(flats)
+
+
+def whole_gradients(flats: list[Flat]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The reduced gradients of `flats`, which every rank holds whole."""
+    for flat in flats:
         if flat.master.grad is not None:
             yield f"{flat.fragments[0].name} (gradient)", flat.master.grad
 

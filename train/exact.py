@@ -4,7 +4,7 @@
 Floating point gives another sum in another order. Here the gradient of every micro-batch becomes
 whole multiples of 2^-44, and those are added as integers: any number of ranks that divides the
 batch comes to the same bits. A micro-batch must hold the same samples everywhere, its dropout must
-not follow the ranks (train/step.py), and its kernels must repeat themselves (train/build.py).
+not follow the ranks (train/passes.py), and its kernels must repeat themselves (train/build.py).
 
 Cost: every rank holds all weights, gradients and optimizer state, 8 bytes per parameter for the
 integer sum besides, and sends 8 bytes per parameter and step instead of 4. Elements below 2^-45 are
@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from train.config import JobConfig
-from train.engine import Batch, LossSum, StepStats, whole_replicas
+from train.engine import Batch, LossSum, StepStats, whole_gradients, whole_replicas
 from train.plain import PlainEngine
 from train.world import World
 from train.zero_state import Flat
@@ -57,6 +57,9 @@ class ExactEngine:
     def skip(self) -> None:
         self._sums.give()
         self._plain.skip()
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return whole_gradients(self.flats())
 
     def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
         return whole_replicas(self._plain.module, self.flats())

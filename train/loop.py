@@ -19,7 +19,8 @@ from train.replicas import check_replicas
 from train.restore import mend
 from train.rollback import roll_back
 from train.run import Outcome
-from train.step import due, quarantine, take_step
+from train.schedule import due
+from train.step import quarantine, take_step
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from train.engine import (
     check_precision,
     named,
     to_device,
+    whole_gradients,
 )
 from train.optim import adamw, clip, finite_or_inf, gradient_norm, inventory_of, set_lr
 from train.settings import OptimConfig
@@ -77,6 +78,9 @@ class PlainEngine:
     def skip(self) -> None:
         self._norm = None
         self.optimizer.zero_grad()
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return whole_gradients(self.flats())
 
     def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ()

@@ -18,7 +18,7 @@ MACHINE = ("device", "processor", "instructions", "threads")
 KERNELS = (*MACHINE, "python", "torch", "deepspeed", "numpy", "headrace", "train.")
 CHOICES = ("guard.", "data.on_damage")
 """What decides about steps and samples that are left out."""
-ONLY_LOOKS = ("guard.check_every",)
+ONLY_LOOKS = ("guard.check_every", "guard.repeat_every")
 
 PHASES = ("data.sources", "batch_tokens", "seq_len")
 
@@ -33,7 +33,7 @@ def promise(train: TrainConfig, changed: Sequence[str], *, device: str) -> str:
     if chosen := [c for c in changed if c.startswith(CHOICES) and not c.startswith(ONLY_LOOKS)]:
         other.append(f"others of them may be left out, because of {'; '.join(chosen)}")
     if matter := [change for change in changed if change.startswith(counted)]:
-        # Dropout is drawn by the micro-batch (train/step.py), of which there are others then.
+        # Dropout is drawn by the micro-batch (train/passes.py), of which there are others then.
         more = any(change.startswith(("world_size", "micro_batch")) for change in matter)
         by = "last digits (under dropout by more)" if more else "last digits"
         other.append(f"losses may differ in their {by}, because of {'; '.join(matter)}")

@@ -1,23 +1,25 @@
 """Silent corruption: what every rank should hold alike is compared, and the odd rank is named.
 
-    stage 0   weights, moments, fp32 twins   a flipped bit stays, and the next look finds it
-              the reduced gradient           gone with the update: found in the steps looked at
-    1 and 2   the weights that are used      rebuilt by every update: as the gradient
-    3         its small whole parameters     as at 1 and 2
+    stage 0          weights, moments, fp32 twins   a flipped bit stays until the next look
+    0, 1 with bf16   the reduced gradient           gone with the update: only a look before it
+    1 and 2          the weights that are used      rebuilt by every update: as the gradient
+    3                its small whole parameters     as at 1 and 2
 
 So a step is looked at before its update, while what it has computed with is there; so is every step
 whose loss or gradient the guard finds bad or high, and the state once more before a checkpoint. One
 hash of all of it goes around (16 bytes a rank, between the hosts); only where those differ does one
 per tensor follow. Bits on a GPU are summed up there.
 
-What is sharded, gradients at stages 1 to 3 too, has no copy to compare with, and a term that was
-wrong before it was added up is in all copies: `headrace replay` computes those again.
+What is sharded, other gradients too, has no copy to compare with, and a term that was wrong before
+it was added up is in all copies: some steps are computed twice (train/repeat.py), and `headrace
+replay` computes any step again.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
@@ -34,6 +36,7 @@ from train.world import World
 log = logging.getLogger(__name__)
 
 EVENT = "replicas differ"
+Mark = str | torch.Tensor
 PIECE = 2**22
 """Numbers of a tensor that are weighed at once."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -57,20 +60,12 @@ def check_replicas(engine: Engine, world: World, run: Path, *, step: int, attemp
     """
     if world.size == 1:
         return
-    own = hashes(engine)
+    own = in_words({name: [mark(tensor)] for name, tensor in engine.replicas()})
     whole = xxhash.xxh3_128_hexdigest("".join(own.values()).encode())
     if len(set(world.gather(whole))) == 1:
         return
     told, culprits, names = _differences(world.gather(own))
-    with world.together("recording that replicas differ"):
-        if world.is_main:
-            record(run, EVENT, step=step, attempt=attempt, ranks=culprits, names=names)
-    hosts = world.gather(world.host)
-    if world.is_main and len(culprits) < world.size:
-        # A disk that is full must not hide what was found.
-        with suppress(OSError, StorageError):
-            exclude(run, minority((hosts[rank] for rank in culprits), hosts))
-    where = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in culprits)
+    where = accuse(world, run, culprits, event=EVENT, step=step, attempt=attempt, names=names)
     raise ReplicasDiffer(
         f"step {step}: {told} ({where}): memory or arithmetic of that machine has failed silently. "
         "Nothing since the last checkpoint can be trusted: take that node out (with Slurm, "
@@ -79,17 +74,47 @@ def check_replicas(engine: Engine, world: World, run: Path, *, step: int, attemp
     )
 
 
-def hashes(engine: Engine) -> dict[str, str]:
-    """Of every tensor that the ranks should hold alike, by name. One wait for a GPU."""
-    found: dict[str, str | torch.Tensor] = {}
-    for name, tensor in engine.replicas():
-        here = is_near(tensor)
-        found[name] = xxhash.xxh3_128_hexdigest(_bytes(tensor)) if here else checksum(tensor)
-    far = {name: one for name, one in found.items() if isinstance(one, torch.Tensor)}
-    if far:
-        values = torch.stack(list(far.values())).tolist()
-        found |= {name: f"{value % 2**64:016x}" for name, value in zip(far, values, strict=True)}
-    return {name: str(one) for name, one in found.items()}
+def accuse(
+    world: World,
+    run: Path,
+    ranks: list[int],
+    *,
+    event: str,
+    step: int,
+    attempt: int,
+    names: list[str],
+    certain: bool = True,
+) -> str:
+    """Collective. Record what was found, and keep the run off the hosts of these ranks, if it is
+    certain and they are the minority; returns who is where.
+    """
+    with world.together(f"recording '{event}'"):
+        if world.is_main:
+            record(run, event, step=step, attempt=attempt, ranks=ranks, names=names)
+    hosts = world.gather(world.host)
+    if world.is_main and certain and len(ranks) < world.size:
+        # A disk that is full must not hide what was found.
+        with suppress(OSError, StorageError):
+            exclude(run, minority((hosts[rank] for rank in ranks), hosts))
+    return ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
+
+
+def mark(tensor: torch.Tensor) -> Mark:
+    """A hash of its bits, or the number on a GPU that will be one: nothing waits."""
+    return xxhash.xxh3_128_hexdigest(_bytes(tensor)) if is_near(tensor) else checksum(tensor)
+
+
+def in_words(marks: Mapping[str, list[Mark]]) -> dict[str, str]:
+    """The marks under each name as one text. One wait for a GPU."""
+    far = [one for several in marks.values() for one in several if isinstance(one, torch.Tensor)]
+    values = iter(torch.stack(far).tolist() if far else [])
+    return {
+        name: " ".join(
+            f"{next(values) % 2**64:016x}" if isinstance(one, torch.Tensor) else one
+            for one in several
+        )
+        for name, several in marks.items()
+    }
 
 
 def is_near(tensor: torch.Tensor) -> bool:
@@ -119,6 +144,11 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def shortened(names: list[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _differences(rows: list[dict[str, str]]) -> tuple[str, list[int], list[str]]:
     """What to say, the ranks in the minority (all of them where there is none), the tensors."""
     culprits: set[int] = set()
@@ -132,7 +162,7 @@ def _differences(rows: list[dict[str, str]]) -> tuple[str, list[int], list[str]]
         tied = counts[0][1] == counts[1][1]
         odd = [r for r, row in enumerate(rows) if tied or row[name] != counts[0][0]]
         culprits.update(odd)
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = shortened(names)
     ranks = sorted(culprits)
     if len(ranks) * 2 > len(rows):
         return (

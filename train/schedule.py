@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""Pure functions of the step: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def learning_rate(step: int, *, steps: int, warmup_steps: int, optim: OptimConfi
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
     floor = optim.lr * optim.min_lr_ratio
     return floor + (optim.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens `every` so many steps, 0 being never, happens at this one."""
+    return every > 0 and step % every == 0

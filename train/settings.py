@@ -123,8 +123,8 @@ class TrainConfig(Table):
 
 
 class GuardConfig(Table):
-    """What is done about steps whose numbers are bad (train/guard.py), and how often the ranks'
-    copies are compared (train/replicas.py).
+    """What is done about steps whose numbers are bad (train/guard.py), and how often what is held
+    or computed twice is compared (train/replicas.py, train/repeat.py).
     """
 
     max_skips: NonNegativeInt = 3
@@ -151,6 +151,10 @@ class GuardConfig(Table):
     """Optimizer steps between comparisons of what every rank should hold alike, which also come
     before every checkpoint and at steps that are bad or high; 0 never compares. ZeRO 1 to 3 rebuild
     weights in every step: only 1 looks at all that were used.
+    """
+    repeat_every: NonNegativeInt = 1000
+    """Optimizer steps between those whose passes are made twice, on the same samples, to compare
+    the gradients (train/repeat.py); 0 never does. GPUs do with train.deterministic only.
     """
 
 

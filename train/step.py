@@ -1,4 +1,4 @@
-"""One optimizer step, or a skipped one: judged before anything is touched, and its row.
+"""One optimizer step, or a skipped one: computed, judged before anything is touched, and its row.
 
 What the ranks must agree on travels in the two small sums that they make anyway, the loss and the
 hash of the samples; the gradient norm is global by itself. A step that only one rank finds bad is
@@ -7,18 +7,14 @@ bad on all of them.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import torch
 
-from data.config import DataError
 from data.durable import StorageError
-from model.loss import IGNORED
 from train import faults
 from train.device import flip_bit
 from train.engine import Batch
@@ -26,9 +22,10 @@ from train.events import GIVE_UP, SKIP, STARTED, record
 from train.guard import Decision, NonFiniteLoss, Verdict
 from train.job import Agreed, Job
 from train.metrics import Row
+from train.passes import compute, compute_twice, counted, is_made_twice, read, take_counts
 from train.progress import at, start_seconds
 from train.replicas import check_replicas
-from train.schedule import learning_rate
+from train.schedule import due, learning_rate
 from train.timing import TIMED_STEPS
 
 log = logging.getLogger(__name__)
@@ -39,7 +36,7 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     what the ranks agreed on.
     """
     started = time.perf_counter()
-    found = _read(job, step, batches)
+    found = read(job, step, batches)
     lr = learning_rate(
         step,
         steps=job.steps,
@@ -47,13 +44,18 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
         optim=job.config.optim,
     )
     if listed := job.guard.lists(step):
-        agreed = _agreed(job, step, [_take_counts(job, batch) for batch in found])
+        agreed = _agreed(job, step, [take_counts(job, batch) for batch in found])
         _record(job, step, lr=lr, agreed=agreed, started=started, skipped=listed)
         return "skip", agreed
     num_valid = job.task.num_valid(step)
     if num_valid is None:
-        found, num_valid = _counted(job, step, found)
-    done = [_micro_step(job, step, micro, batch, num_valid) for micro, batch in enumerate(found)]
+        found, num_valid = counted(job, step, found)
+    if is_made_twice(job, step):
+        # To drop the first gradients is an update that DeepSpeed gives up.
+        started += job.saver.wait_for_copy()
+        done = compute_twice(job, step, found, num_valid)
+    else:
+        done = compute(job, step, found, num_valid)
     at("reduce", step)
     loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
     loss, norm = float(loss_sum) / num_valid, job.engine.grad_norm()
@@ -86,64 +88,9 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     return decision, agreed
 
 
-def due(every: int, step: int) -> bool:
-    """Whether something that happens `every` so many steps, 0 being never, happens at this one."""
-    return every > 0 and step % every == 0
-
-
 def quarantine(job: Job) -> dict[str, int]:
     """The cumulative count, for a row or a checkpoint; nothing where nobody counts."""
     return {} if job.quarantined is None else {"quarantined": job.quarantined}
-
-
-def _counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Batch], int]:
-    """Collective. The step's micro-batches, all of them read, and their targets over all ranks.
-
-    Costs one reduction of 8 bytes between the hosts, and memory for the step's token ids.
-    """
-    found = list(batches)
-    own = sum(int((batch["labels"] != IGNORED).sum()) for batch in found)
-    num_valid = int(job.world.sum(torch.tensor(own)))
-    if num_valid == 0:
-        first, last = job.task.samples(step)
-        raise DataError(
-            f"step {step}: samples [{first}, {last}) hold no target; every document in them is "
-            "empty, or every one touches damage: restore what the log names. Look at them: "
-            f"headrace data inspect --step {step} --run {job.run}"
-        )
-    return iter(found), num_valid
-
-
-def _read(job: Job, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-    for _ in range(job.accumulation):
-        with job.timing.measuring("data"):
-            at("data", step)
-            batch = next(batches)
-        yield batch
-
-
-def _micro_step(
-    job: Job, step: int, micro: int, batch: Batch, num_valid: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a micro-batch, and its hash with its count of quarantined samples."""
-    counts = _take_counts(job, batch)
-    _seed(job.config.seed, step, micro * job.world.size + job.world.rank)
-
-    def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        with job.timing.measuring("compute"):
-            at("forward", step)
-            loss = job.task.loss_sum(module, batch)
-        at("backward", step)
-        return loss * math.nan if faults.hits("forward", step, "nan") else loss
-
-    return job.engine.forward_backward(batch, num_valid=num_valid, loss_sum=loss_sum), counts
-
-
-def _take_counts(job: Job, batch: Batch) -> torch.Tensor:
-    """Remove what a micro-batch carries besides its samples: its hash, its quarantined samples."""
-    if "quarantined" in batch:
-        job.quarantined = job.quarantined or 0
-    return torch.stack([batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))])
 
 
 def _agreed(
@@ -287,10 +234,3 @@ def _giving_up(job: Job, step: int, reason: str) -> str:
         "on from the last checkpoint. If it fails here again, lower optim.lr in a new --run, or "
         f"look at the samples: headrace data inspect DATASET --step {step} --run {job.run}"
     )
-
-
-def _seed(seed: int, step: int, place: int) -> None:
-    # Dropout draws from the place of a micro-batch in the global batch: a resumed step needs no
-    # saved generator, and whichever rank computes it drops the same.
-    key = hashlib.blake2b(f"dropout/{seed}/{step}/{place}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(key, "little") >> 1)

@@ -183,6 +183,19 @@ def deepspeed_norm(optimizer: Any) -> torch.Tensor:
     return norm
 
 
+def reduced_gradients(optimizer: Any) -> list[torch.Tensor]:
+    """What the last micro-batch of a step has left of the reduced gradient on this rank."""
+    if type(optimizer).__name__ == "BF16_Optimizer":
+        return list(optimizer.fp32_groups_gradients_flat)
+    groups = optimizer.averaged_gradients.values()
+    return [grad for group in groups for grad in group or () if grad is not None]
+
+
+def adds_up_everywhere(optimizer: Any) -> bool:
+    """Whether every rank holds the whole reduced gradient, though it updates a part."""
+    return type(optimizer).__name__ == "BF16_Optimizer"
+
+
 @contextmanager
 def spoiled_gradients(optimizer: Any) -> Iterator[None]:
     """Collective. Inside, every reduced gradient of this rank is NaN, so that the optimizer drops
@@ -190,11 +203,7 @@ def spoiled_gradients(optimizer: Any) -> Iterator[None]:
 
     The buffers are left at zero: stage 3 keeps them, and never writes to their padding again.
     """
-    if type(optimizer).__name__ == "BF16_Optimizer":
-        found = list(optimizer.fp32_groups_gradients_flat)
-    else:
-        groups = optimizer.averaged_gradients.values()
-        found = [grad for group in groups for grad in group or () if grad is not None]
+    found = reduced_gradients(optimizer)
     with torch.no_grad():
         for grad in found:
             grad.fill_(torch.nan)

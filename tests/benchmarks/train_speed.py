@@ -78,16 +78,23 @@ def build(precision: Precision, world: World, *, stage: int | None) -> Engine:
 
 def step(engine: Engine, world: World) -> None:
     """Collective. A step of the job, BATCH sequences on every rank."""
+    forward_backward(engine, world, random_batch())
+    engine.step(lr=1e-3)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def forward_backward(
+    engine: Engine, world: World, batch: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Collective. The passes of a step; returns this rank's loss sum."""
 
     def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return token_loss_sum(module(batch["x"]), batch["y"])
 
-    x, y = random_batch()
+    x, y = batch
     num_valid = world.size * BATCH * SEQ_LEN
-    engine.forward_backward({"x": x, "y": y}, num_valid=num_valid, loss_sum=loss_sum)
-    engine.step(lr=1e-3)
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
+    return engine.forward_backward({"x": x, "y": y}, num_valid=num_valid, loss_sum=loss_sum)
 
 
 def nanogpt(checkout: Path) -> Trained:

@@ -94,13 +94,20 @@ def test_the_odd_rank_and_its_tensor_are_named(tmp_path: Path) -> None:
     ]
 
 
+WHOLE_GRADIENTS = [
+    ("fp32", 0, "same_layout", "wide.weight (gradient)"),
+    ("fp32", 0, "across_world_sizes", "wide.weight (gradient)"),
+    ("bf16", 1, "same_layout", "gradient (part 2)"),
+]
+
+
 def gradient_alarms(world: World, run: Path) -> list[tuple[str, str]]:
     """What is said before a bit of rank 1's reduced gradient flips, and after, both before the
-    update; at stage 0 and across_world_sizes.
+    update.
     """
     found = []
-    for reproducible in ("same_layout", "across_world_sizes"):
-        settings = {"precision": "fp32", "micro_batch": 2, "zero": {"stage": 0}}
+    for precision, stage, reproducible, name in WHOLE_GRADIENTS:
+        settings = {"precision": precision, "micro_batch": 2, "zero": {"stage": stage}}
         made = JobConfig.model_validate(settings | {"train": {"reproducible": reproducible}})
         engine = build_engine(Toy(), made, world, micro_batch=2, accumulation=1)
         (batch,) = itertools.islice(micro_batches(1, SIZE, world, micro_batch=2, accumulation=1), 1)
@@ -108,18 +115,17 @@ def gradient_alarms(world: World, run: Path) -> list[tuple[str, str]]:
         engine.grad_norm()
         before = alarm(engine, world, run)
         if world.rank == 1:
-            flip_one_bit(dict(engine.replicas())["wide.weight (gradient)"])
+            flip_one_bit(dict(engine.gradients())[name])
         found.append((before, alarm(engine, world, run)))
     return found
 
 
 def test_a_gradient_that_one_rank_alone_has_is_found_before_the_update(tmp_path: Path) -> None:
     for found in run_ranks(3, gradient_alarms, tmp_path):
-        for before, after in found:
+        for (before, after), (*_, name) in zip(found, WHOLE_GRADIENTS, strict=True):
             assert before == ""
-            assert after.startswith(
-                "step 7: rank 1 differs from the other 2 in wide.weight (gradient) (rank 1 on "
-            )
+            start = f"step 7: rank 1 differs from the other 2 in {name} (rank 1 on "
+            assert after.startswith(start)
 
 
 def test_of_two_ranks_nobody_is_right(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import train.attempt
-import train.step
+import train.passes
 from tests.ranks import run_ranks
 from tests.train.folders import make_folder
 from tests.train.test_finetune import config, labelled
@@ -37,14 +37,14 @@ Job = tuple[FinetuneConfig, Path, int | None, str]
 """Where a run stops, and what its resume forgets."""
 
 __all__ = ["labelled"]
-seed, load_newest = train.step._seed, train.attempt.load_newest
+seed, load_newest = train.passes._seed, train.attempt.load_newest
 
 
 def tune(world: World, jobs: list[Job]) -> list[str]:
     """One run after the other; the loss of rank 1 is no number in step SKIPPED."""
     outcomes = []
     for made, run, stop_at, forgets in jobs:
-        train.step._seed = drawing_from_the_start if forgets == "draws" else seed
+        train.passes._seed = drawing_from_the_start if forgets == "draws" else seed
         train.attempt.load_newest = counting_the_skip if forgets == "skip" else load_newest
         faults.arm(f"forward:{SKIPPED}:1:nan", world.rank)
         outcomes.append(finetune_on(world, made, run, stop_at=stop_at))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import train.passes
 import train.step
 from tests.ranks import run_ranks
 from tests.train.test_pretrain import config, train_run
@@ -71,14 +72,14 @@ def slowed_links(world: World, made: RunConfig, run: Path) -> str:
 
 def slowed(world: World, made: RunConfig, run: Path, cause: str) -> str:
     """Train; the last rank takes half a second longer for its data or its forward pass."""
-    original = train.step.at
+    original = train.passes.at
 
     def at(phase: str, step: int = 0) -> None:
         if phase == cause and world.rank == world.size - 1:
             time.sleep(0.5)
         original(phase, step)
 
-    train.step.at = at
+    train.passes.at = at
     return train_run(world, made, run)
 
 

@@ -1,0 +1,238 @@
+"""A step that is computed twice is the same step, and what goes wrong in it once is found."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tests.ranks import RankFailure, run_ranks
+from tests.train.folders import make_folder
+from tests.train.test_finetune import config as finetune_config
+from tests.train.test_finetune import labelled
+from tests.train.test_pretrain import config, losses, train_run
+from tests.train.test_replicas import EXACT, flip_one_bit
+from tests.train.toy import Toy, loss_sum, micro_batches
+from train.build import build_engine
+from train.checkpoint import committed, open_checkpoint
+from train.config import FinetuneConfig, JobConfig, RunConfig
+from train.engine import Batch
+from train.events import read_events
+from train.exclusion import excluded
+from train.finetune import finetune_on
+from train.job import Job
+from train.metrics import read_metrics
+from train.passes import is_made_twice
+from train.pretrain import PretrainTask
+from train.progress import here
+from train.repeat import Passes, RepeatDiffers, twice
+from train.world import World
+
+__all__ = ["labelled"]
+RANKS, ACCUMULATION, MICRO_BATCH = 3, 2, 2
+SIZE = RANKS * ACCUMULATION * MICRO_BATCH
+Case = tuple[str, int]
+CASES: list[Case] = [
+    ("fp32", 0),
+    ("fp32", 1),
+    ("bf16", 1),
+    ("bf16", 2),
+    ("fp32", 3),
+    ("bf16", 3),
+    ("bf16", EXACT),
+]
+WRONG = ("", "backward", "loss", "sum")
+"""What goes wrong on rank 1 in the second micro-batch of the first pass, or after it."""
+
+
+def findings(world: World, run: Path, wrong: str) -> list[str]:
+    """What is said of a step of each case."""
+    os.environ["SLURMD_NODENAME"] = f"node{world.rank}"
+    return [finding(world, run, wrong if world.rank == 1 else "", *case) for case in CASES]
+
+
+def finding(world: World, run: Path, wrong: str, precision: str, stage: int) -> str:
+    settings: dict[str, Any] = {"precision": precision, "micro_batch": MICRO_BATCH}
+    settings["zero"] = {"stage": max(stage, 0), "persistence_threshold": 20}
+    if stage == EXACT:
+        settings["train"] = {"reproducible": "across_world_sizes"}
+    layout = {"micro_batch": MICRO_BATCH, "accumulation": ACCUMULATION}
+    engine = build_engine(Toy(), JobConfig.model_validate(settings), world, **layout)
+    real, count = engine.grad_norm, 0
+
+    def computing(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        loss = loss_sum(module, batch)
+        if count == 2 and wrong == "backward":
+            # The loss stays as it is.
+            loss.register_hook(lambda gradient: gradient * (1 + 2**-6))
+        if count == 2 and wrong == "loss":
+            # Its gradient stays as it is.
+            loss = loss + 2**-10 * loss.detach()
+        return loss
+
+    def adding_up() -> float:
+        norm = real()
+        if count == ACCUMULATION and wrong == "sum":
+            flip_one_bit(next(tensor for _, tensor in engine.gradients()))
+        return norm
+
+    engine.grad_norm = adding_up  # type: ignore[method-assign]
+
+    def passes() -> Passes:
+        parts = micro_batches(1, SIZE, world, **layout)
+        return [
+            (engine.forward_backward(part, num_valid=60, loss_sum=computing), torch.zeros(2))
+            for part in parts
+        ]
+
+    try:
+        assert len(twice(engine, world, run, passes, step=7, attempt=2)) == ACCUMULATION
+    except RepeatDiffers as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_who_failed_once_is_named(tmp_path: Path, wrong: str) -> None:
+    ranks = run_ranks(RANKS, findings, tmp_path, wrong)
+    assert ranks[0] == ranks[1] == ranks[2]
+    names = "loss of micro-batch 2" if wrong == "loss" else "embedding.weight, "
+    own = f"rank 1 has other numbers the second time, in {names}"
+    added = (
+        "rank 1 has another sum over the ranks the second time, of the same terms (rank 1 on node1)"
+    )
+    start = {"": "", "sum": f"step 7, computed twice: {added}"}
+    for told, case in zip(ranks[0], CASES, strict=True):
+        assert told.startswith(start.get(wrong, f"step 7, computed twice: {own}")), (case, told)
+        assert ("--exclude=NODE" in told) == (wrong in ("backward", "loss"))
+        assert (told == "") == (wrong == "")
+    events = read_events(tmp_path, "repeat differs")
+    assert [event["ranks"] for event in events] == [[1]] * (len(CASES) if wrong else 0)
+    # Who adds up wrong what others sent need not be the one who has failed.
+    assert excluded(tmp_path) == (["node1"] if wrong in ("backward", "loss") else [])
+
+
+LAYOUTS = (
+    ("zero.stage=0", "micro_batch=3"),
+    ("zero.stage=1", "precision=bf16"),
+    ("zero.stage=2", "micro_batch=2"),
+    ("zero.stage=3", "precision=bf16", "micro_batch=2", "zero.persistence_threshold=40"),
+    ("zero.stage=0", "micro_batch=2", "train.reproducible=across_world_sizes"),
+)
+POISONED, FAILED = 4, 5
+
+
+def with_one_bad_step(
+    world: World, jobs: list[tuple[RunConfig, Path]], tuned: list[tuple[FinetuneConfig, Path]]
+) -> list[str]:
+    """Runs in whose step POISONED the loss of rank 0 is no number, however often it is computed."""
+    real = PretrainTask.loss_sum
+
+    def computing(task: Any, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        loss = real(task, module, batch)
+        return loss * math.nan if here().step == POISONED and world.rank == 0 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainTask, "loss_sum", computing)
+        ended = [train_run(world, *job) for job in jobs]
+    return ended + [finetune_on(world, *job) for job in tuned]
+
+
+def everything(run: Path) -> Any:
+    """Rows, and every byte of every checkpoint."""
+    found = {}
+    for step in committed(run):
+        saved = open_checkpoint(run, step)
+        found[step] = (
+            {(n, k): saved.read(n, k).tobytes() for n in saved.parameters for k in saved.keys},
+            saved.scalars,
+            saved.state["guard"],
+        )
+    skipped = [row["step"] for row in read_metrics(run) if row.get("skipped")]
+    return losses(run), skipped, found
+
+
+def test_a_run_whose_steps_are_all_computed_twice_has_the_same_bits(
+    dataset: Path, labelled: Path, tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "model", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+    ways = ("guard.repeat_every=0", "guard.repeat_every=1")
+    # A save is copied beside the passes; what is dropped after them must not be in it.
+    saves = ("checkpoint.every=1", "checkpoint.keep=9", "steps=6", "eval.every=3")
+    jobs = [
+        (config(dataset, *layout, *saves, way), tmp_path / f"{number}-{way[-1]}")
+        for number, layout in enumerate(LAYOUTS)
+        for way in ways
+    ]
+    under_dropout = (f"model={folder}", f"data={labelled}", "steps=4", "checkpoint.every=1")
+    tuned = [
+        (finetune_config(*under_dropout, "micro_batch=1", way), tmp_path / f"tuned-{way[-1]}")
+        for way in ways
+    ]
+    ended = ["complete"] * (len(jobs) + len(tuned))
+    assert run_ranks(2, with_one_bad_step, jobs, tuned) == [ended] * 2
+    runs = [run for _, run in [*jobs, *tuned]]
+    for once, repeated in zip(runs[::2], runs[1::2], strict=True):
+        assert everything(repeated) == everything(once), repeated.name
+        assert everything(once)[1] == ([] if "tuned" in once.name else [POISONED])
+        assert len(committed(once)) >= 3
+
+
+def failing_once(world: World, made: RunConfig, run: Path) -> str:
+    """A run in which rank 1 computes one gradient of step FAILED wrong, the first time."""
+    real, has_failed = PretrainTask.loss_sum, False
+
+    def computing(task: Any, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        nonlocal has_failed
+        loss = real(task, module, batch)
+        if loss.requires_grad and here().step == FAILED and world.rank == 1 and not has_failed:
+            has_failed = True
+            loss.register_hook(lambda gradient: gradient * 1.5)
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainTask, "loss_sum", computing)
+        return train_run(world, made, run)
+
+
+def test_a_gradient_that_was_wrong_once_is_not_trained_with(dataset: Path, tmp_path: Path) -> None:
+    looks = ("zero.stage=1", "guard.check_every=1", "eval.samples=1")
+    clean, unseen, seen = (tmp_path / name for name in ("clean", "unseen", "seen"))
+    assert run_ranks(2, train_run, config(dataset, *looks), clean) == ["complete"] * 2
+    # All ranks hold the same wrong weights: to compare them finds nothing.
+    made = config(dataset, *looks, f"guard.repeat_every={FAILED + 1}")
+    assert run_ranks(2, failing_once, made, unseen) == ["complete"] * 2
+    assert losses(unseen)[: FAILED - 1] == losses(clean)[: FAILED - 1]
+    assert losses(unseen) != losses(clean)
+    made = config(dataset, *looks, f"guard.repeat_every={FAILED}")
+    told = rf"RepeatDiffers: step {FAILED}, computed twice: rank 1 has other numbers the second"
+    with pytest.raises(RankFailure, match=told):
+        run_ranks(2, failing_once, made, seen)
+    assert losses(seen) == losses(clean)[: FAILED - 1], "nothing was updated with it"
+    assert [(e["step"], e["ranks"]) for e in read_events(seen, "repeat differs")] == [(FAILED, [1])]
+    assert run_ranks(2, train_run, made, seen) == ["complete"] * 2
+    assert everything(seen) == everything(clean)
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "expected"),
+    [
+        ("cpu", {}, [1000, 2000]),
+        ("cpu", {"guard": {"repeat_every": 0}}, []),
+        ("cuda", {}, []),
+        ("cuda", {"train": {"deterministic": True}}, [1000, 2000]),
+    ],
+)
+def test_only_kernels_that_repeat_themselves_are_asked_to(
+    device: str, settings: dict[str, Any], expected: list[int]
+) -> None:
+    world = SimpleNamespace(device=torch.device(device))
+    job = SimpleNamespace(world=world, config=JobConfig.model_validate(settings), is_replay=False)
+    assert [step for step in range(1, 2500) if is_made_twice(cast(Job, job), step)] == expected
