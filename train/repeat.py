@@ -77,11 +77,11 @@ def _told(
         world, run, ranks, event=EVENT, step=step, attempt=attempt, names=names, certain=which == 0
     )
     if which == 0:
-        found = f"has other numbers the second time, in {shortened(names)} ({where}): memory or "
+        found = f"had other numbers the second time, in {shortened(names)} ({where}): memory or "
         found += "arithmetic of that machine has failed silently"
         advice = "take that node out (with Slurm, --exclude=NODE), and run"
     else:
-        found = f"has another sum over the ranks the second time, of the same terms ({where}): "
+        found = f"had another sum over the ranks the second time, of the same terms ({where}): "
         found += "memory, arithmetic or network has failed silently, there or on the way there"
         advice = "look at its memory and its network, and run"
     return (

@@ -104,9 +104,9 @@ def test_who_failed_once_is_named(tmp_path: Path, wrong: str) -> None:
     ranks = run_ranks(RANKS, findings, tmp_path, wrong)
     assert ranks[0] == ranks[1] == ranks[2]
     names = "loss of micro-batch 2" if wrong == "loss" else "embedding.weight, "
-    own = f"rank 1 has other numbers the second time, in {names}"
+    own = f"rank 1 had other numbers the second time, in {names}"
     added = (
-        "rank 1 has another sum over the ranks the second time, of the same terms (rank 1 on node1)"
+        "rank 1 had another sum over the ranks the second time, of the same terms (rank 1 on node1)"
     )
     start = {"": "", "sum": f"step 7, computed twice: {added}"}
     for told, case in zip(ranks[0], CASES, strict=True):
@@ -212,7 +212,7 @@ def test_a_gradient_that_was_wrong_once_is_not_trained_with(dataset: Path, tmp_p
     assert losses(unseen)[: FAILED - 1] == losses(clean)[: FAILED - 1]
     assert losses(unseen) != losses(clean)
     made = config(dataset, *looks, f"guard.repeat_every={FAILED}")
-    told = rf"RepeatDiffers: step {FAILED}, computed twice: rank 1 has other numbers the second"
+    told = rf"RepeatDiffers: step {FAILED}, computed twice: rank 1 had other numbers the second"
     with pytest.raises(RankFailure, match=told):
         run_ranks(2, failing_once, made, seen)
     assert losses(seen) == losses(clean)[: FAILED - 1], "nothing was updated with it"
