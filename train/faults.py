@@ -37,7 +37,7 @@ SIGNALS = {
 }
 ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
 KINDS = (*SIGNALS, *ERRORS, "exit", "raise", "nan", "bitflip", "slow", "hang")
-ONLY_AT = {"nan": ("forward",), "bitflip": ("optimizer", "snapshot")}
+ONLY_AT = {"nan": ("forward",), "bitflip": ("backward", "optimizer", "snapshot")}
 """Kinds that change a number, and where one passes by."""
 SLOW_SECONDS = 2.0
 

@@ -11,6 +11,7 @@ import torch
 from data.config import DataError
 from model.loss import IGNORED
 from train import faults
+from train.device import flip_bit
 from train.engine import Batch
 from train.job import Job
 from train.progress import at
@@ -83,9 +84,17 @@ def _micro_step(
             at("forward", step)
             loss = job.task.loss_sum(module, batch)
         at("backward", step)
+        if faults.hits("backward", step, "bitflip"):
+            loss.register_hook(_flipped)  # type: ignore[no-untyped-call]
         return loss * math.nan if faults.hits("forward", step, "nan") else loss
 
     return job.engine.forward_backward(batch, num_valid=num_valid, loss_sum=loss_sum), counts
+
+
+def _flipped(gradient: torch.Tensor) -> torch.Tensor:
+    changed = gradient.clone()
+    flip_bit(changed)
+    return changed
 
 
 def take_counts(job: Job, batch: Batch) -> torch.Tensor:

@@ -76,19 +76,26 @@ def _told(
     where = accuse(
         world, run, ranks, event=EVENT, step=step, attempt=attempt, names=names, certain=which == 0
     )
-    if which == 0:
-        found = f"had other numbers the second time, in {shortened(names)} ({where}): memory or "
-        found += "arithmetic of that machine has failed silently"
-        advice = "take that node out (with Slurm, --exclude=NODE), and run"
+    who, advice = f"rank {' and '.join(map(str, ranks))}", ""
+    if which == 1:
+        found = f"had another sum over the ranks the second time, of the same terms ({where})"
+        cause = "memory, arithmetic or network has failed silently, there or on the way there"
+        advice = "look at its memory and its network, and "
+    elif 1 < len(ranks) == world.size:
+        who, found = "every rank", f"had other numbers the second time, in {shortened(names)}"
+        cause = (
+            "what all of them use, such as weights gathered from their parts, has changed on one"
+        )
     else:
-        found = f"had another sum over the ranks the second time, of the same terms ({where}): "
-        found += "memory, arithmetic or network has failed silently, there or on the way there"
-        advice = "look at its memory and its network, and run"
+        found = f"had other numbers the second time, in {shortened(names)} ({where})"
+        cause = "memory or arithmetic of that machine has failed silently"
+        advice = "take that node out (with Slurm, --exclude=NODE), and "
     return (
-        f"step {step}, computed twice: rank {' and '.join(map(str, ranks))} {found}. Nothing is "
-        f"updated with it, and nothing since the last checkpoint can be trusted: {advice} the same "
-        f"command, which goes on from there; `headrace replay {run} --step N` tells whether an "
-        "earlier step was right"
+        f"step {step}, computed twice: {who} {found}: {cause}. Nothing is updated with it, and "
+        f"nothing since the last checkpoint can be trusted: {advice}run the same command, which "
+        f"goes on from there; `headrace replay {run} --step N` tells whether an earlier step was "
+        "right. Should this step always end so, its kernels do not repeat themselves: "
+        "guard.repeat_every=0 leaves the look out"
     )
 
 

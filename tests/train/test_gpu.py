@@ -64,8 +64,10 @@ def test_deterministic_kernels_resume_to_the_bit(
     assert pretrain(tmp_path, dataset, "whole", *layout) == 0
     assert pretrain(tmp_path, dataset, "parts", *layout, "--stop-at", "4") == 3
     assert pretrain(tmp_path, dataset, "parts", *layout) == 0
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+    assert pretrain(tmp_path, dataset, "twice", *layout, "guard.repeat_every=1") == 0
+    for run in ("parts", "twice"):
+        assert losses(tmp_path / run) == losses(tmp_path / "whole")
+        assert state_of(tmp_path / run) == state_of(tmp_path / "whole")
 
 
 def state_of(run: Path) -> dict[str, bytes]:

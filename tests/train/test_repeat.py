@@ -18,6 +18,7 @@ from tests.train.test_finetune import labelled
 from tests.train.test_pretrain import config, losses, train_run
 from tests.train.test_replicas import EXACT, flip_one_bit
 from tests.train.toy import Toy, loss_sum, micro_batches
+from train import faults
 from train.build import build_engine
 from train.checkpoint import committed, open_checkpoint
 from train.config import FinetuneConfig, JobConfig, RunConfig
@@ -46,14 +47,17 @@ CASES: list[Case] = [
     ("bf16", 3),
     ("bf16", EXACT),
 ]
-WRONG = ("", "backward", "loss", "sum")
-"""What goes wrong on rank 1 in the second micro-batch of the first pass, or after it."""
+WRONG = ("", "backward", "loss", "sum", "weights")
+"""What goes wrong on rank 1, or weights on all, in the second micro-batch of the first pass, or
+after it.
+"""
 
 
 def findings(world: World, run: Path, wrong: str) -> list[str]:
     """What is said of a step of each case."""
     os.environ["SLURMD_NODENAME"] = f"node{world.rank}"
-    return [finding(world, run, wrong if world.rank == 1 else "", *case) for case in CASES]
+    is_wrong = world.rank == 1 or wrong == "weights"
+    return [finding(world, run, wrong if is_wrong else "", *case) for case in CASES]
 
 
 def finding(world: World, run: Path, wrong: str, precision: str, stage: int) -> str:
@@ -69,7 +73,7 @@ def finding(world: World, run: Path, wrong: str, precision: str, stage: int) -> 
         nonlocal count
         count += 1
         loss = loss_sum(module, batch)
-        if count == 2 and wrong == "backward":
+        if count == 2 and wrong in ("backward", "weights"):
             # The loss stays as it is.
             loss.register_hook(lambda gradient: gradient * (1 + 2**-6))
         if count == 2 and wrong == "loss":
@@ -101,20 +105,22 @@ def finding(world: World, run: Path, wrong: str, precision: str, stage: int) -> 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_who_failed_once_is_named(tmp_path: Path, wrong: str) -> None:
-    ranks = run_ranks(RANKS, findings, tmp_path, wrong)
-    assert ranks[0] == ranks[1] == ranks[2]
+    found = run_ranks(RANKS, findings, tmp_path, wrong)
+    assert found[0] == found[1] == found[2]
     names = "loss of micro-batch 2" if wrong == "loss" else "embedding.weight, "
-    own = f"rank 1 had other numbers the second time, in {names}"
+    who = "every rank" if wrong == "weights" else "rank 1"
+    own = f"{who} had other numbers the second time, in {names}"
     added = (
         "rank 1 had another sum over the ranks the second time, of the same terms (rank 1 on node1)"
     )
     start = {"": "", "sum": f"step 7, computed twice: {added}"}
-    for told, case in zip(ranks[0], CASES, strict=True):
+    for told, case in zip(found[0], CASES, strict=True):
         assert told.startswith(start.get(wrong, f"step 7, computed twice: {own}")), (case, told)
         assert ("--exclude=NODE" in told) == (wrong in ("backward", "loss"))
         assert (told == "") == (wrong == "")
     events = read_events(tmp_path, "repeat differs")
-    assert [event["ranks"] for event in events] == [[1]] * (len(CASES) if wrong else 0)
+    ranks = [0, 1, 2] if wrong == "weights" else [1]
+    assert [event["ranks"] for event in events] == [ranks] * (len(CASES) if wrong else 0)
     # Who adds up wrong what others sent need not be the one who has failed.
     assert excluded(tmp_path) == (["node1"] if wrong in ("backward", "loss") else [])
 
@@ -122,7 +128,7 @@ def test_who_failed_once_is_named(tmp_path: Path, wrong: str) -> None:
 LAYOUTS = (
     ("zero.stage=0", "micro_batch=3"),
     ("zero.stage=1", "precision=bf16"),
-    ("zero.stage=2", "micro_batch=2"),
+    ("zero.stage=2", "micro_batch=2", "model.activation_checkpointing=true"),
     ("zero.stage=3", "precision=bf16", "micro_batch=2", "zero.persistence_threshold=40"),
     ("zero.stage=0", "micro_batch=2", "train.reproducible=across_world_sizes"),
 )
@@ -187,19 +193,8 @@ def test_a_run_whose_steps_are_all_computed_twice_has_the_same_bits(
 
 def failing_once(world: World, made: RunConfig, run: Path) -> str:
     """A run in which rank 1 computes one gradient of step FAILED wrong, the first time."""
-    real, has_failed = PretrainTask.loss_sum, False
-
-    def computing(task: Any, module: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        nonlocal has_failed
-        loss = real(task, module, batch)
-        if loss.requires_grad and here().step == FAILED and world.rank == 1 and not has_failed:
-            has_failed = True
-            loss.register_hook(lambda gradient: gradient * 1.5)
-        return loss
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PretrainTask, "loss_sum", computing)
-        return train_run(world, made, run)
+    faults.arm(f"backward:{FAILED}:1:bitflip", world.rank)
+    return train_run(world, made, run)
 
 
 def test_a_gradient_that_was_wrong_once_is_not_trained_with(dataset: Path, tmp_path: Path) -> None:
