@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,15 @@ def failing(call: Callable[..., Any], *errors: int) -> Callable[..., Any]:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long this thread has been told to sleep, which it does not."""
     slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+    real, own = time.sleep, threading.get_ident()
+
+    def sleep(seconds: float) -> None:
+        # Threads that other tests have left sleep on, and not here.
+        (slept.append if threading.get_ident() == own else real)(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
     return slept
 
 

@@ -27,7 +27,8 @@ LAYOUTS = (
     ("zero.stage=3",),
 )
 SAVES = ("checkpoint.every=1", "checkpoint.keep=10", "steps=4", "micro_batch=2", "eval.every=2")
-PAUSE_SECONDS = 0.2
+PAUSE_SECONDS = 1.0
+"""Much longer than a step, on a machine that is busy, too."""
 
 
 def copying_late(world: World, made: RunConfig, run: Path) -> list[list[str]]:
@@ -47,7 +48,8 @@ def copying_late(world: World, made: RunConfig, run: Path) -> list[list[str]]:
             if (now := here().phase) != phases[-1]:
                 phases.append(now)
             time.sleep(0.0005)
-        time.sleep(PAUSE_SECONDS)
+        if len(passed) == 1:
+            time.sleep(PAUSE_SECONDS)
         real(pairs)
 
     train.snapshot._copy = late
@@ -77,9 +79,10 @@ def test_a_late_copy_is_of_its_step(dataset: Path, tmp_path: Path, layout: tuple
             assert found.read_bytes() == wanted.read_bytes(), (step, name)
     rows = read_metrics(late)
     stalls = [r["checkpoint_stall_seconds"] for r in rows if "checkpoint_stall_seconds" in r]
-    assert len(stalls) == 2 and min(stalls) >= PAUSE_SECONDS
+    assert max(stalls) >= PAUSE_SECONDS
     # It is told once: as time of the save, and not of the step.
-    assert min(r["step_seconds"] for r in rows if r["step"] > 1 and "loss" in r) < PAUSE_SECONDS
+    (second,) = [row for row in rows if row["step"] == 2 and "loss" in row]
+    assert second["step_seconds"] < PAUSE_SECONDS
 
 
 def copying_in_vain(world: World, made: RunConfig, run: Path) -> None:
