@@ -31,10 +31,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 
 _context = multiprocessing.get_context("forkserver")
 PRELOADED = [
-    "torch",
-    "deepspeed",
-    # Every engine imports it, and it torch's compiler: 2.3 s of the 3 s of a short run.
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "tests.preloaded",
     "tests.ranks",
     "train.pretrain",
     "train.finetune",

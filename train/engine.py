@@ -18,7 +18,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,7 @@ from train.zero_state import (
     adds_up_everywhere,
     deepspeed_flats,
     deepspeed_norm,
+    partitions,
     plain_flats,
     reduced_gradients,
     refresh_deepspeed,
@@ -90,6 +91,9 @@ class Engine(Protocol):
         it.
         """
 
+    def lent(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Named parts of the weights that this rank alone holds, and others compute with; views."""
+
     def flats(self) -> list[Flat]:
         """This rank's fp32 master partitions and their optimizer state; views, not copies."""
 
@@ -111,14 +115,8 @@ class DeepSpeedEngine:
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        import deepspeed
-        import deepspeed.ops
-
         check_precision(config.precision, world.device)
-        if world.device.type == "cpu":
-            # Else DeepSpeed compiles a C++ all-reduce for inference at start: 86 s, and a failure
-            # without a compiler. Merely to read what it could compile starts a compiler, too.
-            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        deepspeed = load_deepspeed(world.device)
         ds_config = deepspeed_json(config, micro_batch=micro_batch, accumulation=accumulation)
         if config.zero.stage == 0:
             # DeepSpeed forgets the norm when it clips at stage 0; the engine clips by itself there.
@@ -202,6 +200,9 @@ class DeepSpeedEngine:
         if self._stage > 0 and adds_up_everywhere(self.engine.optimizer):
             yield from self.gradients()
 
+    def lent(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return partitions(named(self.engine.module)) if self._stage == 3 else iter(())
+
     def _with_gradient(self) -> list[torch.Tensor]:
         return [p for p in self.engine.module.parameters() if p.grad is not None]
 
@@ -218,6 +219,22 @@ class DeepSpeedEngine:
     def refresh(self) -> None:
         if self._stage > 0:
             refresh_deepspeed(self.engine.optimizer)
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """The library, without what it would compile by itself."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.runtime import compiler
+
+    if device.type == "cpu":
+        # Else it compiles a C++ all-reduce for inference at start: 86 s, and a failure without a
+        # compiler. Merely to read what it could compile starts a compiler, too.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    # Only its Muon is compiled, which nothing here uses; every engine imports it, and it the whole
+    # of torch's compiler: 1.0 of 4.2 CPU-seconds in which a rank has an engine and a step.
+    compiler.compile = lambda: compiler.dummy_decorator
+    return deepspeed
 
 
 def whole_replicas(

@@ -64,6 +64,9 @@ class ExactEngine:
     def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
         return whole_replicas(self._plain.module, self.flats())
 
+    def lent(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ()
+
     def flats(self) -> list[Flat]:
         return self._plain.flats(rank=self._rank, num_ranks=self._num_ranks)
 

@@ -1,6 +1,7 @@
 """RUN/logs/exclude: hosts that a run is not to start on again, one name a line. No torch here.
 
-Preflight adds those that are not fit, the watch those whose ranks no longer answer;
+Preflight adds those that are not fit, the watch those whose ranks no longer answer, the looks for
+silent corruption those that differ from the rest or from themselves (train/replicas.py, repeat.py);
 slurm/pretrain.sbatch hands the list to Slurm. A host that was mended is taken out by hand.
 """
 

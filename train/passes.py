@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -52,35 +53,53 @@ def is_made_twice(job: Job, step: int) -> bool:
     return repeats and due(job.config.guard.repeat_every, step) and not job.is_replay
 
 
-def compute(job: Job, step: int, batches: Iterator[Batch], num_valid: int) -> Passes:
+def take_counts(job: Job, batch: Batch) -> torch.Tensor:
+    """Remove what a micro-batch carries besides its samples: its hash, its quarantined samples."""
+    if "quarantined" in batch:
+        job.quarantined = job.quarantined or 0
+    return torch.stack([batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))])
+
+
+def compute(
+    job: Job, step: int, batches: Iterator[Batch], num_valid: int, *, is_timed: bool = True
+) -> Passes:
     """Collective. The loss of every micro-batch, its gradient added, with what `take_counts` took
     from it.
     """
-    return [_micro_step(job, step, micro, batch, num_valid) for micro, batch in enumerate(batches)]
+    return [
+        _micro_step(job, step, micro, batch, num_valid, is_timed=is_timed)
+        for micro, batch in enumerate(batches)
+    ]
 
 
-def compute_twice(job: Job, step: int, batches: Iterator[Batch], num_valid: int) -> Passes:
-    """Collective. As `compute`, for memory for the step's token ids; RepeatDiffers when it makes a
-    difference.
+def compute_twice(
+    job: Job, step: int, batches: Iterator[Batch], num_valid: int
+) -> tuple[Passes, float]:
+    """Collective. As `compute`, with the seconds that this took longer, for memory for the step's
+    token ids; RepeatDiffers when it makes a difference.
     """
     found = list(batches)
-
-    def once() -> Passes:
-        # Of copies, from which the counts are taken anew.
-        return compute(job, step, map(dict, found), num_valid)
-
-    return twice(job.engine, job.world, job.run, once, step=step, attempt=job.attempt)
+    return twice(
+        job.engine,
+        job.world,
+        job.run,
+        # Of copies: the counts are taken once more.
+        lambda: compute(job, step, map(dict, found), num_valid, is_timed=False),
+        lambda: compute(job, step, iter(found), num_valid),
+        step=step,
+        attempt=job.attempt,
+    )
 
 
 def _micro_step(
-    job: Job, step: int, micro: int, batch: Batch, num_valid: int
+    job: Job, step: int, micro: int, batch: Batch, num_valid: int, *, is_timed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a micro-batch, and its hash with its count of quarantined samples."""
     counts = take_counts(job, batch)
     _seed(job.config.seed, step, micro * job.world.size + job.world.rank)
 
     def loss_sum(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        with job.timing.measuring("compute"):
+        with job.timing.measuring("compute") if is_timed else nullcontext():
             at("forward", step)
             loss = job.task.loss_sum(module, batch)
         at("backward", step)
@@ -95,13 +114,6 @@ def _flipped(gradient: torch.Tensor) -> torch.Tensor:
     changed = gradient.clone()
     flip_bit(changed)
     return changed
-
-
-def take_counts(job: Job, batch: Batch) -> torch.Tensor:
-    """Remove what a micro-batch carries besides its samples: its hash, its quarantined samples."""
-    if "quarantined" in batch:
-        job.quarantined = job.quarantined or 0
-    return torch.stack([batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))])
 
 
 def _seed(seed: int, step: int, place: int) -> None:

@@ -89,6 +89,9 @@ class PlainEngine:
         """The fp32 tensors that the optimizer updates."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def lent(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ()
+
     def flats(self, *, rank: int = 0, num_ranks: int = 1) -> list[Flat]:
         masters = self._masters.masters() if self._masters else named(self.module)
         return plain_flats(masters, self.optimizer, rank=rank, num_ranks=num_ranks)

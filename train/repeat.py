@@ -3,22 +3,24 @@
 A rank that holds only a part of the reduced gradient has no copy to compare it with, and a term
 that was wrong before it was added up is wrong on all ranks (train/replicas.py). So every so many
 steps the passes are made, their gradients dropped, and the passes made again, on the same samples
-and with the same dropout. Each rank hashes its losses, its own gradients as they come out of the
-backward passes, and its part of the reduced one. A rank whose own numbers differ has failed; where
-nobody's do, the sum over ranks has.
+and with the same dropout. Each rank hashes the weights that others gather from it, its own losses
+and gradients as they come out of the backward passes, and its part of the reduced gradient. Who has
+failed is told by the first of these that differs on any rank: wrong weights make wrong gradients,
+on whichever rank they matter, and one of those a wrong sum on all.
 
-The step that is taken is the second one, to the bit what it is without a first. Found is what does
-not happen twice alike: a machine that errs in the same way every time shows in `headrace replay` on
-another one. The kernels must repeat themselves, as those of CPUs do; those of GPUs do with
-train.deterministic.
+The step that is taken is the second one, to the bit what it is without a first. Found is what
+happens in this step and not twice alike; so a NaN that comes but once is no bad step, but a machine
+that fails. One that errs in the same way every time shows in `headrace replay` on another. The
+kernels must repeat themselves: those of CPUs do, those of GPUs are asked to (TrainConfig.repeats).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -38,65 +40,79 @@ class RepeatDiffers(ValueError):
     exit_code: ClassVar[int] = 1
 
 
+class Differences(NamedTuple):
+    """Names of what differs on a rank."""
+
+    lent: list[str]
+    own: list[str]
+    reduced: list[str]
+
+
 def twice(
     engine: Engine,
     world: World,
     run: Path,
-    passes: Callable[[], Passes],
+    first: Callable[[], Passes],
+    again: Callable[[], Passes],
     *,
     step: int,
     attempt: int,
-) -> Passes:
-    """Collective. What `passes`, the forward and backward passes of a step, return the second time;
-    the engine is as after one time. RepeatDiffers on every rank, with the event recorded, where the
-    two differ on one.
+) -> tuple[Passes, float]:
+    """Collective. What `again` returns, which makes the same forward and backward passes of a step
+    as `first` did before, and the seconds that this took longer; the engine is as after one of
+    them. RepeatDiffers on every rank, with the event recorded, where the two differ on one.
 
-    Costs the passes of a step and a read of the gradients of both; no memory but for the hashes.
+    Costs those passes, an update that is given up, and a read of what is hashed; of memory what a
+    checksum takes on a GPU (train/replicas.py), within the backward passes.
     """
-    _, own, reduced = _marked(engine, passes)
+    begun = time.perf_counter()
+    lent = _lent(engine)
+    _, own, reduced = _marked(engine, first)
     engine.skip()
-    done, own_again, reduced_again = _marked(engine, passes)
-    odd = (_differing(own, own_again), _differing(reduced, reduced_again))
-    if not int(world.sum(torch.tensor(int(any(odd))))):
-        return done
-    rows: list[tuple[list[str], list[str]]] = world.gather(odd)
-    raise RepeatDiffers(_told(world, run, rows, step=step, attempt=attempt))
+    lent_between = _lent(engine)
+    seconds = time.perf_counter() - begun
+    done, own_again, reduced_again = _marked(engine, again)
+    odd = Differences(
+        _differing(lent, lent_between) or _differing(lent, _lent(engine)),
+        _differing(own, own_again),
+        _differing(reduced, reduced_again),
+    )
+    if int(world.sum(torch.tensor(int(any(odd))))):
+        rows = [Differences(*row) for row in world.gather(tuple(odd))]
+        raise RepeatDiffers(_told(world, run, rows, step=step, attempt=attempt))
+    return done, seconds
 
 
-def _told(
-    world: World, run: Path, rows: list[tuple[list[str], list[str]]], *, step: int, attempt: int
-) -> str:
-    """Collective. Record what was found; returns it in words. `rows` are what differs on each rank:
-    of its own numbers, and of its part of the sum.
-    """
-    # A wrong term is in every part of the sum: who has only that has done nothing wrong.
-    which = 0 if any(own for own, _ in rows) else 1
+def _told(world: World, run: Path, rows: list[Differences], *, step: int, attempt: int) -> str:
+    """Collective. Record what was found on which rank; returns it in words."""
+    which = next(n for n, kind in enumerate(zip(*rows, strict=True)) if any(kind))
     ranks = [rank for rank, differing in enumerate(rows) if differing[which]]
     names = list(dict.fromkeys(name for rank in ranks for name in rows[rank][which]))
+    is_added_up = which == 2
+    certain = not is_added_up
     where = accuse(
-        world, run, ranks, event=EVENT, step=step, attempt=attempt, names=names, certain=which == 0
+        world, run, ranks, event=EVENT, step=step, attempt=attempt, names=names, certain=certain
     )
-    who, advice = f"rank {' and '.join(map(str, ranks))}", ""
-    if which == 1:
-        found = f"had another sum over the ranks the second time, of the same terms ({where})"
-        cause = "memory, arithmetic or network has failed silently, there or on the way there"
-        advice = "look at its memory and its network, and "
-    elif 1 < len(ranks) == world.size:
-        who, found = "every rank", f"had other numbers the second time, in {shortened(names)}"
-        cause = (
-            "what all of them use, such as weights gathered from their parts, has changed on one"
-        )
-    else:
-        found = f"had other numbers the second time, in {shortened(names)} ({where})"
-        cause = "memory or arithmetic of that machine has failed silently"
+    who, advice = where, ""
+    if 1 < len(ranks) == world.size:
+        who = "every rank"
+    elif certain:
         advice = "take that node out (with Slurm, --exclude=NODE), and "
+    found = ("other weights for the others", "other numbers", "another sum over the ranks")[which]
+    cause = "memory or arithmetic there has failed silently"
+    if is_added_up:
+        cause = "there, on another rank or between them memory, arithmetic or network has failed"
     return (
-        f"step {step}, computed twice: {who} {found}: {cause}. Nothing is updated with it, and "
-        f"nothing since the last checkpoint can be trusted: {advice}run the same command, which "
-        f"goes on from there; `headrace replay {run} --step N` tells whether an earlier step was "
-        "right. Should this step always end so, its kernels do not repeat themselves: "
-        "guard.repeat_every=0 leaves the look out"
+        f"step {step}, computed twice: {who} had {found} the second time, in {shortened(names)}: "
+        f"{cause}. Nothing is updated with it, and what came before was not looked at: {advice}run "
+        "the same command, which goes on from the last checkpoint; `headrace replay "
+        f"{run} --step N` tells whether an earlier step was right. Should it always end so, its "
+        "kernels do not repeat themselves: guard.repeat_every=0 leaves the look out"
     )
+
+
+def _lent(engine: Engine) -> dict[str, str]:
+    return in_words({name: [mark(tensor)] for name, tensor in engine.lent()})
 
 
 def _marked(

@@ -10,9 +10,9 @@ whose loss or gradient the guard finds bad or high, and the state once more befo
 hash of all of it goes around (16 bytes a rank, between the hosts); only where those differ does one
 per tensor follow. Bits on a GPU are summed up there.
 
-What is sharded, other gradients too, has no copy to compare with, and a term that was wrong before
-it was added up is in all copies: some steps are computed twice (train/repeat.py), and `headrace
-replay` computes any step again.
+What is sharded has no copy to compare with, and a term of the gradient that was wrong before it was
+added up is in all copies. Some steps are computed twice for that (train/repeat.py); sharded masters
+and moments, and the update itself, only `headrace replay` computes again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_replicas(engine: Engine, world: World, run: Path, *, step: int, attemp
     between the parts of an update.
 
     Costs a read of what is compared, where it is: for 10.7 M parameters on two ranks of a CPU 2 to
-    30 ms, which every hundred steps of 4,096 tokens is 0.02 % of the training at most
+    13 ms, which every hundred steps of 4,096 tokens is 0.01 % of the training at most
     (tests/benchmarks/check_cost.py).
     """
     if world.size == 1:
@@ -88,14 +88,14 @@ def accuse(
     """Collective. Record what was found, and keep the run off the hosts of these ranks, if it is
     certain and they are the minority; returns who is where.
     """
-    with world.together(f"recording '{event}'"):
-        if world.is_main:
-            record(run, event, step=step, attempt=attempt, ranks=ranks, names=names)
     hosts = world.gather(world.host)
-    if world.is_main and certain and len(ranks) < world.size:
+    if world.is_main:
         # A disk that is full must not hide what was found.
         with suppress(OSError, StorageError):
-            exclude(run, minority((hosts[rank] for rank in ranks), hosts))
+            record(run, event, step=step, attempt=attempt, ranks=ranks, names=names)
+        with suppress(OSError, StorageError):
+            if certain and len(ranks) < world.size:
+                exclude(run, minority((hosts[rank] for rank in ranks), hosts))
     return ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
 
 

@@ -154,7 +154,8 @@ class GuardConfig(Table):
     """
     repeat_every: NonNegativeInt = 1000
     """Optimizer steps between those whose passes are made twice, on the same samples, to compare
-    the gradients (train/repeat.py); 0 never does. GPUs do with train.deterministic only.
+    the gradients (train/repeat.py); 0 never does. GPUs do where train.* makes kernels repeat
+    themselves.
     """
 
 

@@ -50,10 +50,12 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     num_valid = job.task.num_valid(step)
     if num_valid is None:
         found, num_valid = counted(job, step, found)
+    repeat_seconds = 0.0
     if is_made_twice(job, step):
-        # To drop the first gradients is an update that DeepSpeed gives up.
+        # Gradients are dropped by an update that is given up.
         started += job.saver.wait_for_copy()
-        done = compute_twice(job, step, found, num_valid)
+        done, repeat_seconds = compute_twice(job, step, found, num_valid)
+        started += repeat_seconds
     else:
         done = compute(job, step, found, num_valid)
     at("reduce", step)
@@ -84,7 +86,16 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
         _tell_skip(job, step, loss=loss, norm=norm, reason=reason)
     numbers = {"loss": loss, "grad_norm": norm, "num_valid": num_valid}
     skipped = "" if decision == "step" else reason
-    _record(job, step, lr=lr, agreed=agreed, started=started, skipped=skipped, numbers=numbers)
+    _record(
+        job,
+        step,
+        lr=lr,
+        agreed=agreed,
+        started=started,
+        repeat_seconds=repeat_seconds,
+        skipped=skipped,
+        numbers=numbers,
+    )
     return decision, agreed
 
 
@@ -137,6 +148,7 @@ def _record(
     started: float,
     skipped: str,
     numbers: Mapping[str, float] | None = None,
+    repeat_seconds: float = 0.0,
 ) -> None:
     """Write the row of a step. That of a skipped one says why and has no loss, which would be none
     of the run's.
@@ -164,10 +176,12 @@ def _record(
             row["mfu"] = rate * job.flops_per_token / job.peak_flops
     if job.resumed_from is not None and step == job.first_step:
         row["resumed_from"] = job.resumed_from
+    if repeat_seconds:
+        row["repeat_seconds"] = repeat_seconds
     own_seconds = job.timing.take()
     if step % TIMED_STEPS == 0:
         row |= job.timing.compared(own_seconds, job.world, step_seconds=seconds)
-    job.pace.measured(seconds, job.saver.committed)
+    job.pace.measured(seconds + repeat_seconds, job.saver.committed)
     row |= _saved(job) | tell_mirrored(job)
     job.metrics.write(row)
     if step == job.first_step and job.world.is_main and not job.is_replay:

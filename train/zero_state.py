@@ -221,6 +221,12 @@ def replicated(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[str, 
         yield names[id(parameter)], parameter.data
 
 
+def partitions(parameters: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's part of every parameter of stage 3, from which the others gather it."""
+    for name, parameter in parameters.items():
+        yield name, parameter.ds_tensor  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def refresh_deepspeed(optimizer: Any) -> None:
     """Collective. Rebuild every low-precision and gathered copy of the weights from the fp32

@@ -35,6 +35,7 @@ from train.world import World
         ({}, ["guard.outlier: 'off' -> 'skip'"], "cpu", "left out, because of guard.outlier: "),
         ({}, ["data.on_damage: 'fail' -> 'x'"], "cpu", "left out, because of data.on_damage: "),
         ({}, ["guard.check_every: 1 -> 2"], "cpu", "every number is, to the last bit"),
+        ({}, ["guard.repeat_every: 1 -> 2"], "cpu", "every number is, to the last bit"),
         ({}, [], "cuda", "without train.deterministic=true"),
         ({"deterministic": True}, [], "cuda", "every number is, to the last bit"),
         ({"deterministic": True}, ["world_size: 1 -> 2"], "cuda", "because of world_size"),

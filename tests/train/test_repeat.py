@@ -47,47 +47,57 @@ CASES: list[Case] = [
     ("bf16", 3),
     ("bf16", EXACT),
 ]
-WRONG = ("", "backward", "loss", "sum", "weights")
-"""What goes wrong on rank 1, or weights on all, in the second micro-batch of the first pass, or
-after it.
-"""
+WRONG = {
+    "nothing": "",
+    "backward": "rank 1 on node1 had other numbers the second time, in embedding.weight, ",
+    "loss": "rank 1 on node1 had other numbers the second time, in loss of micro-batch 2: ",
+    "sum": "rank 1 on node1 had another sum over the ranks the second time, in ",
+    "weights": "rank 1 on node1 had other numbers the second time, in embedding.weight, ",
+    "everywhere": "every rank had other numbers the second time, in embedding.weight, ",
+}
+"""What goes wrong in the second micro-batch of the first pass, or after it, and what is said."""
+CERTAIN = ("backward", "loss", "weights")
+Told = list[tuple[str, Case, str]]
 
 
-def findings(world: World, run: Path, wrong: str) -> list[str]:
-    """What is said of a step of each case."""
+def findings(world: World, run: Path) -> Told:
     os.environ["SLURMD_NODENAME"] = f"node{world.rank}"
-    is_wrong = world.rank == 1 or wrong == "weights"
-    return [finding(world, run, wrong if is_wrong else "", *case) for case in CASES]
+    return [found for case in CASES for found in findings_of(world, run, *case)]
 
 
-def finding(world: World, run: Path, wrong: str, precision: str, stage: int) -> str:
+def findings_of(world: World, run: Path, precision: str, stage: int) -> Told:
     settings: dict[str, Any] = {"precision": precision, "micro_batch": MICRO_BATCH}
     settings["zero"] = {"stage": max(stage, 0), "persistence_threshold": 20}
     if stage == EXACT:
         settings["train"] = {"reproducible": "across_world_sizes"}
     layout = {"micro_batch": MICRO_BATCH, "accumulation": ACCUMULATION}
     engine = build_engine(Toy(), JobConfig.model_validate(settings), world, **layout)
-    real, count = engine.grad_norm, 0
+    real, wrong, count = engine.grad_norm, "", 0
 
     def computing(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         nonlocal count
         count += 1
         loss = loss_sum(module, batch)
-        if count == 2 and wrong in ("backward", "weights"):
+        is_wrong = wrong == "everywhere" or (wrong == "backward" and world.rank == 1)
+        if count == 2 and is_wrong:
             # The loss stays as it is.
             loss.register_hook(lambda gradient: gradient * (1 + 2**-6))
-        if count == 2 and wrong == "loss":
+        if count == 2 and wrong == "loss" and world.rank == 1:
             # Its gradient stays as it is.
             loss = loss + 2**-10 * loss.detach()
         return loss
 
     def adding_up() -> float:
         norm = real()
-        if count == ACCUMULATION and wrong == "sum":
-            flip_one_bit(next(tensor for _, tensor in engine.gradients()))
+        if count == ACCUMULATION and world.rank == 1:
+            if wrong == "sum":
+                flip_one_bit(next(tensor for _, tensor in engine.gradients()))
+            if wrong == "weights":
+                flip_one_bit(weights)
         return norm
 
     engine.grad_norm = adding_up  # type: ignore[method-assign]
+    weights = next((part for _, part in engine.lent()), next(engine.module.parameters()))
 
     def passes() -> Passes:
         parts = micro_batches(1, SIZE, world, **layout)
@@ -96,33 +106,39 @@ def finding(world: World, run: Path, wrong: str, precision: str, stage: int) -> 
             for part in parts
         ]
 
-    try:
-        assert len(twice(engine, world, run, passes, step=7, attempt=2)) == ACCUMULATION
-    except RepeatDiffers as error:
-        return str(error)
-    return ""
+    told: Told = []
+    for wrong in WRONG:
+        count, found = 0, ""
+        try:
+            done, _ = twice(engine, world, run / wrong, passes, passes, step=7, attempt=2)
+            assert len(done) == ACCUMULATION
+        except RepeatDiffers as error:
+            found = str(error)
+        engine.skip()
+        if wrong == "weights" and world.rank == 1:
+            flip_one_bit(weights)
+        told.append((wrong, (precision, stage), found))
+    return told
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_who_failed_once_is_named(tmp_path: Path, wrong: str) -> None:
-    found = run_ranks(RANKS, findings, tmp_path, wrong)
-    assert found[0] == found[1] == found[2]
-    names = "loss of micro-batch 2" if wrong == "loss" else "embedding.weight, "
-    who = "every rank" if wrong == "weights" else "rank 1"
-    own = f"{who} had other numbers the second time, in {names}"
-    added = (
-        "rank 1 had another sum over the ranks the second time, of the same terms (rank 1 on node1)"
-    )
-    start = {"": "", "sum": f"step 7, computed twice: {added}"}
-    for told, case in zip(found[0], CASES, strict=True):
-        assert told.startswith(start.get(wrong, f"step 7, computed twice: {own}")), (case, told)
-        assert ("--exclude=NODE" in told) == (wrong in ("backward", "loss"))
-        assert (told == "") == (wrong == "")
-    events = read_events(tmp_path, "repeat differs")
-    ranks = [0, 1, 2] if wrong == "weights" else [1]
-    assert [event["ranks"] for event in events] == [ranks] * (len(CASES) if wrong else 0)
-    # Who adds up wrong what others sent need not be the one who has failed.
-    assert excluded(tmp_path) == (["node1"] if wrong in ("backward", "loss") else [])
+def test_who_failed_once_is_named(tmp_path: Path) -> None:
+    for wrong in WRONG:
+        (tmp_path / wrong).mkdir()
+    told = run_ranks(RANKS, findings, tmp_path)
+    assert told[0] == told[1] == told[2]
+    for wrong, (precision, stage), found in told[0]:
+        start = f"step 7, computed twice: {WRONG[wrong]}"
+        if wrong == "weights" and stage == 3:
+            # They are gathered from there, and all ranks' numbers are others.
+            start = "step 7, computed twice: rank 1 on node1 had other weights for the others the "
+        assert found.startswith(start) if WRONG[wrong] else not found, (wrong, precision, stage)
+        assert ("--exclude=NODE" in found) == (wrong in CERTAIN)
+    for wrong in WRONG:
+        ranks = [0, 1, 2] if wrong == "everywhere" else [1]
+        events = read_events(tmp_path / wrong, "repeat differs")
+        assert [event["ranks"] for event in events] == [ranks] * (len(CASES) * bool(WRONG[wrong]))
+        # Who adds up wrong what others sent need not be the one who has failed.
+        assert excluded(tmp_path / wrong) == (["node1"] if wrong in CERTAIN else [])
 
 
 LAYOUTS = (
@@ -165,12 +181,15 @@ def everything(run: Path) -> Any:
     return losses(run), skipped, found
 
 
+def rows_of_repeats(run: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run) if row.get("repeat_seconds", 0) > 0]
+
+
 def test_a_run_whose_steps_are_all_computed_twice_has_the_same_bits(
     dataset: Path, labelled: Path, tmp_path: Path
 ) -> None:
     folder = make_folder(tmp_path / "model", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
     ways = ("guard.repeat_every=0", "guard.repeat_every=1")
-    # A save is copied beside the passes; what is dropped after them must not be in it.
     saves = ("checkpoint.every=1", "checkpoint.keep=9", "steps=6", "eval.every=3")
     jobs = [
         (config(dataset, *layout, *saves, way), tmp_path / f"{number}-{way[-1]}")
@@ -187,6 +206,7 @@ def test_a_run_whose_steps_are_all_computed_twice_has_the_same_bits(
     runs = [run for _, run in [*jobs, *tuned]]
     for once, repeated in zip(runs[::2], runs[1::2], strict=True):
         assert everything(repeated) == everything(once), repeated.name
+        assert [len(rows_of_repeats(run)) for run in (once, repeated)] == [0, committed(once)[0]]
         assert everything(once)[1] == ([] if "tuned" in once.name else [POISONED])
         assert len(committed(once)) >= 3
 
@@ -207,7 +227,9 @@ def test_a_gradient_that_was_wrong_once_is_not_trained_with(dataset: Path, tmp_p
     assert losses(unseen)[: FAILED - 1] == losses(clean)[: FAILED - 1]
     assert losses(unseen) != losses(clean)
     made = config(dataset, *looks, f"guard.repeat_every={FAILED}")
-    told = rf"RepeatDiffers: step {FAILED}, computed twice: rank 1 had other numbers the second"
+    told = (
+        rf"RepeatDiffers: step {FAILED}, computed twice: rank 1 on .* had other numbers the second"
+    )
     with pytest.raises(RankFailure, match=told):
         run_ranks(2, failing_once, made, seen)
     assert losses(seen) == losses(clean)[: FAILED - 1], "nothing was updated with it"
@@ -216,18 +238,24 @@ def test_a_gradient_that_was_wrong_once_is_not_trained_with(dataset: Path, tmp_p
     assert everything(seen) == everything(clean)
 
 
+ANY = {"micro_batch": 1, "precision": "fp32", "zero": {"stage": 0}}
+
+
 @pytest.mark.parametrize(
-    ("device", "settings", "expected"),
+    ("device", "settings", "is_replay", "expected"),
     [
-        ("cpu", {}, [1000, 2000]),
-        ("cpu", {"guard": {"repeat_every": 0}}, []),
-        ("cuda", {}, []),
-        ("cuda", {"train": {"deterministic": True}}, [1000, 2000]),
+        ("cpu", {}, False, [1000, 2000]),
+        ("cpu", {}, True, []),
+        ("cpu", {"guard": {"repeat_every": 0}}, False, []),
+        ("cuda", {}, False, []),
+        ("cuda", {"train": {"deterministic": True}}, False, [1000, 2000]),
+        ("cuda", {"train": {"reproducible": "across_world_sizes"}}, False, [1000, 2000]),
     ],
 )
 def test_only_kernels_that_repeat_themselves_are_asked_to(
-    device: str, settings: dict[str, Any], expected: list[int]
+    device: str, settings: dict[str, Any], is_replay: bool, expected: list[int]
 ) -> None:
     world = SimpleNamespace(device=torch.device(device))
-    job = SimpleNamespace(world=world, config=JobConfig.model_validate(settings), is_replay=False)
+    made = JobConfig.model_validate(ANY | settings)
+    job = SimpleNamespace(world=world, config=made, is_replay=is_replay)
     assert [step for step in range(1, 2500) if is_made_twice(cast(Job, job), step)] == expected
