@@ -7,7 +7,9 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/headrace quickstart --workdir $(or $(WORKDIR),quickstart)
 
-# Three workers keep two cores busy: a rank that starts waits more than it computes.
+# Three workers keep two cores busy: a rank that starts waits more than it computes. Python starts some hundred times: what one
+# process has compiled the next one reads, whatever the environment says.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	$(BIN)/pytest -m "not slow and not slurm" -n 3 --dist loadfile --no-loadscope-reorder
 

@@ -190,13 +190,13 @@ def test_a_run_whose_steps_are_all_computed_twice_has_the_same_bits(
 ) -> None:
     folder = make_folder(tmp_path / "model", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
     ways = ("guard.repeat_every=0", "guard.repeat_every=1")
-    saves = ("checkpoint.every=1", "checkpoint.keep=9", "steps=6", "eval.every=3")
+    saves = ("checkpoint.every=3", "steps=6")
     jobs = [
         (config(dataset, *layout, *saves, way), tmp_path / f"{number}-{way[-1]}")
         for number, layout in enumerate(LAYOUTS)
         for way in ways
     ]
-    under_dropout = (f"model={folder}", f"data={labelled}", "steps=4", "checkpoint.every=1")
+    under_dropout = (f"model={folder}", f"data={labelled}", "steps=4", "checkpoint.every=2")
     tuned = [
         (finetune_config(*under_dropout, "micro_batch=1", way), tmp_path / f"tuned-{way[-1]}")
         for way in ways
@@ -208,7 +208,7 @@ def test_a_run_whose_steps_are_all_computed_twice_has_the_same_bits(
         assert everything(repeated) == everything(once), repeated.name
         assert [len(rows_of_repeats(run)) for run in (once, repeated)] == [0, committed(once)[0]]
         assert everything(once)[1] == ([] if "tuned" in once.name else [POISONED])
-        assert len(committed(once)) >= 3
+        assert len(committed(once)) >= 2
 
 
 def failing_once(world: World, made: RunConfig, run: Path) -> str:
