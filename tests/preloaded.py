@@ -10,5 +10,5 @@ from train.engine import load_deepspeed
 
 load_deepspeed(torch.device("cpu"))
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-# torch's optimizers do, at their first parameters.
+# torch's optimizers import it when they get their first parameters.
 importlib.import_module("torch._dynamo")

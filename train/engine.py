@@ -231,8 +231,8 @@ def load_deepspeed(device: torch.device) -> Any:
         # Else it compiles a C++ all-reduce for inference at start: 86 s, and a failure without a
         # compiler. Merely to read what it could compile starts a compiler, too.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    # Only its Muon is compiled, which nothing here uses; every engine imports it, and it the whole
-    # of torch's compiler: 1.0 of 4.2 CPU-seconds in which a rank has an engine and a step.
+    # Every engine imports its Muon, which nothing here uses, and whose decorator loads all of
+    # torch's compiler: 1.0 of the 4.2 CPU-seconds that a rank takes to its first step.
     compiler.compile = lambda: compiler.dummy_decorator
     return deepspeed
 

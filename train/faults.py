@@ -77,7 +77,7 @@ def parse(text: str) -> Fault:
     if fault.phase not in places:
         raise FaultError(
             f"{VARIABLE}={text!r}: {fault.kind} changes a number, and none passes by at "
-            f"{fault.phase}; it can happen at {' and '.join(places)}"
+            f"{fault.phase}; it can happen at {', '.join(places)}"
         )
     if fault.step > 0 and fault.phase in (*AT_START, "export"):
         raise FaultError(f"{VARIABLE}={text!r}: {fault.phase} happens at step 0 alone")

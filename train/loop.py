@@ -14,6 +14,7 @@ import torch
 
 from train.engine import Batch
 from train.job import Job
+from train.passes import can_repeat
 from train.progress import at, starting
 from train.replicas import check_replicas
 from train.restore import mend
@@ -32,6 +33,8 @@ def train(job: Job) -> tuple[Outcome, int]:
     starting("first step")
     job.engine.module.train()
     _say_when_nothing_is_saved(job)
+    if job.config.guard.repeat_every > 0 and not can_repeat(job):
+        log.info("no step is computed twice: GPU kernels repeat with train.deterministic=true only")
     if _lacks_validation(job) and not validate(job, step=job.first_step - 1):
         return "stopped", job.first_step - 1
     step, batches = job.first_step, _batches(job, job.first_step)

@@ -49,8 +49,12 @@ def counted(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Iterator[Bat
 
 def is_made_twice(job: Job, step: int) -> bool:
     """Whether the step is computed twice: kernels that do not repeat themselves would differ."""
-    repeats = job.world.device.type == "cpu" or job.config.train.repeats
-    return repeats and due(job.config.guard.repeat_every, step) and not job.is_replay
+    return can_repeat(job) and due(job.config.guard.repeat_every, step) and not job.is_replay
+
+
+def can_repeat(job: Job) -> bool:
+    """Whether the kernels of this device give the same bits twice."""
+    return job.world.device.type == "cpu" or job.config.train.repeats
 
 
 def take_counts(job: Job, batch: Batch) -> torch.Tensor:
@@ -60,35 +64,32 @@ def take_counts(job: Job, batch: Batch) -> torch.Tensor:
     return torch.stack([batch.pop("data_hash"), batch.pop("quarantined", torch.tensor(0))])
 
 
-def compute(
+def compute(job: Job, step: int, batches: Iterator[Batch], num_valid: int) -> tuple[Passes, float]:
+    """Collective. The loss of every micro-batch, its gradient added, with what `take_counts` took
+    from it; and the seconds that a first time took, where the step is made twice. RepeatDiffers
+    where the two differ. That costs memory for the step's token ids.
+    """
+    if not is_made_twice(job, step):
+        return _passes(job, step, batches, num_valid), 0.0
+    found = list(batches)
+
+    def first() -> Passes:
+        # Of copies: `take_counts` takes from what it is given.
+        return _passes(job, step, map(dict, found), num_valid, is_timed=False)
+
+    def again() -> Passes:
+        return _passes(job, step, iter(found), num_valid)
+
+    return twice(job.engine, job.world, job.run, first, again, step=step, attempt=job.attempt)
+
+
+def _passes(
     job: Job, step: int, batches: Iterator[Batch], num_valid: int, *, is_timed: bool = True
 ) -> Passes:
-    """Collective. The loss of every micro-batch, its gradient added, with what `take_counts` took
-    from it.
-    """
     return [
         _micro_step(job, step, micro, batch, num_valid, is_timed=is_timed)
         for micro, batch in enumerate(batches)
     ]
-
-
-def compute_twice(
-    job: Job, step: int, batches: Iterator[Batch], num_valid: int
-) -> tuple[Passes, float]:
-    """Collective. As `compute`, with the seconds that this took longer, for memory for the step's
-    token ids; RepeatDiffers when it makes a difference.
-    """
-    found = list(batches)
-    return twice(
-        job.engine,
-        job.world,
-        job.run,
-        # Of copies: the counts are taken once more.
-        lambda: compute(job, step, map(dict, found), num_valid, is_timed=False),
-        lambda: compute(job, step, iter(found), num_valid),
-        step=step,
-        attempt=job.attempt,
-    )
 
 
 def _micro_step(

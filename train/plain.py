@@ -85,12 +85,12 @@ class PlainEngine:
     def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ()
 
+    def lent(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ()
+
     def parameters(self) -> list[torch.Tensor]:
         """The fp32 tensors that the optimizer updates."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def lent(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from ()
 
     def flats(self, *, rank: int = 0, num_ranks: int = 1) -> list[Flat]:
         masters = self._masters.masters() if self._masters else named(self.module)

@@ -6,12 +6,14 @@ steps the passes are made, their gradients dropped, and the passes made again, o
 and with the same dropout. Each rank hashes the weights that others gather from it, its own losses
 and gradients as they come out of the backward passes, and its part of the reduced gradient. Who has
 failed is told by the first of these that differs on any rank: wrong weights make wrong gradients,
-on whichever rank they matter, and one of those a wrong sum on all.
+on whichever rank they matter, and one of those a wrong sum on all. Where weights are gathered, a
+rank whose own numbers differ may have been sent wrong ones.
 
 The step that is taken is the second one, to the bit what it is without a first. Found is what
-happens in this step and not twice alike; so a NaN that comes but once is no bad step, but a machine
-that fails. One that errs in the same way every time shows in `headrace replay` on another. The
-kernels must repeat themselves: those of CPUs do, those of GPUs are asked to (TrainConfig.repeats).
+happens in this step, and in one of the two only: a NaN there is no bad step, but a machine that
+fails. One that errs in the same way every time shows in `headrace replay` on another. The kernels
+must repeat themselves: those of CPUs do, on GPUs TrainConfig.repeats keeps to such, and without it
+no step is made twice.
 """
 
 from __future__ import annotations
@@ -35,17 +37,24 @@ Passes = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class RepeatDiffers(ValueError):
-    """A step that was computed twice has not given the same gradient twice."""
+    """A step that was computed twice has not given the same numbers twice."""
 
     exit_code: ClassVar[int] = 1
 
 
-class Differences(NamedTuple):
-    """Names of what differs on a rank."""
+class _Odd(NamedTuple):
+    """Names of what differs on a rank, in the order in which one makes the next differ."""
 
     lent: list[str]
     own: list[str]
     reduced: list[str]
+
+
+FOUND = {
+    "lent": "held other weights, which the others gather, the second time",
+    "own": "had other numbers the second time",
+    "reduced": "had another sum over the ranks the second time",
+}
 
 
 def twice(
@@ -59,12 +68,15 @@ def twice(
     attempt: int,
 ) -> tuple[Passes, float]:
     """Collective. What `again` returns, which makes the same forward and backward passes of a step
-    as `first` did before, and the seconds that this took longer; the engine is as after one of
+    as `first` did before, and the seconds that the first time took; the engine is as after one of
     them. RepeatDiffers on every rank, with the event recorded, where the two differ on one.
 
-    Costs those passes, an update that is given up, and a read of what is hashed; of memory what a
-    checksum takes on a GPU (train/replicas.py), within the backward passes.
+    Costs those passes, an update that is given up, the norm of both gradients, and a read of what
+    is hashed; of memory what a checksum takes on a GPU (train/replicas.py), within the backward
+    passes.
     """
+    # Who is late is late in the step, and not in what comes on top.
+    world.barrier()
     begun = time.perf_counter()
     lent = _lent(engine)
     _, own, reduced = _marked(engine, first)
@@ -72,42 +84,45 @@ def twice(
     lent_between = _lent(engine)
     seconds = time.perf_counter() - begun
     done, own_again, reduced_again = _marked(engine, again)
-    odd = Differences(
-        _differing(lent, lent_between) or _differing(lent, _lent(engine)),
-        _differing(own, own_again),
-        _differing(reduced, reduced_again),
+    odd = _Odd(
+        lent=_differing(lent, lent_between) or _differing(lent, _lent(engine)),
+        own=_differing(own, own_again),
+        reduced=_differing(reduced, reduced_again),
     )
     if int(world.sum(torch.tensor(int(any(odd))))):
-        rows = [Differences(*row) for row in world.gather(tuple(odd))]
-        raise RepeatDiffers(_told(world, run, rows, step=step, attempt=attempt))
+        rows: list[_Odd] = world.gather(odd)
+        told = _told(world, run, rows, is_gathered=bool(lent), step=step, attempt=attempt)
+        raise RepeatDiffers(told)
     return done, seconds
 
 
-def _told(world: World, run: Path, rows: list[Differences], *, step: int, attempt: int) -> str:
+def _told(
+    world: World, run: Path, rows: list[_Odd], *, is_gathered: bool, step: int, attempt: int
+) -> str:
     """Collective. Record what was found on which rank; returns it in words."""
-    which = next(n for n, kind in enumerate(zip(*rows, strict=True)) if any(kind))
-    ranks = [rank for rank, differing in enumerate(rows) if differing[which]]
-    names = list(dict.fromkeys(name for rank in ranks for name in rows[rank][which]))
-    is_added_up = which == 2
-    certain = not is_added_up
-    where = accuse(
-        world, run, ranks, event=EVENT, step=step, attempt=attempt, names=names, certain=certain
-    )
-    who, advice = where, ""
+    kind = next(kind for kind in FOUND if any(getattr(odd, kind) for odd in rows))
+    by_rank: list[list[str]] = [getattr(odd, kind) for odd in rows]
+    ranks = [rank for rank, names in enumerate(by_rank) if names]
+    names = list(dict.fromkeys(name for names in by_rank for name in names))
+    is_certain = kind == "lent" or (kind == "own" and not is_gathered)
+    place = {"step": step, "attempt": attempt}
+    who = accuse(world, run, ranks, event=EVENT, names=names, is_certain=is_certain, **place)
+    advice = ""
     if 1 < len(ranks) == world.size:
         who = "every rank"
-    elif certain:
+        cause = "what all of them were sent was wrong, or kernels do not repeat themselves"
+    elif is_certain:
+        cause = "memory or arithmetic there has failed silently"
         advice = "take that node out (with Slurm, --exclude=NODE), and "
-    found = ("other weights for the others", "other numbers", "another sum over the ranks")[which]
-    cause = "memory or arithmetic there has failed silently"
-    if is_added_up:
-        cause = "there, on another rank or between them memory, arithmetic or network has failed"
+    else:
+        cause = "memory, arithmetic or network has failed silently, there or where it was sent from"
     return (
-        f"step {step}, computed twice: {who} had {found} the second time, in {shortened(names)}: "
-        f"{cause}. Nothing is updated with it, and what came before was not looked at: {advice}run "
-        "the same command, which goes on from the last checkpoint; `headrace replay "
-        f"{run} --step N` tells whether an earlier step was right. Should it always end so, its "
-        "kernels do not repeat themselves: guard.repeat_every=0 leaves the look out"
+        f"step {step}, computed twice: {who} {FOUND[kind]}, in {shortened(names)}: {cause}. "
+        "Nothing is updated with it, and the steps before were not looked at so: "
+        f"{advice}run the same command, which goes on from the last checkpoint; `headrace replay "
+        f"{run} --step N` tells whether an earlier step was right. Should it end so on other "
+        "machines, too, its kernels do not repeat themselves: guard.repeat_every=0 leaves the look "
+        "out"
     )
 
 

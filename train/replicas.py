@@ -11,8 +11,8 @@ hash of all of it goes around (16 bytes a rank, between the hosts); only where t
 per tensor follow. Bits on a GPU are summed up there.
 
 What is sharded has no copy to compare with, and a term of the gradient that was wrong before it was
-added up is in all copies. Some steps are computed twice for that (train/repeat.py); sharded masters
-and moments, and the update itself, only `headrace replay` computes again.
+added up is in all copies. Some steps are computed twice for that (train/repeat.py); masters and
+moments that are sharded, and updates of those, only `headrace replay` computes again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,6 +36,7 @@ log = logging.getLogger(__name__)
 
 EVENT = "replicas differ"
 Mark = str | torch.Tensor
+"""A hash, or the number on a GPU that one will be made of."""
 PIECE = 2**22
 """Numbers of a tensor that are weighed at once."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -83,7 +83,7 @@ def accuse(
     step: int,
     attempt: int,
     names: list[str],
-    certain: bool = True,
+    is_certain: bool = True,
 ) -> str:
     """Collective. Record what was found, and keep the run off the hosts of these ranks, if it is
     certain and they are the minority; returns who is where.
@@ -91,11 +91,14 @@ def accuse(
     hosts = world.gather(world.host)
     if world.is_main:
         # A disk that is full must not hide what was found.
-        with suppress(OSError, StorageError):
+        try:
             record(run, event, step=step, attempt=attempt, ranks=ranks, names=names)
-        with suppress(OSError, StorageError):
-            if certain and len(ranks) < world.size:
+            if is_certain and len(ranks) < world.size:
                 exclude(run, minority((hosts[rank] for rank in ranks), hosts))
+        except (OSError, StorageError) as error:
+            log.warning("what was found could not be recorded: %s", error)
+    # The launcher ends all ranks as soon as one has told.
+    world.barrier()
     return ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
 
 

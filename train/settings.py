@@ -154,8 +154,8 @@ class GuardConfig(Table):
     """
     repeat_every: NonNegativeInt = 1000
     """Optimizer steps between those whose passes are made twice, on the same samples, to compare
-    the gradients (train/repeat.py); 0 never does. GPUs do where train.* makes kernels repeat
-    themselves.
+    the gradients (train/repeat.py), of a step that is not skipped; 0 never does. On GPUs only
+    where train.* keeps to kernels that repeat themselves.
     """
 
 

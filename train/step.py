@@ -22,7 +22,7 @@ from train.events import GIVE_UP, SKIP, STARTED, record
 from train.guard import Decision, NonFiniteLoss, Verdict
 from train.job import Agreed, Job
 from train.metrics import Row
-from train.passes import compute, compute_twice, counted, is_made_twice, read, take_counts
+from train.passes import compute, counted, read, take_counts
 from train.progress import at, start_seconds
 from train.replicas import check_replicas
 from train.schedule import due, learning_rate
@@ -50,14 +50,8 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     num_valid = job.task.num_valid(step)
     if num_valid is None:
         found, num_valid = counted(job, step, found)
-    repeat_seconds = 0.0
-    if is_made_twice(job, step):
-        # Gradients are dropped by an update that is given up.
-        started += job.saver.wait_for_copy()
-        done, repeat_seconds = compute_twice(job, step, found, num_valid)
-        started += repeat_seconds
-    else:
-        done = compute(job, step, found, num_valid)
+    done, repeat_seconds = compute(job, step, found, num_valid)
+    started += repeat_seconds
     at("reduce", step)
     loss_sum = job.world.sum(torch.stack([loss for loss, _ in done]).double().sum())
     loss, norm = float(loss_sum) / num_valid, job.engine.grad_norm()
@@ -85,17 +79,9 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
         job.engine.skip()
         _tell_skip(job, step, loss=loss, norm=norm, reason=reason)
     numbers = {"loss": loss, "grad_norm": norm, "num_valid": num_valid}
+    numbers["repeat_seconds"] = repeat_seconds
     skipped = "" if decision == "step" else reason
-    _record(
-        job,
-        step,
-        lr=lr,
-        agreed=agreed,
-        started=started,
-        repeat_seconds=repeat_seconds,
-        skipped=skipped,
-        numbers=numbers,
-    )
+    _record(job, step, lr=lr, agreed=agreed, started=started, skipped=skipped, numbers=numbers)
     return decision, agreed
 
 
@@ -148,7 +134,6 @@ def _record(
     started: float,
     skipped: str,
     numbers: Mapping[str, float] | None = None,
-    repeat_seconds: float = 0.0,
 ) -> None:
     """Write the row of a step. That of a skipped one says why and has no loss, which would be none
     of the run's.
@@ -176,6 +161,7 @@ def _record(
             row["mfu"] = rate * job.flops_per_token / job.peak_flops
     if job.resumed_from is not None and step == job.first_step:
         row["resumed_from"] = job.resumed_from
+    repeat_seconds = numbers["repeat_seconds"] if numbers else 0.0
     if repeat_seconds:
         row["repeat_seconds"] = repeat_seconds
     own_seconds = job.timing.take()

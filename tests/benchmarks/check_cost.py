@@ -3,9 +3,10 @@ the training.
 
 Two ranks, the job of train_speed: 10.65 M parameters and 4,096 tokens a step, which is little: the
 check reads what the ranks hold alike, whatever a step trains on, so larger batches make its share
-smaller. A step that is computed twice takes at most twice as long, whatever its size. Before a
-check the passes are made, so that there is a gradient to look at. All are interleaved, and medians
-are reported, of the slower rank, in wall time: both wait for the other rank.
+smaller. A step that is computed twice takes about twice as long; its hashes weigh the more, the
+smaller it is. Before a check the passes are made, so that there is a gradient to look at. All are
+interleaved, and medians are reported, of the slower rank, in wall time: both wait for the other
+rank.
 
     .venv/bin/python -m tests.benchmarks.check_cost
 """
@@ -59,7 +60,7 @@ def measure(world: World, run: Path) -> list[tuple[float, float, float, int]]:
             checks += [_timed(world, check) for _ in range(TRIES)]
             size = sum(tensor.numel() * tensor.element_size() for _, tensor in engine.replicas())
             updated = _timed(world, partial(engine.step, 1e-3))
-            repeat = partial(twice, engine, world, run, passes, step=1, attempt=1)
+            repeat = partial(twice, engine, world, run, passes, passes, step=1, attempt=1)
             repeated = _timed(world, repeat)
             engine.step(1e-3)
             if number:

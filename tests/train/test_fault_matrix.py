@@ -274,7 +274,7 @@ def test_every_phase_and_kind_is_in_the_default_run() -> None:
     chosen = [faults.parse(text) for text in DEFAULT]
     assert {fault.phase for fault in chosen} == set(PHASES)
     missing = set(KINDS) - {fault.kind for fault in chosen} - set(STANDS_STILL)
-    assert missing == {"bitflip"}, "that one is in tests/train/test_replay.py"
+    assert missing == {"bitflip"}, "that one is in test_replicas, test_repeat and test_replay"
     assert set(cells()) >= DEFAULT
 
 

@@ -42,6 +42,7 @@ def test_every_phase_and_kind_is_read() -> None:
         ("data:0:0:kill", "the first data happens at step 1"),
         ("prune:0:0:kill", "the first prune happens at step 1"),
         ("write:5:1:nan", "nan changes a number, and none passes by at write; it can happen at fo"),
+        ("forward:5:1:bitflip", "it can happen at backward, optimizer, snapshot"),
     ],
 )
 def test_what_is_no_fault_is_refused(text: str, message: str) -> None:

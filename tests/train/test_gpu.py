@@ -12,6 +12,7 @@ import torch
 
 from tests.train.test_pretrain import RECIPE, losses
 from train.checkpoint import committed, step_folder
+from train.metrics import read_metrics
 from train.replicas import checksum
 
 pytestmark = [
@@ -57,7 +58,7 @@ def test_a_resumed_run_goes_on_where_it_stood(dataset: Path, tmp_path: Path, sta
         ("zero.stage=0", "micro_batch=4", "train.reproducible=across_world_sizes"),
     ],
 )
-def test_deterministic_kernels_resume_to_the_bit(
+def test_deterministic_kernels_resume_and_repeat_to_the_bit(
     dataset: Path, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
     layout += ("train.deterministic=true",)
@@ -65,6 +66,7 @@ def test_deterministic_kernels_resume_to_the_bit(
     assert pretrain(tmp_path, dataset, "parts", *layout, "--stop-at", "4") == 3
     assert pretrain(tmp_path, dataset, "parts", *layout) == 0
     assert pretrain(tmp_path, dataset, "twice", *layout, "guard.repeat_every=1") == 0
+    assert all(row["repeat_seconds"] > 0 for row in read_metrics(tmp_path / "twice") if "lr" in row)
     for run in ("parts", "twice"):
         assert losses(tmp_path / run) == losses(tmp_path / "whole")
         assert state_of(tmp_path / run) == state_of(tmp_path / "whole")

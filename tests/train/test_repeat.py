@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -50,14 +51,23 @@ CASES: list[Case] = [
 WRONG = {
     "nothing": "",
     "backward": "rank 1 on node1 had other numbers the second time, in embedding.weight, ",
+    "later": "rank 1 on node1 had other numbers the second time, in embedding.weight, ",
     "loss": "rank 1 on node1 had other numbers the second time, in loss of micro-batch 2: ",
     "sum": "rank 1 on node1 had another sum over the ranks the second time, in ",
     "weights": "rank 1 on node1 had other numbers the second time, in embedding.weight, ",
     "everywhere": "every rank had other numbers the second time, in embedding.weight, ",
 }
-"""What goes wrong in the second micro-batch of the first pass, or after it, and what is said."""
-CERTAIN = ("backward", "loss", "weights")
+"""What goes wrong in the second micro-batch of a pass, the first one but for `later`, or after it,
+and what is said.
+"""
+GATHERED = "rank 1 on node1 held other weights, which the others gather, the second time, in embedd"
 Told = list[tuple[str, Case, str]]
+
+
+def is_certain(wrong: str, case: Case) -> bool:
+    """Who adds up wrong what others sent need not have failed, nor who was sent wrong weights."""
+    _, stage = case
+    return wrong == "weights" or (wrong in ("backward", "later", "loss") and stage != 3)
 
 
 def findings(world: World, run: Path) -> Told:
@@ -78,8 +88,8 @@ def findings_of(world: World, run: Path, precision: str, stage: int) -> Told:
         nonlocal count
         count += 1
         loss = loss_sum(module, batch)
-        is_wrong = wrong == "everywhere" or (wrong == "backward" and world.rank == 1)
-        if count == 2 and is_wrong:
+        is_wrong = wrong == "everywhere" or (wrong in ("backward", "later") and world.rank == 1)
+        if count == (2 + ACCUMULATION if wrong == "later" else 2) and is_wrong:
             # The loss stays as it is.
             loss.register_hook(lambda gradient: gradient * (1 + 2**-6))
         if count == 2 and wrong == "loss" and world.rank == 1:
@@ -110,7 +120,8 @@ def findings_of(world: World, run: Path, precision: str, stage: int) -> Told:
     for wrong in WRONG:
         count, found = 0, ""
         try:
-            done, _ = twice(engine, world, run / wrong, passes, passes, step=7, attempt=2)
+            place = run / f"{wrong} {precision} {stage}"
+            done, _ = twice(engine, world, place, passes, passes, step=7, attempt=2)
             assert len(done) == ACCUMULATION
         except RepeatDiffers as error:
             found = str(error)
@@ -122,23 +133,22 @@ def findings_of(world: World, run: Path, precision: str, stage: int) -> Told:
 
 
 def test_who_failed_once_is_named(tmp_path: Path) -> None:
-    for wrong in WRONG:
-        (tmp_path / wrong).mkdir()
+    for wrong, (precision, stage) in product(WRONG, CASES):
+        (tmp_path / f"{wrong} {precision} {stage}").mkdir()
     told = run_ranks(RANKS, findings, tmp_path)
     assert told[0] == told[1] == told[2]
+    assert len(told[0]) == len(WRONG) * len(CASES)
     for wrong, (precision, stage), found in told[0]:
-        start = f"step 7, computed twice: {WRONG[wrong]}"
-        if wrong == "weights" and stage == 3:
-            # They are gathered from there, and all ranks' numbers are others.
-            start = "step 7, computed twice: rank 1 on node1 had other weights for the others the "
-        assert found.startswith(start) if WRONG[wrong] else not found, (wrong, precision, stage)
-        assert ("--exclude=NODE" in found) == (wrong in CERTAIN)
-    for wrong in WRONG:
+        run = tmp_path / f"{wrong} {precision} {stage}"
+        # At stage 3 all ranks compute with them.
+        said = GATHERED if wrong == "weights" and stage == 3 else WRONG[wrong]
+        assert found.startswith(f"step 7, computed twice: {said}") if said else not found, run.name
+        certain = is_certain(wrong, (precision, stage))
+        assert ("--exclude=NODE" in found) == certain, run.name
+        assert excluded(run) == (["node1"] if certain else []), run.name
         ranks = [0, 1, 2] if wrong == "everywhere" else [1]
-        events = read_events(tmp_path / wrong, "repeat differs")
-        assert [event["ranks"] for event in events] == [ranks] * (len(CASES) * bool(WRONG[wrong]))
-        # Who adds up wrong what others sent need not be the one who has failed.
-        assert excluded(tmp_path / wrong) == (["node1"] if wrong in CERTAIN else [])
+        events = read_events(run, "repeat differs")
+        assert [event["ranks"] for event in events] == ([ranks] if said else []), run.name
 
 
 LAYOUTS = (
@@ -149,6 +159,7 @@ LAYOUTS = (
     ("zero.stage=0", "micro_batch=2", "train.reproducible=across_world_sizes"),
 )
 POISONED, FAILED = 4, 5
+FAILURES = (f"backward:{FAILED}:1:bitflip", f"forward:{FAILED}:1:nan")
 
 
 def with_one_bad_step(
@@ -211,29 +222,31 @@ def test_a_run_whose_steps_are_all_computed_twice_has_the_same_bits(
         assert len(committed(once)) >= 2
 
 
-def failing_once(world: World, made: RunConfig, run: Path) -> str:
-    """A run in which rank 1 computes one gradient of step FAILED wrong, the first time."""
-    faults.arm(f"backward:{FAILED}:1:bitflip", world.rank)
+def failing_once(world: World, made: RunConfig, run: Path, fault: str) -> str:
+    """A run in which rank 1 computes something of step FAILED wrong, the first time."""
+    faults.arm(fault, world.rank)
     return train_run(world, made, run)
 
 
 def test_a_gradient_that_was_wrong_once_is_not_trained_with(dataset: Path, tmp_path: Path) -> None:
     looks = ("zero.stage=1", "guard.check_every=1", "eval.samples=1")
-    clean, unseen, seen = (tmp_path / name for name in ("clean", "unseen", "seen"))
+    clean, unseen = tmp_path / "clean", tmp_path / "unseen"
     assert run_ranks(2, train_run, config(dataset, *looks), clean) == ["complete"] * 2
     # All ranks hold the same wrong weights: to compare them finds nothing.
     made = config(dataset, *looks, f"guard.repeat_every={FAILED + 1}")
-    assert run_ranks(2, failing_once, made, unseen) == ["complete"] * 2
+    assert run_ranks(2, failing_once, made, unseen, FAILURES[0]) == ["complete"] * 2
     assert losses(unseen)[: FAILED - 1] == losses(clean)[: FAILED - 1]
     assert losses(unseen) != losses(clean)
     made = config(dataset, *looks, f"guard.repeat_every={FAILED}")
-    told = (
-        rf"RepeatDiffers: step {FAILED}, computed twice: rank 1 on .* had other numbers the second"
-    )
-    with pytest.raises(RankFailure, match=told):
-        run_ranks(2, failing_once, made, seen)
-    assert losses(seen) == losses(clean)[: FAILED - 1], "nothing was updated with it"
-    assert [(e["step"], e["ranks"]) for e in read_events(seen, "repeat differs")] == [(FAILED, [1])]
+    told = rf"RepeatDiffers: step {FAILED}, computed twice: rank 1 on .* had other numbers the sec"
+    # A NaN that comes but once is no bad step: that would be skipped.
+    for fault in FAILURES:
+        seen = tmp_path / fault.replace(":", "-")
+        with pytest.raises(RankFailure, match=told):
+            run_ranks(2, failing_once, made, seen, fault)
+        assert losses(seen) == losses(clean)[: FAILED - 1], "nothing was updated with it"
+        events = read_events(seen, "repeat differs")
+        assert [(event["step"], event["ranks"]) for event in events] == [(FAILED, [1])]
     assert run_ranks(2, train_run, made, seen) == ["complete"] * 2
     assert everything(seen) == everything(clean)
 

@@ -23,9 +23,10 @@ from train.world import World
 
 LAYOUTS = (
     ("zero.stage=0",),
-    ("zero.stage=1", "precision=bf16"),
-    ("zero.stage=3",),
+    ("zero.stage=1", "precision=bf16", "guard.repeat_every=1"),
+    ("zero.stage=3", "guard.repeat_every=2"),
 )
+"""In those that are computed twice, gradients are dropped while the copy is still to come."""
 SAVES = ("checkpoint.every=1", "checkpoint.keep=10", "steps=4", "micro_batch=2", "eval.every=2")
 PAUSE_SECONDS = 1.0
 """Much longer than a step, on a machine that is busy, too."""

@@ -95,3 +95,4 @@ def test_a_slow_rank_stands_in_the_metrics(
     assert [row["step"] for row in timed] == [10]
     assert (timed[0]["slowest_rank"], timed[0]["slowest_cause"]) == (1, cause)
     assert timed[0]["slowest_seconds"] == pytest.approx(0.5, abs=0.45)
+    assert timed[0]["step_seconds"] >= 0.5 and timed[0]["repeat_seconds"] > 0
