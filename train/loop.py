@@ -34,7 +34,7 @@ def train(job: Job) -> tuple[Outcome, int]:
     job.engine.module.train()
     _say_when_nothing_is_saved(job)
     if job.config.guard.repeat_every > 0 and not can_repeat(job):
-        log.info("no step is computed twice: GPU kernels repeat with train.deterministic=true only")
+        log.info("no step is computed twice: a GPU repeats itself with train.deterministic=true")
     if _lacks_validation(job) and not validate(job, step=job.first_step - 1):
         return "stopped", job.first_step - 1
     step, batches = job.first_step, _batches(job, job.first_step)

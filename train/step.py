@@ -78,8 +78,12 @@ def take_step(job: Job, step: int, batches: Iterator[Batch]) -> tuple[Decision, 
     else:
         job.engine.skip()
         _tell_skip(job, step, loss=loss, norm=norm, reason=reason)
-    numbers = {"loss": loss, "grad_norm": norm, "num_valid": num_valid}
-    numbers["repeat_seconds"] = repeat_seconds
+    numbers = {
+        "loss": loss,
+        "grad_norm": norm,
+        "num_valid": num_valid,
+        "repeat_seconds": repeat_seconds,
+    }
     skipped = "" if decision == "step" else reason
     _record(job, step, lr=lr, agreed=agreed, started=started, skipped=skipped, numbers=numbers)
     return decision, agreed
